@@ -1,0 +1,54 @@
+"""Held-out loss and perplexity of a policy, per answer token.
+
+    python -m step1_sft.evaluate --config configs/quickstart/step1_sft.yaml model=OUT/final
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from step1_sft.config import SFTConfig
+from tristage import dist, run
+from tristage.config import BatchPlan, load_config, read_deepspeed_json, require_folder_or_hub_id
+from tristage.data.collate import collate_sft, pick
+from tristage.data.loader import evaluation_rows
+from tristage.data.sets import load_sets
+from tristage.engine import DTYPES, engine_config, frozen_engine
+from tristage.metrics import Averages
+from tristage.models import load_causal_lm, load_tokenizer
+
+
+@torch.no_grad()
+def evaluate(engine: Any, rows: list[Any], micro_batch: int, tokenizer: Any, device: torch.device) -> dict[str, float]:
+    """{"sft/loss", "sft/perplexity"} over every answer token of `rows` once, over all ranks. A collective."""
+    engine.eval()
+    averages = Averages()
+    lengths = [len(row.ids) for row in rows]
+    for micro in evaluation_rows(lengths, micro_batch, dist.world_size(), dist.rank()):
+        batch = collate_sft(pick(rows, micro), tokenizer.pad_token_id).to(device)
+        logprobs, _ = engine(batch.input_ids, batch.attention_mask, batch.loss_mask)
+        averages.add("sft/loss", -logprobs.sum(), batch.loss_mask[:, 1:].sum())
+    loss = averages.reduce(device)["sft/loss"]
+    return {"sft/loss": loss, "sft/perplexity": math.exp(min(loss, 700.0))}
+
+
+def main(argv: list[str]) -> None:
+    settings = load_config(SFTConfig, argv)
+    dist.check_device(settings.device, settings.file)
+    require_folder_or_hub_id(settings.model, settings, "model")
+    tokenizer = load_tokenizer(settings.model)
+    _, heldout = load_sets(settings.data, "sft", tokenizer, settings.max_tokens, settings.seed)
+    device = dist.init(settings.device)
+    plan = BatchPlan.make(settings.micro_batch * dist.world_size(), settings.micro_batch, dist.world_size())
+    config = engine_config(read_deepspeed_json(settings.deepspeed, settings), settings.precision, plan)
+    model = load_causal_lm(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
+    metrics = evaluate(frozen_engine(model, config), heldout, settings.micro_batch, tokenizer, device)
+    for name, value in metrics.items():
+        dist.print0(f"{name} {value:.4f}")
+
+
+if __name__ == "__main__":
+    run.entry_point(main)

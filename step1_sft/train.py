@@ -1,0 +1,106 @@
+"""Step 1: a pretrained language model learns to answer, from demonstrations.
+
+    deepspeed --module step1_sft.train --config configs/quickstart/step1_sft.yaml [key=value ...]
+
+The loss is the mean over answer tokens (their EOS included, the prompt's left out) of -log p(token), where the
+mean is over the whole optimizer step: all ranks, all micro-batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from step1_sft.config import SFTConfig
+from step1_sft.evaluate import evaluate
+from tristage import dist, run
+from tristage.batches import SFTBatch
+from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from tristage.config import (
+    BatchPlan,
+    load_config,
+    read_deepspeed_json,
+    require_folder_or_hub_id,
+    world_size_from_environment,
+)
+from tristage.data.collate import collate_sft, pick
+from tristage.data.loader import Loader
+from tristage.data.sets import load_sets
+from tristage.engine import DTYPES, backward_mean, engine_config, optimizer_step, train_engine, zero_stage
+from tristage.metrics import Averages, RunLog, Stopwatch
+from tristage.models import load_causal_lm, load_tokenizer, save_model
+
+SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
+
+
+def main(argv: list[str]) -> None:
+    settings = load_config(SFTConfig, argv)
+    dist.check_device(settings.device, settings.file)
+    plan = BatchPlan.make(settings.global_batch, settings.micro_batch, world_size_from_environment())
+    config = engine_config(
+        read_deepspeed_json(settings.deepspeed, settings), settings.precision, plan, settings.optimizer.clip_norm
+    )
+    require_folder_or_hub_id(settings.model, settings, "model")
+    check_resumable(settings, {"model": zero_stage(config)})
+    tokenizer = load_tokenizer(settings.model)
+    sets = load_sets(settings.data, "sft", tokenizer, settings.max_tokens, settings.seed)
+    train(settings, plan, config, tokenizer, *sets)
+
+
+def train(
+    settings: SFTConfig, plan: BatchPlan, config: dict[str, Any], tokenizer: Any, rows: list[Any], heldout: list[Any]
+) -> None:
+    """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
+    device, output = run.start(settings), Path(settings.output)
+    dist.print0(f"step 1, supervised fine-tuning: {plan}")
+    model = load_causal_lm(
+        settings.model,
+        tokenizer,
+        dtype=DTYPES[settings.precision],
+        engine_config=config,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        max_tokens=settings.max_tokens,
+    )
+    loader = Loader([len(row.ids) for row in rows], plan, dist.rank(), settings.seed, settings.epochs)
+    engine = train_engine(model, config, settings.optimizer, loader.total_steps)
+    first = load_checkpoint(settings, {"model": engine})
+    watch = Stopwatch(device)
+    with RunLog(output, "sft", loader.total_steps, first, SHOWN) as log:
+        if first == 0:
+            log.write(0, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
+        for step in range(first + 1, loader.total_steps + 1):
+            with watch("step"):
+                micro_batches = [
+                    collate_sft(pick(rows, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
+                ]
+                metrics = sft_step(engine, micro_batches, device)
+            log.write(step, "train", metrics | watch.take())
+            last = step == loader.total_steps
+            if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
+                log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
+            if last or (settings.save_every and step % settings.save_every == 0):
+                save_checkpoint(settings, step, {"model": engine})
+    save_model(engine, tokenizer, output / "final")
+    dist.print0(f"step 1 is done: {output / 'final'}")
+
+
+def sft_step(engine: Any, micro_batches: list[SFTBatch], device: torch.device) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective."""
+    engine.train()
+    tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in micro_batches)
+    global_tokens = dist.sum_over_ranks({"tokens": tokens}, device)["tokens"]
+    averages = Averages()
+    for batch in micro_batches:
+        batch = batch.to(device)
+        logprobs, _ = engine(batch.input_ids, batch.attention_mask, batch.loss_mask)
+        loss_sum = -logprobs.sum()  # logprobs are 0 outside the loss mask
+        backward_mean(engine, loss_sum, global_tokens)
+        averages.add("sft/loss", loss_sum.detach(), batch.loss_mask[:, 1:].sum())
+    report = optimizer_step(engine)
+    return averages.reduce(device) | {"sft/tokens": global_tokens} | report.metrics()
+
+
+if __name__ == "__main__":
+    run.entry_point(main)

@@ -1,0 +1,123 @@
+"""Step 2: a language model becomes a reward model, from ranked answers.
+
+    deepspeed --module step2_reward_model.train --config configs/quickstart/step2_reward_model.yaml [key=value ...]
+
+The score of an answer is the scalar head's value at its last real token, the EOS. All answers of a prompt are in one
+forward; the loss is the mean over the prompts of the whole optimizer step of the ranking loss of one prompt.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from step2_reward_model.config import RewardModelConfig
+from step2_reward_model.evaluate import evaluate, pair_metrics
+from tristage import dist, run
+from tristage.algo.losses import RankingForm, ranking_loss
+from tristage.batches import PreferenceBatch
+from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from tristage.config import (
+    BatchPlan,
+    load_config,
+    read_deepspeed_json,
+    require_folder_or_hub_id,
+    world_size_from_environment,
+)
+from tristage.data.collate import collate_ranking, pick
+from tristage.data.loader import Loader
+from tristage.data.sets import load_sets
+from tristage.engine import DTYPES, backward_mean, engine_config, optimizer_step, train_engine, zero_stage
+from tristage.metrics import Averages, RunLog, Stopwatch
+from tristage.models import last_token_scores, load_reward_model, load_tokenizer, save_model
+
+SHOWN = {
+    "reward_model/loss": "loss",
+    "reward_model/accuracy": "accuracy",
+    "reward_model/margin": "margin",
+    "reward_model/length_baseline": "longer-wins",
+}
+
+
+def main(argv: list[str]) -> None:
+    settings = load_config(RewardModelConfig, argv)
+    dist.check_device(settings.device, settings.file)
+    plan = BatchPlan.make(settings.global_batch, settings.micro_batch, world_size_from_environment())
+    config = engine_config(
+        read_deepspeed_json(settings.deepspeed, settings), settings.precision, plan, settings.optimizer.clip_norm
+    )
+    require_folder_or_hub_id(settings.model, settings, "model")
+    check_resumable(settings, {"model": zero_stage(config)})
+    tokenizer = load_tokenizer(settings.model)
+    sets = load_sets(settings.data, "ranking", tokenizer, settings.max_tokens, settings.seed)
+    train(settings, plan, config, tokenizer, *sets)
+
+
+def train(
+    settings: RewardModelConfig,
+    plan: BatchPlan,
+    config: dict[str, Any],
+    tokenizer: Any,
+    rows: list[Any],
+    heldout: list[Any],
+) -> None:
+    """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
+    device, output = run.start(settings), Path(settings.output)
+    dist.print0(f"step 2, reward model: {plan}")
+    model = load_reward_model(
+        settings.model,
+        tokenizer,
+        dtype=DTYPES[settings.precision],
+        engine_config=config,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        new_head_seed=settings.seed,
+        max_tokens=settings.max_tokens,
+    )
+    lengths = [max(len(example.ids) for example in examples) for examples, _ in rows]
+    loader = Loader(lengths, plan, dist.rank(), settings.seed, settings.epochs)
+    engine = train_engine(model, config, settings.optimizer, loader.total_steps)
+    first = load_checkpoint(settings, {"model": engine})
+    watch = Stopwatch(device)
+    with RunLog(output, "reward model", loader.total_steps, first, SHOWN) as log:
+        if first == 0:
+            log.write(0, "heldout", evaluate(engine, heldout, settings, tokenizer, device))
+        for step in range(first + 1, loader.total_steps + 1):
+            with watch("step"):
+                micro_batches = [
+                    collate_ranking(pick(rows, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
+                ]
+                metrics = reward_model_step(engine, micro_batches, settings.loss, device)
+            log.write(step, "train", metrics | watch.take())
+            last = step == loader.total_steps
+            if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
+                log.write(step, "heldout", evaluate(engine, heldout, settings, tokenizer, device))
+            if last or (settings.save_every and step % settings.save_every == 0):
+                save_checkpoint(settings, step, {"model": engine})
+    save_model(engine, tokenizer, output / "final")
+    dist.print0(f"step 2 is done: {output / 'final'}")
+
+
+def reward_model_step(
+    engine: Any, micro_batches: list[PreferenceBatch], form: RankingForm, device: torch.device
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective."""
+    engine.train()
+    prompts = sum(int(batch.is_real.sum()) for batch in micro_batches)
+    global_prompts = dist.sum_over_ranks({"prompts": prompts}, device)["prompts"]
+    averages = Averages()
+    for batch in micro_batches:
+        batch = batch.to(device)
+        scores = last_token_scores(engine(batch.input_ids, batch.attention_mask), batch.attention_mask)
+        losses = ranking_loss(scores, batch.prompt_index, batch.ranks, form=form)
+        loss_sum = torch.where(batch.is_real, losses, 0.0).sum()
+        backward_mean(engine, loss_sum, global_prompts)
+        averages.add("reward_model/loss", loss_sum.detach(), batch.is_real.sum())
+        pair_metrics(averages, scores.detach(), batch)
+    report = optimizer_step(engine)
+    return averages.reduce(device) | report.metrics()
+
+
+if __name__ == "__main__":
+    run.entry_point(main)

@@ -1,0 +1,1 @@
+"""Step 3: PPO with four engines: actor, critic, reference, reward model."""

@@ -1,0 +1,211 @@
+"""Slow twins of tristage.algo, for comparison: plain Python floats (float64) and loops over rows and tokens.
+
+Written from the formulas in the papers, not from the fast code. Every function takes torch tensors and gives
+Python floats, lists of floats, or lists of rows. Letters: B rows, R or T positions, V vocabulary, N answers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def numbers(x: Tensor) -> Any:
+    """A tensor as nested lists of Python floats."""
+    return x.detach().double().tolist()
+
+
+# masking
+
+
+def real_values(x: Tensor, mask: Tensor) -> list[float]:
+    values, keep = numbers(x.reshape(-1)), mask.reshape(-1).tolist()
+    return [values[i] for i in range(len(values)) if keep[i]]
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def variance(values: list[float]) -> float:
+    m = mean(values)
+    return math.fsum((v - m) ** 2 for v in values) / len(values)
+
+
+def response_mask(ids: Tensor, eos_ids: list[int]) -> list[list[bool]]:
+    rows = []
+    for row in ids.tolist():
+        keep, ended = [], False
+        for token in row:
+            keep.append(not ended)
+            if token in eos_ids:
+                ended = True
+        rows.append(keep)
+    return rows
+
+
+def position_ids(attention_mask: Tensor) -> list[list[int]]:
+    rows = []
+    for row in attention_mask.tolist():
+        positions, seen = [], 0
+        for real in row:
+            if real:
+                seen += 1
+            positions.append(seen - 1 if seen > 0 else 0)
+        rows.append(positions)
+    return rows
+
+
+# log-probabilities
+
+
+def softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    weights = [math.exp(x - top) for x in logits]
+    total = math.fsum(weights)
+    return [w / total for w in weights]
+
+
+def logprob(logits: list[float], token: int) -> float:
+    top = max(logits)
+    return logits[token] - top - math.log(math.fsum(math.exp(x - top) for x in logits))
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> list[list[float]]:
+    """logits [B,T,V], ids [B,T]."""
+    rows = numbers(logits)
+    return [[logprob(rows[b][t], int(ids[b, t])) for t in range(ids.shape[1])] for b in range(ids.shape[0])]
+
+
+def entropy(logits: Tensor) -> list[list[float]]:
+    """logits [B,T,V]."""
+    return [
+        [-math.fsum(p * math.log(p) for p in softmax(x) if p > 0) for x in row] for row in numbers(logits)
+    ]
+
+
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float
+) -> list[list[list[float]]]:
+    """hidden [B,T,H], weight [V,H], bias [V] -> logits [B][T][V]."""
+    w, b = numbers(weight), numbers(bias)
+    return [
+        [
+            [(math.fsum(h[k] * w[v][k] for k in range(len(h))) + b[v]) / temperature for v in range(len(w))]
+            for h in row
+        ]
+        for row in numbers(hidden)
+    ]
+
+
+# losses
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def lm_loss(logits: Tensor, ids: Tensor, loss_mask: Tensor) -> list[list[float]]:
+    """Token t is predicted by the logits at t-1; its loss stands in column t-1."""
+    rows = numbers(logits)
+    result = []
+    for b in range(ids.shape[0]):
+        losses = []
+        for t in range(1, ids.shape[1]):
+            losses.append(-logprob(rows[b][t - 1], int(ids[b, t])) if loss_mask[b, t] else 0.0)
+        result.append(losses)
+    return result
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, label_smoothing: float) -> list[float]:
+    result = []
+    for c, r, m in zip(numbers(chosen), numbers(rejected), numbers(margin), strict=True):
+        p = sigmoid(c - r - m)
+        result.append(-(1 - label_smoothing) * math.log(p) - label_smoothing * math.log(1 - p))
+    return result
+
+
+def ranking_pairs(prompt_index: Tensor, ranks: Tensor) -> set[tuple[int, int]]:
+    pairs = set()
+    for i in range(len(ranks)):
+        for j in range(len(ranks)):
+            if int(prompt_index[i]) == int(prompt_index[j]) and float(ranks[i]) < float(ranks[j]):
+                pairs.add((i, j))
+    return pairs
+
+
+def ranking_loss_pairs(scores: Tensor, prompt_index: Tensor, ranks: Tensor) -> list[float]:
+    s = numbers(scores)
+    losses: list[list[float]] = [[] for _ in range(int(prompt_index.max()) + 1)]
+    for i, j in ranking_pairs(prompt_index, ranks):
+        losses[int(prompt_index[i])].append(-math.log(sigmoid(s[i] - s[j])))
+    return [mean(one) if one else 0.0 for one in losses]
+
+
+def ranking_loss_best(scores: Tensor, prompt_index: Tensor, ranks: Tensor) -> list[float]:
+    s = numbers(scores)
+    losses = []
+    for prompt in range(int(prompt_index.max()) + 1):
+        answers = [i for i in range(len(s)) if int(prompt_index[i]) == prompt]
+        best = min(float(ranks[i]) for i in answers)
+        p = softmax([s[i] for i in answers])
+        losses.append(mean([-math.log(p[k]) for k, i in enumerate(answers) if float(ranks[i]) == best]))
+    return losses
+
+
+# PPO
+
+
+def kl_estimate(logprob: float, ref_logprob: float, kind: str) -> float:
+    """With r = reference / policy, as in Schulman's note."""
+    r = math.exp(ref_logprob) / math.exp(logprob)
+    return {"k1": -math.log(r), "k2": 0.5 * math.log(r) ** 2, "k3": (r - 1) - math.log(r)}[kind]
+
+
+def shaped_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    clip_score: float,
+    kind: str,
+) -> list[list[float]]:
+    result = []
+    for b in range(mask.shape[0]):
+        rewards = [0.0] * mask.shape[1]
+        real = [t for t in range(mask.shape[1]) if mask[b, t]]
+        for t in real:
+            rewards[t] = -kl_coef * kl_estimate(float(logprobs[b, t]), float(ref_logprobs[b, t]), kind)
+        rewards[real[-1]] += max(-clip_score, min(clip_score, float(scores[b])))
+        result.append(rewards)
+    return result
+
+
+def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Any, Any]:
+    """Equation 16 as it stands, on a row's real tokens: A_t = sum over l of (gamma lam)^l delta_(t+l)."""
+    all_advantages, all_returns = [], []
+    for b in range(mask.shape[0]):
+        real = [t for t in range(mask.shape[1]) if mask[b, t]]
+        v = [float(values[b, t]) for t in real] + [0.0]
+        r = [float(rewards[b, t]) for t in real]
+        delta = [r[k] + gamma * v[k + 1] - v[k] for k in range(len(real))]
+        advantages, returns = [0.0] * mask.shape[1], [0.0] * mask.shape[1]
+        for k, t in enumerate(real):
+            advantages[t] = sum((gamma * lam) ** n * delta[k + n] for n in range(len(real) - k))
+            returns[t] = advantages[t] + v[k]
+        all_advantages.append(advantages)
+        all_returns.append(returns)
+    return all_advantages, all_returns
+
+
+def clipped_policy_loss(logprob: float, old_logprob: float, advantage: float, clip: float) -> float:
+    ratio = math.exp(logprob) / math.exp(old_logprob)
+    return -min(ratio * advantage, max(1 - clip, min(1 + clip, ratio)) * advantage)
+
+
+def clipped_value_loss(value: float, old_value: float, ret: float, clip: float) -> float:
+    clipped = max(old_value - clip, min(old_value + clip, value))
+    return 0.5 * max((value - ret) ** 2, (clipped - ret) ** 2)

@@ -1,0 +1,174 @@
+"""Every template gives a prompt that a rollout can start from and an answer that ends with one EOS."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tristage.data.rows import _dialogue_turns
+from tristage.data.template import ensure_template, render, template_fingerprint
+from tristage.errors import UserError
+
+HI = [{"role": "user", "content": "Hi"}]
+DIALOGUE = [
+    {"role": "system", "content": "Be kind."},
+    *HI,
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+]
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer(eos: str = "</s>", adds_bos: bool = False, **special) -> PreTrainedTokenizerFast:
+    """One token a byte, so that any text comes back; special tokens as asked."""
+    names = list(dict.fromkeys([eos, "<s>", "<|im_start|>", *special.values()]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(names)
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token="<s>", **special)
+
+
+def default(**options) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(**options)
+    ensure_template(tokenizer)
+    return tokenizer
+
+
+def chatml() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(eos="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_the_default_template_writes_human_and_assistant():
+    assert render(default(), HI, "Hello.") == ("\n\nHuman: Hi\n\nAssistant:", " Hello.</s>")
+    assert render(default(), DIALOGUE)[0] == (
+        "Be kind.\n\nHuman: Hi\n\nAssistant: Hello</s>\n\nHuman: Bye\n\nAssistant:"
+    )
+
+
+def test_without_a_response_there_is_no_answer_and_the_same_prompt():
+    assert render(default(), HI) == (render(default(), HI, "Hello.")[0], None)
+
+
+def test_bos_is_in_front_exactly_where_the_tokenizer_puts_it():
+    assert render(default(adds_bos=True), HI)[0].startswith("<s>\n\nHuman")
+    assert render(default(adds_bos=False), HI)[0].startswith("\n\nHuman")
+
+
+def test_text_that_happens_to_start_with_the_bos_id_is_no_bos_in_front():
+    core = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))  # any text is BOS to this one
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<s>"
+    )
+    ensure_template(tokenizer)
+    assert not render(tokenizer, HI)[0].startswith("<s>")
+
+
+def test_a_template_that_is_there_is_kept():
+    tokenizer = chatml()
+    ensure_template(tokenizer)
+    assert tokenizer.chat_template == CHATML
+
+
+def test_the_default_template_is_saved_with_the_tokenizer(tmp_path):
+    tokenizer = default(adds_bos=True)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert render(loaded, DIALOGUE, "Ciao") == render(tokenizer, DIALOGUE, "Ciao")
+    assert template_fingerprint(loaded) == template_fingerprint(tokenizer)
+
+
+def test_what_a_template_writes_after_eos_is_cut():
+    prompt, answer = render(chatml(), HI, "Hello.")
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert answer == "Hello.<|im_end|>"
+
+
+def test_eos_is_appended_where_the_template_writes_none():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML  # its <|im_end|> is plain text to this tokenizer, whose EOS is </s>
+    assert render(tokenizer, HI, "Hello.")[1] == "Hello.<|im_end|>\n</s>"
+
+
+def test_pad_equal_to_eos_changes_nothing():
+    assert render(default(pad_token="</s>"), HI, "Hello.")[1] == " Hello.</s>"
+
+
+@pytest.mark.parametrize(
+    "text", ["a", " a", "  a \n", "\n\na\n\n", "\ta\u3000", "日本 🙂", "{{ bos_token }} {% if %}", "\r\nx"]
+)
+@pytest.mark.parametrize("make", [default, chatml])
+def test_prompt_and_answer_text_come_back_the_same(make, text):
+    tokenizer = make()
+    prompt, answer = render(tokenizer, [{"role": "user", "content": text}], text)
+    plain_prompt, plain_answer = render(tokenizer, [{"role": "user", "content": "MARK"}], "MARK")
+    assert prompt == plain_prompt.replace("MARK", text) and answer == plain_answer.replace("MARK", text)
+
+
+def test_an_hh_dialogue_is_rendered_as_it_was_written():
+    text = "\n\nHuman:  Hi \n\nAssistant: Hello\n\n1. one\n\nHuman: Bye\n"
+    rendered = render(default(), _dialogue_turns(text))[0]
+    assert rendered.replace("</s>", "") == text + "\n\nAssistant:"
+
+
+def test_an_answer_that_holds_the_eos_text_is_an_error_that_names_the_row():
+    with pytest.raises(UserError, match="f.jsonl:3: the answer holds the EOS token '</s>'"):
+        render(default(), HI, "stop</s> go", where="f.jsonl:3")
+
+
+def test_a_prompt_may_hold_the_eos_text():
+    prompt, answer = render(default(), [{"role": "user", "content": "</s>?"}], "Yes")
+    assert "</s>?" in prompt and answer == " Yes</s>"
+
+
+@pytest.mark.parametrize(
+    "template, sentence",
+    [
+        (
+            "{% for m in messages %}{{ '' if loop.last else '(old)' }}{{ m.content }}{% endfor %}",
+            "writes the prompt differently once an answer follows",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves out the answer",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", r"refuses this row \(roles must alternate\)"),
+        ("{{ eos_token }}{% for m in messages %}{{ m.content | nothing }}{% endfor %}", "refuses this row"),
+    ],
+)
+def test_an_unusable_template_is_an_error_that_names_the_row_and_the_template(template, sentence):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=f"f.jsonl:3: the tokenizer's chat template.*{sentence}"):
+        render(tokenizer, HI, "Hello.", where="f.jsonl:3")
+
+
+def test_a_tokenizer_without_eos_is_an_error():
+    tokenizer = default()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no EOS token"):
+        render(tokenizer, HI, "Hello.")
+
+
+def test_the_fingerprint_tells_template_eos_and_vocabulary_apart():
+    renamed = default()
+    renamed.eos_token = "<s>"
+    prints = [
+        template_fingerprint(t)
+        for t in (default(), chatml(), renamed, default(pad_token="<x>"), default(adds_bos=True))
+    ]
+    assert len(set(prints)) == len(prints)
+    assert template_fingerprint(default()) == prints[0]

@@ -1,0 +1,130 @@
+"""PPO on responses: KL to the reference, rewards, advantages, and the two clipped losses, unreduced.
+
+Letters: B rows, R response positions. Everything is response-aligned: slot t of any [B,R] belongs to response
+token t. A mask is True on real tokens: up to and including the first EOS.
+
+The losses and the KL estimate work slot by slot and take no mask: a slot outside it holds whatever its inputs
+make of it, and the caller's masked_sum drops it. For the gradient to be 0 there as well, and not 0 * nan, the
+inputs must be finite there: pass them through `zero_masked` if they may not be.
+
+  PPO  Schulman et al. 2017, "Proximal Policy Optimization Algorithms"
+  GAE  Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation"
+  KL   Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .masking import at_least_float32, masked_moments, zero_masked
+
+KLKind = Literal["k1", "k2", "k3"]
+
+# k3 grows as r = p_ref / p_policy: one token that the reference finds e^20 times likelier drowns a batch.
+# Within +-10 (a factor of 22,000) k3 is exact; beyond, it keeps the value at the bound and its gradient is 0.
+_MAX_K3_LOG_RATIO = 10.0
+# exp overflows float32 at 88, and inf * 0 is nan in backward. A ratio of e^20 is broken already: stay finite.
+_MAX_LOG_RATIO = 20.0
+# Variance below (this * float32 epsilon * mean)^2 is the rounding of the mean: the values are all the same.
+_CONSTANT_IN_EPSILONS = 16.0
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind = "k1") -> Tensor:
+    """logprobs [B,R], ref_logprobs [B,R] -> [B,R]: per-token estimate of KL(policy || reference).
+
+    For tokens sampled from the policy, with log r = ref_logprobs - logprobs:
+      k1 = -log r                 unbiased, either sign
+      k2 = (log r)^2 / 2          biased, never negative
+      k3 = (r - 1) - log r        unbiased, never negative; its gradient is not an unbiased gradient of the KL
+    """
+    log_r = at_least_float32(ref_logprobs) - at_least_float32(logprobs)
+    if kind == "k1":
+        return -log_r
+    if kind == "k2":
+        return log_r**2 / 2
+    if kind == "k3":
+        log_r = log_r.clamp(-_MAX_K3_LOG_RATIO, _MAX_K3_LOG_RATIO)
+        return torch.expm1(log_r) - log_r
+    raise ValueError(f"KL estimate must be 'k1', 'k2' or 'k3', got {kind!r}")
+
+
+def shaped_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    clip_score: float | None = None,
+    kind: KLKind = "k1",
+) -> Tensor:
+    """scores [B], logprobs [B,R], ref_logprobs [B,R], mask [B,R] -> rewards [B,R], 0 outside the mask.
+
+    -kl_coef * KL on every real token, plus the score, clipped to +-clip_score, on the last real token
+    (Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", eq. 2). Every row has one.
+    """
+    kl = kl_estimate(zero_masked(logprobs, mask), zero_masked(ref_logprobs, mask), kind)  # 0 outside the mask
+    scores = at_least_float32(scores)
+    if clip_score is not None:
+        scores = scores.clamp(-clip_score, clip_score)
+    positions = torch.arange(mask.shape[1], device=mask.device)  # [R]
+    last = torch.where(mask, positions, -1).amax(dim=1, keepdim=True)  # [B,1]
+    return torch.where(positions == last, scores.unsqueeze(1), 0.0) - kl_coef * kl
+
+
+def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """values [B,R], rewards [B,R], mask [B,R] -> (advantages [B,R], returns [B,R]), both 0 outside the mask.
+
+    The next step of a real token is the next real token of its row; after the last one the value is 0.
+    With gamma = 1, lam = 0.5, values [1, 2], rewards [0, 4]: delta_1 = 4 - 2 = 2, delta_0 = 0 + 2 - 1 = 1,
+    advantages [1 + 0.5 * 2, 2] = [2, 2], returns [3, 4].
+    """
+    values, rewards = zero_masked(values, mask), zero_masked(rewards, mask)
+    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])  # [B]
+    columns: list[Tensor] = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # GAE section 3
+        advantage = delta + gamma * lam * next_advantage  # GAE eq. 16, as a recursion
+        columns.append(advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return zero_masked(advantages, mask), zero_masked(advantages + values, mask)
+
+
+def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """logprobs [B,R], old_logprobs [B,R], advantages [B,R] -> [B,R]: -min(r A, clip(r, 1-clip, 1+clip) A).
+
+    With r = 1.5, clip 0.2: -1.2 for A = 1 (no gain beyond the clip), 1.5 for A = -1 (the worse is kept).
+    """
+    log_ratio = at_least_float32(logprobs) - at_least_float32(old_logprobs)
+    ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantages, clipped * advantages)  # PPO eq. 7, negated
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """values [B,R], old_values [B,R], returns [B,R] -> [B,R]: 0.5 * max((v - R)^2, (clipped v - R)^2).
+
+    v is clipped to old_values +- clip ("The 37 Implementation Details of PPO", detail 9); None: no clipping.
+    """
+    values, old_values = at_least_float32(values), at_least_float32(old_values)
+    error = (values - returns) ** 2
+    if clip is None:
+        return 0.5 * error
+    clipped = torch.clamp(values, old_values - clip, old_values + clip)
+    return 0.5 * torch.maximum(error, (clipped - returns) ** 2)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """values [B,R], returns [B,R], mask [B,R] -> []: 1 - Var(returns - values) / Var(returns).
+
+    Over real tokens. 1 is a perfect critic, 0 one that knows only the mean; 0 too if all returns are equal.
+    """
+    values, returns = zero_masked(values, mask), zero_masked(returns, mask)
+    mean, var_returns = masked_moments(returns, mask)
+    _, var_errors = masked_moments(returns - values, mask)
+    rounding = _CONSTANT_IN_EPSILONS * torch.finfo(torch.float32).eps * mean
+    return torch.where(var_returns > rounding**2, 1 - var_errors / var_returns, 0.0)

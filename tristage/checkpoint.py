@@ -1,0 +1,100 @@
+"""Checkpoints to continue from: all engines of a step in one folder, the pointer written last.
+
+    OUT/checkpoints/step_000200/{actor/, critic/, state.json}    OUT/checkpoints/latest
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tristage import dist
+from tristage.config import RunSettings, world_size_from_environment
+from tristage.errors import UserError
+from tristage.models.saving import remove_tree
+
+
+def save_checkpoint(settings: RunSettings, step: int, engines: dict[str, Any]) -> None:
+    """Write every engine as checkpoint `step`, then point `latest` at it. A collective.
+
+    It is written beside and renamed, so a checkpoint folder is whole; older ones than the last `keep_last`
+    are removed afterwards. Data order and sampling are functions of (seed, step) and need no state of their own.
+    """
+    root = Path(settings.output) / "checkpoints"
+    folder = root / f"step_{step:06d}"
+    partial = folder.with_name(folder.name + ".partial")
+    if dist.is_main():
+        remove_tree(partial)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    for name, engine in engines.items():
+        engine.save_checkpoint(str(partial), tag=name, save_latest=False)
+    dist.barrier()
+    if dist.is_main():
+        stages = {name: engine.zero_optimization_stage() for name, engine in engines.items()}
+        state = {"step": step, "ranks": dist.world_size(), "zero_stages": stages}
+        (partial / "state.json").write_text(json.dumps(state))
+        remove_tree(folder)
+        partial.rename(folder)
+        _write_whole(root / "latest", folder.name)
+        for old in sorted(root.glob("step_[0-9]*[0-9]"))[: -settings.keep_last]:
+            remove_tree(old)
+    dist.barrier()
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """The folder that `latest` points at; None when there is none."""
+    pointer = output / "checkpoints" / "latest"
+    if not pointer.is_file():
+        return None
+    folder = output / "checkpoints" / pointer.read_text().strip()
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{pointer}: points at {folder.name}, which is not there; write the name of a whole checkpoint")
+    return folder
+
+
+def check_resumable(settings: RunSettings, zero_stages: dict[str, int]) -> None:
+    """Refuse, before models load, a checkpoint of another number of ranks or other ZeRO stages.
+
+    Raises:
+        UserError: names the checkpoint and what differs.
+    """
+    folder = _checkpoint_to_resume(settings)
+    if folder is None:
+        return
+    state = json.loads((folder / "state.json").read_text())
+    ranks = world_size_from_environment()
+    if state["ranks"] != ranks:
+        raise UserError(
+            f"{folder}: was written by {state['ranks']} ranks, this run has {ranks}; start as many, "
+            "or start again with resume=never"
+        )
+    if state["zero_stages"] != zero_stages:
+        raise UserError(
+            f"{folder}: was written with ZeRO stages {state['zero_stages']}, this run has {zero_stages}; "
+            "use the same, or start again with resume=never"
+        )
+
+
+def load_checkpoint(settings: RunSettings, engines: dict[str, Any]) -> int:
+    """Restore every engine from the latest checkpoint; its step, 0 when there is none. A collective."""
+    folder = _checkpoint_to_resume(settings)
+    if folder is None:
+        return 0
+    for name, engine in engines.items():
+        engine.load_checkpoint(str(folder), tag=name)
+    dist.barrier()
+    step = int(json.loads((folder / "state.json").read_text())["step"])
+    dist.print0(f"resumed from {folder}")
+    return step
+
+
+def _checkpoint_to_resume(settings: RunSettings) -> Path | None:
+    return latest_checkpoint(Path(settings.output)) if settings.resume == "auto" else None
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text)
+    beside.replace(path)

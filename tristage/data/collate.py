@@ -1,0 +1,80 @@
+"""Ids to tensors: one micro-batch, padded to its own longest row, with masks made from lengths.
+
+A filler (None) keeps every rank at the same number of forwards when rows run out. It repeats the first real
+row, or is one pad token when the micro-batch has none, so a model can run on it; its loss_mask or is_real is
+False, so it counts nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from tristage.batches import PreferenceBatch, PromptBatch, SFTBatch
+from tristage.data.tokenize import Example, RankedExamples
+
+Item = TypeVar("Item")
+
+
+def pick(items: Sequence[Item], rows: Sequence[int | None]) -> list[Item | None]:
+    """The items of one micro-batch of the loader; a filler stays None."""
+    return [None if row is None else items[row] for row in rows]
+
+
+def collate_sft(examples: Sequence[Example | None], pad_id: int) -> SFTBatch:
+    filled = _fill(examples, Example([pad_id], prompt_length=1))
+    input_ids, attention_mask = _pad([example.ids for example in filled], pad_id)
+    prompt_lengths = torch.tensor([example.prompt_length for example in filled])
+    in_answer = torch.arange(input_ids.shape[1]) >= prompt_lengths[:, None]
+    loss_mask = attention_mask & in_answer & _is_real(examples)[:, None]
+    return SFTBatch(input_ids, attention_mask, loss_mask)
+
+
+def collate_ranking(items: Sequence[RankedExamples | None], pad_id: int) -> PreferenceBatch:
+    pad_answer = Example([pad_id], prompt_length=1)
+    filled = _fill(items, ([pad_answer, pad_answer], (0.0, 1.0)))
+    input_ids, attention_mask = _pad([example.ids for examples, _ in filled for example in examples], pad_id)
+    prompt_index = [index for index, (examples, _) in enumerate(filled) for _ in examples]
+    ranks = [rank for _, ranks in filled for rank in ranks]
+    return PreferenceBatch(
+        input_ids,
+        attention_mask,
+        torch.tensor(prompt_index),
+        torch.tensor(ranks, dtype=torch.float32),
+        _is_real(items),
+    )
+
+
+def collate_prompts(
+    examples: Sequence[Example | None], rows: Sequence[int | None], pad_id: int, width: int | None = None
+) -> PromptBatch:
+    """`rows` are the examples' places in the prompt set, as the loader gave them.
+
+    `width` sets the number of columns where ranks must agree on it; without it the longest prompt does.
+    """
+    filled = _fill(examples, Example([pad_id], prompt_length=1))
+    # Left padding is right padding in a mirror.
+    input_ids, attention_mask = _pad([example.ids[::-1] for example in filled], pad_id, width)
+    row_index = torch.tensor([-1 if row is None else row for row in rows])
+    return PromptBatch(input_ids.flip(1), attention_mask.flip(1), row_index, _is_real(examples))
+
+
+def _fill(items: Sequence[Item | None], empty: Item) -> list[Item]:
+    filler = next((item for item in items if item is not None), empty)
+    return [filler if item is None else item for item in items]
+
+
+def _is_real(items: Sequence[object | None]) -> torch.Tensor:
+    return torch.tensor([item is not None for item in items])
+
+
+def _pad(rows: list[list[int]], pad_id: int, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids [B,T] long and attention mask [B,T] bool."""
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    width = longest if width is None else width
+    assert longest <= width, f"a row of {longest} tokens in {width} columns"
+    input_ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+    return input_ids, torch.arange(width) < lengths[:, None]

@@ -1,0 +1,71 @@
+"""Which rows, when: a pure function of (settings, step), so that resuming at a step needs no saved position.
+
+The rows of optimizer step k depend on the seed and the global batch alone; the number of ranks and the
+micro-batch only decide who runs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tristage.config import BatchPlan
+from tristage.errors import UserError
+
+MicroBatch = list[int | None]  # row indices; None is a filler that keeps the ranks in step and counts nowhere
+
+
+class Loader:
+    """Epoch after epoch, each in a fresh order, cut into steps of `plan.global_batch` rows; the last is short.
+
+    `lengths` has the number of tokens of each row: rows of like length share a micro-batch, to save padding.
+    """
+
+    def __init__(self, lengths: Sequence[int], plan: BatchPlan, rank: int, seed: int, epochs: float) -> None:
+        self.lengths, self.plan, self.rank, self.seed = lengths, plan, rank, seed
+        # Rounded first: 0.07 epochs of 100 rows are 7 rows, not the 8 that 7.000000000000001 would give.
+        self.total_rows = math.ceil(round(epochs * len(lengths), 6))
+        self.total_steps = math.ceil(self.total_rows / plan.global_batch)
+        if not self.total_steps:
+            raise UserError(f"{len(lengths)} rows x {epochs} epochs leave nothing to train on, give more")
+
+    def step_rows(self, step: int) -> list[MicroBatch]:
+        """This rank's share of step `step` (0-based): `accumulation` lists of `micro_batch` rows."""
+        assert 0 <= step < self.total_steps, f"step {step} of {self.total_steps}"
+        start = step * self.plan.global_batch
+        stop = min(start + self.plan.global_batch, self.total_rows)
+        rows = [self._row_at(position) for position in range(start, stop)]
+        return deal(rows, self.lengths, self.plan, self.rank)
+
+    def _row_at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.lengths))
+        return int(_epoch_order(len(self.lengths), self.seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=4)  # a step touches one epoch, or two at their border
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def evaluation_rows(
+    lengths: Sequence[int], micro_batch: int, world_size: int, rank: int
+) -> list[MicroBatch]:
+    """Every row exactly once over all ranks, in as many micro-batches on each rank."""
+    accumulation = math.ceil(len(lengths) / (micro_batch * world_size))
+    plan = BatchPlan.make(accumulation * micro_batch * world_size, micro_batch, world_size)
+    return deal(list(range(len(lengths))), lengths, plan, rank)
+
+
+def deal(rows: Sequence[int], lengths: Sequence[int], plan: BatchPlan, rank: int) -> list[MicroBatch]:
+    """`rank`'s micro-batches of one step's `rows`, which may be fewer than the plan's (fillers make them up).
+
+    Sorted, longest first (a row too big for the memory shows at once), and dealt in blocks like cards:
+    micro_batch 2, 2 ranks, lengths 9 8 7 6 5 4 3:   rank 0: [9 8] [5 4]   rank 1: [7 6] [3 None]
+    """
+    by_length = sorted(rows, key=lambda row: (-lengths[row], row))
+    dealt: MicroBatch = [*by_length, *[None] * (plan.global_batch - len(rows))]
+    starts = range(rank * plan.micro_batch, len(dealt), plan.micro_batch * plan.world_size)
+    return [dealt[start : start + plan.micro_batch] for start in starts]

@@ -1,0 +1,96 @@
+"""Turns to text, through the tokenizer's own chat template, so that every step writes a dialogue alike.
+
+A rendered row is cut in two: the prompt, which ends where a rollout starts to sample, and the answer, which
+ends with exactly one EOS. The EOS is part of the answer: that is how the model learns to stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from tristage.data.rows import Turn
+from tristage.errors import UserError
+
+Tokenizer = Any  # a Hugging Face tokenizer; only tristage/models imports that library
+
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+
+
+def ensure_template(tokenizer: Tokenizer) -> None:
+    """Give a tokenizer without a chat template ours; it is then saved with the tokenizer.
+
+    The template owns the special tokens, so it writes BOS in front where the tokenizer itself would have.
+    """
+    if tokenizer.chat_template is None:
+        bos = "{{ bos_token }}" if _puts_bos_in_front(tokenizer) else ""
+        tokenizer.chat_template = bos + DEFAULT_TEMPLATE
+
+
+def _puts_bos_in_front(tokenizer: Tokenizer) -> bool:
+    first = tokenizer("a")["input_ids"][:1]
+    first_of_text = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] != first_of_text
+
+
+def render(
+    tokenizer: Tokenizer, prompt: Sequence[Turn], response: str | None = None, *, where: str = "this row"
+) -> tuple[str, str | None]:
+    """(prompt text, answer text or None); `where` names the row in errors.
+
+    With the default template, a user turn "Hi" and the response "Hello." give
+    ("\\n\\nHuman: Hi\\n\\nAssistant:", " Hello.</s>").
+    """
+    prompt_text = _apply(tokenizer, list(prompt), where, add_generation_prompt=True)
+    if response is None:
+        return prompt_text, None
+    eos = tokenizer.eos_token
+    if eos is None:
+        raise UserError(f"{where}: the tokenizer has no EOS token, set one: every answer has to end with it")
+    if eos in response:
+        raise UserError(
+            f"{where}: the answer holds the EOS token {eos!r}, which would end it early; remove it"
+        )
+    turns = [*prompt, {"role": "assistant", "content": response}]
+    whole_text = _apply(tokenizer, turns, where, add_generation_prompt=False)
+    if not whole_text.startswith(prompt_text):
+        raise UserError(
+            f"{where}: the tokenizer's chat template writes the prompt differently once an answer "
+            "follows (it rewrites history, or its generation prompt is not how an answer starts); "
+            "give the tokenizer another chat_template"
+        )
+    # The response holds no EOS, so the first one is the template's end of the answer. What a template writes
+    # after it (ChatML: a newline) comes too late for a model that has stopped, and is cut.
+    answer = whole_text[len(prompt_text) :].partition(eos)[0]
+    if not answer.strip():
+        raise UserError(f"{where}: the tokenizer's chat template leaves out the answer, give it another one")
+    return prompt_text, answer + eos
+
+
+def _apply(tokenizer: Tokenizer, turns: list[Turn], where: str, add_generation_prompt: bool) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"{where}: the tokenizer's chat template refuses this row ({error}), mend the row or "
+            "give the tokenizer another chat_template"
+        ) from error
+
+
+def template_fingerprint(tokenizer: Tokenizer) -> str:
+    """Equal for two tokenizers that write and cut text alike: same template, same EOS, same vocabulary."""
+    parts = [tokenizer.chat_template, tokenizer.eos_token, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

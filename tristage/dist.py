@@ -1,0 +1,121 @@
+"""Ranks, devices and reductions: the only file that imports torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from tristage.errors import UserError
+
+
+def check_device(device: str, where: str) -> None:
+    """Refuse a device that this machine cannot give, before anything is set up.
+
+    Raises:
+        UserError: a GPU was asked for and there is none, or the CPU was asked for on a GPU machine without
+            telling DeepSpeed, which picks its device by itself.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise UserError(f"{where}: key `device` is cuda but this machine shows no GPU; use `device: auto` or `cpu`")
+    if device == "cpu" and has_gpu and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise UserError(f"{where}: key `device` is cpu on a machine with GPUs; set DS_ACCELERATOR=cpu to force it")
+    if has_gpu and os.environ.get("DS_ACCELERATOR") != "cpu" and local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"{where}: this node was asked for {local_rank() + 1} ranks but shows {torch.cuda.device_count()} GPUs; "
+            "lower --num_gpus"
+        )
+
+
+def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
+    """Join the process group that the deepspeed launcher describes (alone: a group of one); this rank's device."""
+    use_gpu = torch.cuda.is_available() and device != "cpu" and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if use_gpu:
+        torch.cuda.set_device(local_rank())
+    if not torch_dist.is_initialized():
+        torch_dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def print0(*words: object) -> None:
+    """Print on rank 0 only, at once."""
+    if is_main():
+        print(*words, flush=True)
+
+
+def sum_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum of each named number over ranks, in float64. Every rank must give the same names."""
+    return _reduce_named(values, device, torch_dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Largest of each named number over ranks; as sum_over_ranks."""
+    return _reduce_named(values, device, torch_dist.ReduceOp.MAX)
+
+
+def _reduce_named(values: Mapping[str, float], device: torch.device, operation: Any) -> dict[str, float]:
+    names = sorted(values)
+    numbers = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=device)
+    if world_size() > 1:
+        torch_dist.all_reduce(numbers, operation)
+    return dict(zip(names, numbers.tolist(), strict=True))
+
+
+def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """[b, ...] on each rank -> [ranks * b, ...] on every rank, in rank order. b must agree."""
+    if world_size() == 1:
+        return x
+    wire = x.to(torch.uint8) if x.dtype == torch.bool else x
+    parts = [torch.empty_like(wire) for _ in range(world_size())]
+    torch_dist.all_gather(parts, wire.contiguous())
+    return torch.cat(parts).to(x.dtype)
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every rank's small Python object, in rank order, on every rank."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(items, item)
+    return items
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the process group; safe to call twice."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()

@@ -1,0 +1,223 @@
+"""DeepSpeed engines: the only file (rollout/'s interface aside) that imports deepspeed.
+
+A model enters through `train_engine` or `frozen_engine` and leaves through `full_state_dict`; in between,
+`backward_mean` and `optimizer_step` are one optimizer step, and `generation_mode` is what a rollout needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+import deepspeed  # noqa: E402
+from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
+from deepspeed.runtime.zero import register_external_parameter  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
+
+from tristage import dist  # noqa: E402
+from tristage.config import BatchPlan, OptimizerSettings  # noqa: E402
+
+deepspeed.utils.logger.setLevel(logging.WARNING)
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def engine_config(template: dict[str, Any], precision: str, plan: BatchPlan, clip_norm: float = 0.0) -> dict[str, Any]:
+    """A DeepSpeed JSON (ZeRO, offload, communication) completed with what the step's YAML owns."""
+    config = deepcopy(template)
+    config.update(
+        train_micro_batch_size_per_gpu=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        # The caller owns the step boundary: backward() accumulates, step() reduces and updates.
+        managed_gradient_accumulation=False,
+        gradient_clipping=clip_norm,
+        bf16={"enabled": precision == "bf16"},
+        fp16={"enabled": precision == "fp16"},
+        # The optimizer is built here (fused on GPUs, plain on CPUs), not by DeepSpeed's own rules.
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    )
+    config.setdefault("steps_per_print", 10**9)
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage", 0) != 2:
+        zero.setdefault("overlap_comm", False)  # managed_gradient_accumulation=False allows it at stage 2 only
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def train_engine(
+    model: nn.Module, config: dict[str, Any], optimizer: OptimizerSettings, total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """A ZeRO-sharded model with AdamW and a schedule in optimizer steps; `config` from `engine_config`."""
+    _register_external_parameters(model, config)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_adamw(model, config, optimizer),
+        lr_scheduler=lambda opt: LambdaLR(opt, lambda step: schedule_factor(step, total_steps, optimizer)),
+        config=config,
+        dist_init_required=False,
+    )
+    assert not engine.managed_gradient_accumulation(), "this deepspeed ignores managed_gradient_accumulation"
+    return engine
+
+
+def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """A model that only answers forward passes (reference, reward), whole on each rank or partitioned (ZeRO-3)."""
+    _register_external_parameters(model, config)
+    model.requires_grad_(False)
+    model.eval()
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    engine.eval()
+    return engine
+
+
+def _register_external_parameters(model: Any, config: dict[str, Any]) -> None:
+    """Tell ZeRO-3 which weights a wrapper uses outside the modules that own them (the output projection)."""
+    if zero_stage(config) == 3 and hasattr(model, "external_parameters"):
+        for parameter in model.external_parameters():
+            register_external_parameter(model, parameter)
+
+
+def _adamw(model: nn.Module, config: dict[str, Any], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole shape in ds_shape
+            (decayed if len(shape) > 1 else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    knobs: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    if not torch.cuda.is_available():
+        return torch.optim.AdamW(groups, **knobs)
+    if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **knobs)
+    return torch.optim.AdamW(groups, fused=True, **knobs)
+
+
+def schedule_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:
+    """Share of the peak learning rate at optimizer step `step` (0-based): linear warm-up, then the schedule.
+
+    The warm-up's first step already learns, and cosine and linear reach 0 one step after the last.
+    """
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if settings.schedule == "linear" else 1.0
+
+
+def backward_mean(engine: deepspeed.DeepSpeedEngine, loss_sum: torch.Tensor, global_count: float) -> None:
+    """Backward of one micro-batch's share of `sum over the whole optimizer step / global_count`.
+
+    The one place that undoes DeepSpeed's two hidden divisions: by accumulation steps (switched off) and by
+    ranks (its gradient reduction averages). So 1 rank x 8 rows, 2 ranks x 4 rows and 8 micro-batches x 1 row
+    give the same gradient.
+
+    Args:
+        loss_sum: scalar, the sum over this micro-batch's real tokens or rows.
+        global_count: real tokens or rows of the optimizer step, over all ranks and micro-batches.
+    """
+    engine.backward(loss_sum * (dist.world_size() / max(global_count, 1.0)), scale_wrt_gas=False)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Norm of the global gradient before clipping."""
+    learning_rate: float
+    skipped: bool
+    """True when non-finite gradients made DeepSpeed leave the weights alone."""
+
+    def metrics(self, engine: str = "optimizer") -> dict[str, float]:
+        return {
+            f"{engine}/grad_norm": self.grad_norm,
+            f"{engine}/learning_rate": self.learning_rate,
+            f"{engine}/skipped": float(self.skipped),
+        }
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepReport:
+    """Reduce the accumulated gradients over ranks, clip, update, move the schedule on."""
+    learning_rate = engine.get_lr()[0]
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    return StepReport(float(norm) if norm is not None else float("nan"), learning_rate, not engine.was_step_applied())
+
+
+def gathered(parameters: list[nn.Parameter], config: dict[str, Any] | None) -> contextlib.AbstractContextManager[Any]:
+    """Under a ZeRO-3 `config`, the parameters whole inside the block; what rank 0 writes there is kept."""
+    if config is None or zero_stage(config) != 3:
+        return contextlib.nullcontext()
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """All weights on the CPU of rank 0 (elsewhere empty); under ZeRO-3 gathered a module at a time."""
+    if engine.zero_optimization_stage() == 3:
+        return engine._zero3_consolidated_16bit_state_dict() or {}
+    if not dist.is_main():
+        return {}
+    return {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()}
+
+
+@contextlib.contextmanager
+def generation_mode(engine: deepspeed.DeepSpeedEngine, gather: bool = True) -> Iterator[bool]:
+    """Evaluation mode with the parameters whole for as long as the block lasts; yields whether they are.
+
+    Under ZeRO-3 every token would otherwise gather all parameters again. Gathering once is not enough: the
+    module hooks hand the parameters back after the first forward, so they come off for the block. With whole
+    parameters ranks need not wait for each other; with `gather=False` they must all run the same forwards.
+    """
+    was_training = engine.module.training
+    engine.module.eval()
+    try:
+        if engine.zero_optimization_stage() != 3:
+            yield True
+        elif not gather:
+            yield False
+        else:
+            with _whole_parameters(engine):
+                yield True
+    finally:
+        engine.module.train(was_training)
+
+
+@contextlib.contextmanager
+def _whole_parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        offload._remove_module_hooks()
+        try:
+            yield
+        finally:
+            offload.setup_zero_stage3_hooks()
+
+
+def parameters_fit(engine: deepspeed.DeepSpeedEngine, device: torch.device, headroom: float = 0.5) -> bool:
+    """Whether all parameters, gathered, take at most `headroom` of this device's free memory."""
+    size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters())
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // dist.world_size()
+    return size <= headroom * free

@@ -1,0 +1,107 @@
+"""The policy: a causal language model that answers with log-probabilities instead of logits.
+
+The projection to the vocabulary is the largest tensor of RLHF ([B,T,V]); here it happens only at the
+positions that are asked for, in chunks (algo/logprobs.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tristage.algo.logprobs import entropy as logits_entropy
+from tristage.algo.logprobs import linear_token_logprobs, token_logprobs
+from tristage.algo.masking import position_ids
+from tristage.models.loading import (
+    align_special_tokens,
+    backbone_hidden,
+    check_length,
+    from_pretrained,
+    load_config_without_dropout,
+)
+
+# Config keys of families whose logits are more than weight @ hidden (Gemma 2, Cohere, Granite, ...).
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class CausalLM(nn.Module):
+    """(input_ids [B,T], attention_mask [B,T], score_mask [B,T]) -> (logprobs [B,T-1], entropy [B,T-1]).
+
+    logprobs[b,t] is log p(input_ids[b,t+1] | the tokens before it) where score_mask[b,t+1], else 0; float32, at
+    `temperature`. entropy likewise, of the whole distribution, without gradient.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        changed = [getattr(model.config, name, None) for name in LOGIT_TRANSFORMS]
+        self.plain_head = all(value in (None, 1, 1.0) for value in changed)
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Weights that forward uses outside their own module: the output projection."""
+        head = self.model.get_output_embeddings()
+        return [head.weight] + ([head.bias] if getattr(head, "bias", None) is not None else [])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        score_mask: torch.Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The only shift in the project: position t predicts token t+1.
+        targets, wanted = input_ids[:, 1:], score_mask[:, 1:]
+        ids = targets[wanted]
+        if self.plain_head:
+            hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask)[:, :-1][wanted]
+            head = self.model.get_output_embeddings()
+            found, entropy = linear_token_logprobs(
+                hidden, head.weight, ids, bias=getattr(head, "bias", None), temperature=temperature
+            )
+        else:
+            logits = backbone_logits(self.model, input_ids, attention_mask)[:, :-1][wanted].float() / temperature
+            found, entropy = token_logprobs(logits, ids), logits_entropy(logits.detach())
+        return _scatter(found, wanted), _scatter(entropy, wanted)
+
+
+def backbone_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The model's own logits [B,T,V], for families whose head does more than project."""
+    positions = position_ids(attention_mask)
+    return model(
+        input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False
+    ).logits
+
+
+def _scatter(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """values [n] to the n True places of `where` [B,T]; 0 elsewhere."""
+    return values.new_zeros(where.shape).masked_scatter(where, values)
+
+
+def load_causal_lm(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    engine_config: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+    max_tokens: int = 1,
+) -> CausalLM:
+    """A policy from a Hugging Face folder or id, all dropouts 0; partitioned while loading under ZeRO-3.
+
+    Raises:
+        UserError: no such model, one whose vocabulary is smaller than the tokenizer's, or with fewer positions
+            than `max_tokens`.
+    """
+    config = load_config_without_dropout(path)
+    check_length(config, max_tokens, path)
+    align_special_tokens(config, tokenizer)
+    model = from_pretrained(AutoModelForCausalLM, path, config, dtype, engine_config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return CausalLM(model)

@@ -1,0 +1,67 @@
+"""What loading a policy and a reward model have in common: config, dtype, ZeRO-3, dropout."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from tristage.algo.masking import position_ids
+from tristage.errors import UserError
+
+
+def load_config_without_dropout(path: str) -> PretrainedConfig:
+    """The model's config with every dropout 0, so that a forward pass in training is the one of evaluation."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no model config could be read ({str(error).splitlines()[0]})") from None
+    for name, value in list(config.to_dict().items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def from_pretrained(
+    auto_class: Any, path: str, config: PretrainedConfig, dtype: torch.dtype, engine_config: dict[str, Any] | None
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained`; with a ZeRO-3 `engine_config` no rank ever holds a full copy."""
+    stage = (engine_config or {}).get("zero_optimization", {}).get("stage", 0)
+    # transformers partitions while it loads for as long as this object is alive.
+    zero3 = HfDeepSpeedConfig(engine_config) if stage == 3 else None
+    try:
+        model = auto_class.from_pretrained(path, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be opened as a model ({str(error).splitlines()[0]})") from None
+    finally:
+        del zero3
+    return model
+
+
+def align_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Model and tokenizer name the same terminator and pad in the folders that we write."""
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens but the model only "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+
+
+def backbone_hidden(backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Last hidden states [B,T,H] with positions counted from the first real token of each row."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["position_ids"] = position_ids(attention_mask)
+    return backbone(**inputs).last_hidden_state
+
+
+def check_length(config: PretrainedConfig, tokens: int, path: str) -> None:
+    """Rows of `tokens` must fit the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(f"{path}: the model has {positions} positions but rows may have {tokens} tokens; lower that")

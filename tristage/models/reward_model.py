@@ -1,0 +1,100 @@
+"""Reward model and critic: `AutoModelForSequenceClassification` with one label, a value at every position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from tristage.engine import gathered
+from tristage.errors import UserError
+from tristage.models.loading import (
+    align_special_tokens,
+    backbone_hidden,
+    check_length,
+    from_pretrained,
+    load_config_without_dropout,
+)
+
+
+class RewardModel(nn.Module):
+    """(input_ids [B,T], attention_mask [B,T]) -> values [B,T] float32, the scalar head at every position."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise UserError(
+                f"{model.config.model_type}: this family has no sequence-classification head named `score`; "
+                "use a decoder-only model"
+            )
+        self.model = model
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Weights that forward uses outside their own module: the scalar head."""
+        return [self.model.score.weight] + ([self.model.score.bias] if self.model.score.bias is not None else [])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask)
+        head = self.model.score
+        bias = head.bias.float() if head.bias is not None else None
+        # In float32: bf16 would leave a score three significant digits.
+        return F.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+
+
+def last_token_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """values [B,T], attention_mask [B,T] -> [B]: the value at each row's last real token (its EOS)."""
+    columns = torch.arange(values.shape[1], device=values.device)
+    last = torch.where(attention_mask, columns, 0).amax(dim=1)
+    return values.gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+def load_reward_model(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    engine_config: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+    new_head_seed: int | None = None,
+    max_tokens: int = 1,
+) -> RewardModel:
+    """A reward model or critic from a Hugging Face folder or id, all dropouts 0.
+
+    Args:
+        new_head_seed: None opens a trained reward model, head included. A seed turns a language model into an
+            untrained one: its head is drawn from N(0, 1/(H+1)), standard deviation 1/sqrt(H+1), bias 0
+            (Huang et al. 2024, "The N implementation details of RLHF with PPO"), the same on every rank.
+
+    Raises:
+        UserError: no such model, or a head was expected and is not there.
+    """
+    config = load_config_without_dropout(path)
+    check_length(config, max_tokens, path)
+    align_special_tokens(config, tokenizer)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # transformers finds the last token by `id != pad` and would stop before the EOS that we score.
+        # Without a pad id it scores single rows at their last token, rightly, and refuses padded batches.
+        config.pad_token_id = None
+    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if new_head_seed is None and not trained:
+        raise UserError(f"{path}: holds no reward model but a {config.architectures}; give step 2's final folder")
+    config.num_labels = 1
+    model = from_pretrained(AutoModelForSequenceClassification, path, config, dtype, engine_config)
+    reward_model = RewardModel(model)
+    if new_head_seed is not None:
+        _init_head(model.score, new_head_seed, engine_config)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return reward_model
+
+
+def _init_head(head: nn.Linear, seed: int, engine_config: dict[str, Any] | None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with gathered(list(head.parameters()), engine_config), torch.no_grad():
+        std = (head.weight.shape[1] + 1) ** -0.5
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+        if head.bias is not None:
+            head.bias.zero_()

@@ -1,0 +1,55 @@
+"""Tokenizers: one pad, one terminator, one chat template, checked to agree between folders."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tristage.data.template import ensure_template, template_fingerprint
+from tristage.errors import UserError
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or id, with a pad token and a chat template.
+
+    A missing pad, or one that is the EOS, becomes the tokenizer's unknown token when that is another one
+    (as is usual for Llama 2); else pad stays EOS. Either is safe: padding is told by length, never by id.
+
+    Raises:
+        UserError: no tokenizer there, or it has no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no tokenizer could be read ({str(error).splitlines()[0]})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        unknown = tokenizer.unk_token_id
+        usable = unknown is not None and unknown != tokenizer.eos_token_id
+        tokenizer.pad_token = tokenizer.unk_token if usable else tokenizer.eos_token
+    ensure_template(tokenizer)
+    return tokenizer
+
+
+def require_same_tokenizer(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Folders that a step is given must agree on vocabulary, template and terminator.
+
+    Args:
+        tokenizers: what the user called each folder (for the message) -> its tokenizer.
+
+    Raises:
+        UserError: names the two that differ, and in what.
+    """
+    (first, reference), *others = tokenizers.items()
+    for name, tokenizer in others:
+        if template_fingerprint(tokenizer) == template_fingerprint(reference):
+            continue
+        if tokenizer.chat_template != reference.chat_template:
+            what = "chat template"
+        elif tokenizer.eos_token != reference.eos_token:
+            what = f"EOS token ({reference.eos_token!r} and {tokenizer.eos_token!r})"
+        else:
+            what = "vocabulary"
+        raise UserError(
+            f"{first} and {name} disagree on the {what}; train both steps from models with the same tokenizer"
+        )

@@ -1,0 +1,72 @@
+"""How a step starts and ends: user errors to one sentence, the run's folder, random seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from tristage import dist
+from tristage.config import RunSettings
+from tristage.errors import UserError
+
+EXIT_USER_ERROR = 2
+PACKAGES = ("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "numpy")
+
+
+def entry_point(main: Callable[[list[str]], None]) -> None:
+    """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if dist.rank() != 0:
+            # Rank 0 meets the same error and says it; the launcher then ends us. If rank 0 is still going
+            # after this, the mistake is on this node alone and we say it.
+            time.sleep(10)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    finally:
+        dist.shutdown()
+
+
+def start(settings: RunSettings) -> torch.device:
+    """Join the process group, seed, and make the run's folder with config.yaml and environment.json."""
+    device = dist.init(settings.device)
+    torch.manual_seed(settings.seed)
+    np.random.seed(settings.seed)
+    if dist.is_main():
+        output = Path(settings.output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        (output / "environment.json").write_text(json.dumps(_environment(device), indent=2))
+    dist.barrier()
+    return device
+
+
+def _environment(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "ranks": dist.world_size(),
+        "device": f"{device.type} ({name})",
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
