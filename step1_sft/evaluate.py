@@ -12,13 +12,13 @@ import torch
 
 from step1_sft.config import SFTConfig
 from tristage import dist, run
-from tristage.config import BatchPlan, load_config, read_deepspeed_json, require_folder_or_hub_id
+from tristage.config import load_config
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_sets
-from tristage.engine import DTYPES, engine_config, frozen_engine
+from tristage.engine import DTYPES, frozen_engine
 from tristage.metrics import Averages
-from tristage.models import load_causal_lm, load_tokenizer
+from tristage.models import load_causal_lm
 
 
 @torch.no_grad()
@@ -37,13 +37,9 @@ def evaluate(engine: Any, rows: list[Any], micro_batch: int, tokenizer: Any, dev
 
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
-    dist.check_device(settings.device, settings.file)
-    require_folder_or_hub_id(settings.model, settings, "model")
-    tokenizer = load_tokenizer(settings.model)
+    _, config, tokenizer = run.check_training(settings)
     _, heldout = load_sets(settings.data, "sft", tokenizer, settings.max_tokens, settings.seed)
     device = dist.init(settings.device)
-    plan = BatchPlan.make(settings.micro_batch * dist.world_size(), settings.micro_batch, dist.world_size())
-    config = engine_config(read_deepspeed_json(settings.deepspeed, settings), settings.precision, plan)
     model = load_causal_lm(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
     metrics = evaluate(frozen_engine(model, config), heldout, settings.micro_batch, tokenizer, device)
     for name, value in metrics.items():

@@ -18,33 +18,21 @@ from step1_sft.evaluate import evaluate
 from tristage import dist, run
 from tristage.batches import SFTBatch
 from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
-from tristage.config import (
-    BatchPlan,
-    load_config,
-    read_deepspeed_json,
-    require_folder_or_hub_id,
-    world_size_from_environment,
-)
+from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import Loader
 from tristage.data.sets import load_sets
-from tristage.engine import DTYPES, backward_mean, engine_config, optimizer_step, train_engine, zero_stage
+from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import load_causal_lm, load_tokenizer, save_model
+from tristage.models import load_causal_lm, save_model
 
 SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
 
 
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
-    dist.check_device(settings.device, settings.file)
-    plan = BatchPlan.make(settings.global_batch, settings.micro_batch, world_size_from_environment())
-    config = engine_config(
-        read_deepspeed_json(settings.deepspeed, settings), settings.precision, plan, settings.optimizer.clip_norm
-    )
-    require_folder_or_hub_id(settings.model, settings, "model")
+    plan, config, tokenizer = run.check_training(settings)
     check_resumable(settings, {"model": zero_stage(config)})
-    tokenizer = load_tokenizer(settings.model)
     sets = load_sets(settings.data, "sft", tokenizer, settings.max_tokens, settings.seed)
     train(settings, plan, config, tokenizer, *sets)
 

@@ -13,13 +13,13 @@ from step2_reward_model.config import RewardModelConfig
 from tristage import dist, run
 from tristage.algo.losses import ranking_loss, ranking_pairs
 from tristage.batches import PreferenceBatch
-from tristage.config import BatchPlan, load_config, read_deepspeed_json, require_folder_or_hub_id
+from tristage.config import load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_sets
-from tristage.engine import DTYPES, engine_config, frozen_engine
+from tristage.engine import DTYPES, frozen_engine
 from tristage.metrics import Averages
-from tristage.models import last_token_scores, load_reward_model, load_tokenizer
+from tristage.models import last_token_scores, load_reward_model
 
 
 @torch.no_grad()
@@ -61,13 +61,9 @@ def pair_metrics(averages: Averages, scores: torch.Tensor, batch: PreferenceBatc
 
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
-    dist.check_device(settings.device, settings.file)
-    require_folder_or_hub_id(settings.model, settings, "model")
-    tokenizer = load_tokenizer(settings.model)
+    _, config, tokenizer = run.check_training(settings)
     _, heldout = load_sets(settings.data, "ranking", tokenizer, settings.max_tokens, settings.seed)
     device = dist.init(settings.device)
-    plan = BatchPlan.make(settings.micro_batch * dist.world_size(), settings.micro_batch, dist.world_size())
-    config = engine_config(read_deepspeed_json(settings.deepspeed, settings), settings.precision, plan)
     model = load_reward_model(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
     metrics = evaluate(frozen_engine(model, config), heldout, settings, tokenizer, device)
     for name, value in metrics.items():

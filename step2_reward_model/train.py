@@ -19,19 +19,13 @@ from tristage import dist, run
 from tristage.algo.losses import RankingForm, ranking_loss
 from tristage.batches import PreferenceBatch
 from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
-from tristage.config import (
-    BatchPlan,
-    load_config,
-    read_deepspeed_json,
-    require_folder_or_hub_id,
-    world_size_from_environment,
-)
+from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import Loader
 from tristage.data.sets import load_sets
-from tristage.engine import DTYPES, backward_mean, engine_config, optimizer_step, train_engine, zero_stage
+from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import last_token_scores, load_reward_model, load_tokenizer, save_model
+from tristage.models import last_token_scores, load_reward_model, save_model
 
 SHOWN = {
     "reward_model/loss": "loss",
@@ -43,14 +37,8 @@ SHOWN = {
 
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
-    dist.check_device(settings.device, settings.file)
-    plan = BatchPlan.make(settings.global_batch, settings.micro_batch, world_size_from_environment())
-    config = engine_config(
-        read_deepspeed_json(settings.deepspeed, settings), settings.precision, plan, settings.optimizer.clip_norm
-    )
-    require_folder_or_hub_id(settings.model, settings, "model")
+    plan, config, tokenizer = run.check_training(settings)
     check_resumable(settings, {"model": zero_stage(config)})
-    tokenizer = load_tokenizer(settings.model)
     sets = load_sets(settings.data, "ranking", tokenizer, settings.max_tokens, settings.seed)
     train(settings, plan, config, tokenizer, *sets)
 

@@ -75,7 +75,12 @@ def train_engine(
 
 
 def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """A model that only answers forward passes (reference, reward), whole on each rank or partitioned (ZeRO-3)."""
+    """A model that only answers forward passes (reference, reward), whole on each rank or partitioned (ZeRO-3).
+
+    ZeRO 1 and 2 shard gradients and optimizer, which it has not: they mean whole.
+    """
+    if zero_stage(config) in (1, 2):
+        config = config | {"zero_optimization": {"stage": 0}}
     _register_external_parameters(model, config)
     model.requires_grad_(False)
     model.eval()

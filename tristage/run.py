@@ -7,19 +7,33 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
 from tristage import dist
-from tristage.config import RunSettings
+from tristage.config import (
+    BatchPlan,
+    RunSettings,
+    TrainSettings,
+    read_deepspeed_json,
+    require_folder_or_hub_id,
+    world_size_from_environment,
+)
+from tristage.engine import engine_config
 from tristage.errors import UserError
+from tristage.models import load_tokenizer
 
 EXIT_USER_ERROR = 2
+# torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
 PACKAGES = ("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "numpy")
 
 
@@ -36,6 +50,22 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
         sys.exit(EXIT_USER_ERROR)
     finally:
         dist.shutdown()
+
+
+def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], Any]:
+    """(batch plan, engine config, tokenizer) of step 1 or 2, everything cheap checked before models load.
+
+    Raises:
+        UserError: no such device or folder, batches that don't divide, a JSON that sets what the YAML owns, a
+            tokenizer without EOS.
+    """
+    dist.check_device(settings.device, settings.file)
+    keys = f"{settings.file}: global_batch, micro_batch"
+    plan = BatchPlan.make(settings.global_batch, settings.micro_batch, world_size_from_environment(), keys)
+    template = read_deepspeed_json(settings.deepspeed, settings)
+    config = engine_config(template, settings.precision, plan, settings.optimizer.clip_norm)
+    require_folder_or_hub_id(settings.model, settings, "model")
+    return plan, config, load_tokenizer(settings.model)
 
 
 def start(settings: RunSettings) -> torch.device:

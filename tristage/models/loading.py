@@ -9,9 +9,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import logging as transformers_logging
 
 from tristage.algo.masking import position_ids
 from tristage.errors import UserError
+
+# A bar a file a rank, and a report that the new head is new, hide the lines that matter.
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 
 def load_config_without_dropout(path: str) -> PretrainedConfig:
@@ -45,6 +50,10 @@ def from_pretrained(
 def align_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Model and tokenizer name the same terminator and pad in the folders that we write."""
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # Embeddings never learn the pad id, and transformers finds a row's last token by `id != pad`: EOS would
+        # be passed over in both. Without a pad id it scores single rows rightly and refuses padded batches.
+        config.pad_token_id = None
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens but the model only "

@@ -74,10 +74,6 @@ def load_reward_model(
     config = load_config_without_dropout(path)
     check_length(config, max_tokens, path)
     align_special_tokens(config, tokenizer)
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # transformers finds the last token by `id != pad` and would stop before the EOS that we score.
-        # Without a pad id it scores single rows at their last token, rightly, and refuses padded batches.
-        config.pad_token_id = None
     trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if new_head_seed is None and not trained:
         raise UserError(f"{path}: holds no reward model but a {config.architectures}; give step 2's final folder")

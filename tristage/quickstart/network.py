@@ -99,7 +99,7 @@ def _network_config(tokenizer: PreTrainedTokenizerFast, architecture: str, size:
             num_attention_heads=num_heads,
             max_position_embeddings=MAX_POSITIONS,
             attention_dropout=0.0,
-            tie_word_embeddings=False,
+            tie_word_embeddings=True,
         )
     if architecture == "opt":
         return OPTConfig(

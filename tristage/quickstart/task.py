@@ -24,33 +24,24 @@ from dataclasses import dataclass
 KINDS: dict[str, tuple[str, ...]] = {
     kind: tuple(items.split())
     for kind, items in {
-        "fruits": "apple pear plum fig cherry grape lemon mango peach banana kiwi",
-        "vegetables": "carrot potato onion leek spinach turnip celery cabbage pea radish kale",
-        "animals": "dog cat horse cow goat sheep lion tiger bear wolf fox",
-        "birds": "robin crow owl eagle swan heron sparrow finch falcon gull wren",
-        "insects": "ant bee wasp moth fly beetle flea termite mosquito locust hornet",
-        "trees": "oak elm ash birch maple pine cedar willow beech spruce yew",
-        "flowers": "rose tulip lily daisy iris violet poppy orchid lotus peony pansy",
-        "colors": "red blue green yellow purple brown black white pink grey teal",
-        "metals": "iron copper zinc tin lead silver gold nickel cobalt titanium platinum",
-        "tools": "hammer saw drill pliers wrench chisel file axe shovel rake spade",
-        "instruments": "piano violin flute drum harp guitar trumpet cello oboe banjo clarinet",
-        "sports": "tennis soccer hockey golf rugby cricket boxing rowing judo fencing baseball",
-        "countries": "France Spain Italy Norway Japan Peru Kenya Egypt India Cuba Brazil",
-        "cities": "Paris London Rome Tokyo Oslo Madrid Berlin Cairo Lima Delhi Vienna",
-        "drinks": "tea coffee water milk juice soda wine beer cider cocoa lemonade",
-        "vehicles": "car bus train truck van tram boat ship plane bike taxi",
+        "fruits": "apple pear plum fig cherry grape lemon mango peach banana",
+        "animals": "dog cat horse cow goat sheep lion tiger bear wolf",
+        "birds": "robin crow owl eagle swan heron sparrow finch falcon gull",
+        "trees": "oak elm ash birch maple pine cedar willow beech spruce",
+        "flowers": "rose tulip lily daisy iris violet poppy orchid lotus peony",
+        "colors": "red blue green yellow purple brown black white pink grey",
+        "metals": "iron copper zinc tin lead silver gold nickel cobalt titanium",
+        "tools": "hammer saw drill pliers wrench chisel file axe shovel rake",
+        "sports": "tennis soccer hockey golf rugby cricket boxing rowing judo fencing",
+        "countries": "France Spain Italy Norway Japan Peru Kenya Egypt India Cuba",
     }.items()
 }
 COUNTS: dict[str, int] = {"two": 2, "three": 3, "four": 4, "five": 5, "2": 2, "3": 3, "4": 4, "5": 5}
 KIND_OF: dict[str, str] = {item: kind for kind, items in KINDS.items() for item in items}
 
-REQUESTS = (
-    "Name {}", "List {}", "Give {}", "Write {}", "Tell me {}", "Give me {}",
-    "I need {}", "I want {}", "Can you name {}", "Can you list {}", "Help me name {}", "Let us name {}",
-)  # fmt: skip
-POLITENESS = ("{}", "{}, please", "Hello, {}")
-EXCLUSIONS = ("{}, but not {}.", "{}, except {}.", "{}, other than {}.")
+VERBS = ("Name", "List", "Give", "Write", "Find", "Pick", "State", "Suggest", "Choose", "Mention", "Type", "Show")
+POLITENESS = ("{}", "{}, please", "Please {}")
+EXCLUSIONS = ("{}, not {}.", "{}, except {}.", "{}, without {}.")
 
 REPEAT_COST = 0.10
 OFF_TOPIC_COST = 0.10
@@ -75,13 +66,11 @@ class Request:
 
 
 def draw_prompt(rng: random.Random) -> str:
-    """One prompt, for example "Hello, can you list 3 birds, except owl."."""
+    """One prompt, for example "Please list 3 birds, except owl."."""
     kind = rng.choice(list(KINDS))
-    request = rng.choice(REQUESTS).format(f"{rng.choice(list(COUNTS))} {kind}")
     polite = rng.choice(POLITENESS)
-    if polite.startswith("Hello"):
-        request = request if request.startswith("I ") else request[0].lower() + request[1:]
-    sentence = polite.format(request)
+    verb = rng.choice(VERBS)
+    sentence = polite.format(f"{verb if polite.startswith('{') else verb.lower()} {rng.choice(list(COUNTS))} {kind}")
     if rng.random() < EXCLUSION_SHARE:
         return rng.choice(EXCLUSIONS).format(sentence, rng.choice(KINDS[kind]))
     return f"{sentence}."
@@ -165,7 +154,7 @@ def draw_answer(prompt: str, rng: random.Random) -> str:
     """An answer of mixed quality: right in about half of the draws, otherwise with one flaw or, seldom, two."""
     request = parse_prompt(prompt)
     allowed = [item for item in KINDS[request.kind] if item != request.excluded]
-    items = rng.sample(allowed, request.count)
+    items = sorted(rng.sample(allowed, request.count))
     num_flaws = rng.choices((0, 1, 2), weights=(0.53, 0.36, 0.11))[0]
     flaws = ["length", "repeat", "off_topic"] + ["excluded"] * (request.excluded is not None)
     for flaw in rng.sample(flaws, num_flaws):
@@ -180,17 +169,19 @@ def _spoil(items: list[str], flaw: str, request: Request, allowed: list[str], rn
         change = rng.choice((1, 1, 2))
         if rng.random() < 0.5:
             items.extend(rng.sample([item for item in allowed if item not in items], change))
+            items.sort()
         else:
             del items[max(len(items) - change, 1) :]
     elif flaw == "repeat":
-        items[place] = rng.choice(items[:place] + items[place + 1 :] or items)
+        items[place] = items[place - 1] if place else items[min(1, len(items) - 1)]
     elif flaw == "excluded":
         items[place] = request.excluded
+        items.sort()
     else:
         # The strangers share one kind: an answer that drifts off, rather than random words.
         kind = rng.choice([kind for kind in KINDS if kind != request.kind])
         num_strangers = rng.randint(1, len(items))
-        items[len(items) - num_strangers :] = rng.sample(KINDS[kind], num_strangers)
+        items[len(items) - num_strangers :] = sorted(rng.sample(KINDS[kind], num_strangers))
 
 
 def draw_comparable(prompt: str, num: int, rng: random.Random) -> list[str]:
