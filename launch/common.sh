@@ -81,7 +81,7 @@ launch_step() {
     if [[ ! "$given" =~ --(master_port|hostfile) ]]; then
         options+=(--master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
     fi
-    deepspeed --log_level warning --no_local_rank "${options[@]}" --module "$module" --config "$config" "${settings[@]}"
+    deepspeed --log_level error --no_local_rank "${options[@]}" --module "$module" --config "$config" "${settings[@]}"
 }
 
 # run_step NAME MODULE CONFIG OUT ...: launch_step, unless OUT/final says that the step is finished.

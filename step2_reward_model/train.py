@@ -64,7 +64,7 @@ def train(
         max_tokens=settings.max_tokens,
     )
     lengths = [max(len(example.ids) for example in examples) for examples, _ in rows]
-    loader = Loader(lengths, plan, dist.rank(), settings.seed, settings.epochs)
+    loader = Loader(lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first = load_checkpoint(settings, {"model": engine})
     watch = Stopwatch(device)

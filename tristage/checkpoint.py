@@ -38,7 +38,9 @@ def save_checkpoint(settings: RunSettings, step: int, engines: dict[str, Any]) -
         remove_tree(folder)
         partial.rename(folder)
         _write_whole(root / "latest", folder.name)
-        for old in sorted(root.glob("step_[0-9]*[0-9]"))[: -settings.keep_last]:
+        # By age, not by name: a run that was started again (resume=never) has lower steps than what it finds.
+        by_age = sorted(root.glob("step_[0-9]*[0-9]"), key=lambda found: (found.stat().st_mtime_ns, found.name))
+        for old in by_age[: -settings.keep_last]:
             remove_tree(old)
     dist.barrier()
 

@@ -106,6 +106,7 @@ class TrainSettings(RunSettings):
     data: DataSettings
     max_tokens: int = Field(512, gt=1, description="Prompt and answer together; longer rows are dropped, counted.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; null: all epochs.")
     global_batch: int = Field(gt=0, description="Rows in one optimizer step, over all ranks.")
     micro_batch: int = Field(gt=0, description="Rows in one forward and backward on one rank.")
     optimizer: OptimizerSettings
@@ -199,7 +200,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
-        raise UserError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend that line") from None
+        problem = str(getattr(error, "problem", error)).splitlines()[0]
+        raise UserError(f"{file}{line}: not valid YAML ({problem}); mend that line") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: holds no settings; write `key: value` lines")
     return values
@@ -256,6 +258,8 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
         values = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); mend that line") from None
+    if not isinstance(values, dict) or not isinstance(values.get("zero_optimization", {}), dict):
+        raise UserError(f'{file}: holds no settings of ZeRO; write {{"zero_optimization": {{"stage": 2}}}}')
     for name, owner in OWNED_BY_YAML.items():
         if name in values:
             raise UserError(f"{file}: `{name}` is set by `{owner}` in {settings.file}; remove it from the JSON")

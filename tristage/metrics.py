@@ -55,7 +55,8 @@ class RunLog:
             _drop_lines_after(self.output / "metrics.jsonl", self.first)
             _drop_lines_after(self.output / "samples.jsonl", self.first)
             self.file = open(self.output / "metrics.jsonl", "a", encoding="utf-8")
-            self.board = SummaryWriter(str(self.output / "tensorboard"))
+            purge_step = self.first + 1 if self.first else 0
+            self.board = SummaryWriter(str(self.output / "tensorboard"), purge_step=purge_step)
             self.bar = _bar(self.title, self.total, self.first) if sys.stdout.isatty() else None
         return self
 
@@ -117,10 +118,15 @@ def _clock(seconds: float) -> str:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep what was written up to `step`, so that a resumed run continues without duplicate lines."""
+    """Keep what was written up to `step`, so that a resumed run continues without duplicate lines.
+
+    A line without its end is one that a killed run was writing. Lines are cut at line feeds alone: the text of
+    samples may hold other separators, which `splitlines` would cut at.
+    """
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step and step > 0]
-        path.write_text("".join(kept))
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step and step > 0]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

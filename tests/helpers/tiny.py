@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from step1_sft.config import SFTConfig
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
+from tristage import dist
 from tristage.config import load_config
+from tristage.data.collate import collate_sft
+from tristage.data.sets import load_sets
+from tristage.data.tokenize import Example
+from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
 from tristage.quickstart import task
 from tristage.quickstart.network import make_network, make_tokenizer
 
@@ -20,12 +30,97 @@ REPO = Path(__file__).parents[2]
 ADAM: dict[str, Any] = {"learning_rate": 1e-3, "eps": 1e-5, "schedule": "linear", "warmup_steps": 2}
 
 
-def write_model(folder: Path, architecture: str = "llama", pad_is_eos: bool = False, seed: int = 0) -> str:
-    """An untrained tiny model with its tokenizer, as an ordinary Hugging Face folder."""
+# Families that the quickstart does not use; what they add is said beside them.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_untied": ("llama", {"intermediate_size": 96, "tie_word_embeddings": False}),  # an output layer of its own
+    "qwen2": ("qwen2", {"intermediate_size": 96, "num_key_value_heads": 1}),  # biases, grouped keys
+    "gpt_neox": ("gpt_neox", {"intermediate_size": 96}),  # embed_in, embed_out, partial rotary positions
+    "gemma2": (  # softcapped logits, sliding windows in every other layer
+        "gemma2",
+        {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 24, "sliding_window": 8,
+         "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 24},
+    ),
+    "bloom": ("bloom", {"n_head": 2, "n_layer": 2}),  # ALiBi: no position_ids
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[torch.device]:
+    """This process as a group of one rank. Afterwards the environment is what it was; the group stays for the next."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield dist.init("cpu")
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def write_model(
+    folder: Path, architecture: str = "llama", pad_is_eos: bool = False, seed: int = 0, gain: float = 1.0
+) -> str:
+    """An untrained tiny model with its tokenizer, as an ordinary Hugging Face folder.
+
+    A `gain` above 1 makes its matrices larger: attention and logits far from uniform, as in a trained model.
+    """
     tokenizer = make_tokenizer(_all_words(), pad_is_eos=pad_is_eos)
     tokenizer.save_pretrained(folder)
-    make_network(tokenizer, architecture, "tiny", seed).save_pretrained(folder)
+    network = _make_any(tokenizer, architecture, seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(gain)
+    network.save_pretrained(folder)
     return str(folder)
+
+
+def _make_any(tokenizer: Any, architecture: str, seed: int) -> Any:
+    if architecture not in FAMILIES:
+        return make_network(tokenizer, architecture, "tiny", seed)
+    model_type, values = FAMILIES[architecture]
+    common = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **common, **special, **values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def write_reward_model(folder: Path, model: str, seed: int = 7) -> str:
+    """The language model in the folder `model` with a fresh scalar head, as step 2 exports it."""
+    tokenizer = load_tokenizer(model)
+    load_reward_model(model, tokenizer, dtype=torch.float32, new_head_seed=seed).model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def teach(model: str, rows: str, steps: int = 60) -> str:
+    """Train the folder `model` in place on SFT rows, without DeepSpeed: its responses then end at different lengths."""
+    tokenizer = load_tokenizer(model)
+    policy = load_causal_lm(model, tokenizer, dtype=torch.float32)
+    settings = sft_config(Path(model) / "settings", model, rows)
+    examples, _ = load_sets(settings.data, "sft", tokenizer, 64, 0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    for step in range(steps):
+        batch = collate_sft([examples[(16 * step + i) % len(examples)] for i in range(16)], tokenizer.pad_token_id)
+        logprobs, _ = policy(batch.input_ids, batch.attention_mask, batch.loss_mask)
+        (-logprobs.sum() / batch.loss_mask.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    policy.model.save_pretrained(model)
+    return model
+
+
+def random_examples(lengths: Sequence[tuple[int, int]], tokenizer: Any, seed: int = 0) -> list[Example]:
+    """Random ids, (prompt length, answer length) each, the answer's last token its EOS and no special one elsewhere."""
+    rng = random.Random(seed)
+    return [
+        Example([rng.randrange(4, len(tokenizer)) for _ in range(p + a - 1)] + [tokenizer.eos_token_id], p)
+        for p, a in lengths
+    ]
 
 
 def _all_words() -> list[str]:

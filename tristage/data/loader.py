@@ -24,11 +24,21 @@ class Loader:
     `lengths` has the number of tokens of each row: rows of like length share a micro-batch, to save padding.
     """
 
-    def __init__(self, lengths: Sequence[int], plan: BatchPlan, rank: int, seed: int, epochs: float) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        epochs: float,
+        max_steps: int | None = None,
+    ) -> None:
         self.lengths, self.plan, self.rank, self.seed = lengths, plan, rank, seed
         # Rounded first: 0.07 epochs of 100 rows are 7 rows, not the 8 that 7.000000000000001 would give.
         self.total_rows = math.ceil(round(epochs * len(lengths), 6))
         self.total_steps = math.ceil(self.total_rows / plan.global_batch)
+        if max_steps is not None:
+            self.total_steps = min(self.total_steps, max_steps)
         if not self.total_steps:
             raise UserError(f"{len(lengths)} rows x {epochs} epochs leave nothing to train on, give more")
 

@@ -41,14 +41,15 @@ KIND_OF: dict[str, str] = {item: kind for kind, items in KINDS.items() for item 
 
 VERBS = ("Name", "List", "Give", "Write", "Find", "Pick", "State", "Suggest", "Choose", "Mention", "Type", "Show")
 POLITENESS = ("{}", "{}, please", "Please {}")
-EXCLUSIONS = ("{}, not {}.", "{}, except {}.", "{}, without {}.")
+OPENERS = ("{}, starting with {}.", "{}, beginning with {}.", "{}, first {}.")
 
 REPEAT_COST = 0.10
 OFF_TOPIC_COST = 0.10
-EXCLUDED_COST = 0.25
+OPENER_COST = 0.25
 NO_FULL_STOP_COST = 0.10
 
-EXCLUSION_SHARE = 0.5  # of prompts; the others name no excluded item
+OPENER_SHARE = 0.5  # of prompts; the others name no excluded item
+FLAW_WEIGHTS = (0.53, 0.36, 0.11)  # of no flaw, one and two in an answer
 MIN_GAP = 0.09  # answers whose gold differs by less than this are a tie to the labeller and never compared
 LABEL_SCALE = 0.16  # of the labeller's logistic noise, in units of gold
 
@@ -62,7 +63,7 @@ class Request:
 
     kind: str
     count: int
-    excluded: str | None
+    opener: str | None
 
 
 def draw_prompt(rng: random.Random) -> str:
@@ -71,8 +72,8 @@ def draw_prompt(rng: random.Random) -> str:
     polite = rng.choice(POLITENESS)
     verb = rng.choice(VERBS)
     sentence = polite.format(f"{verb if polite.startswith('{') else verb.lower()} {rng.choice(list(COUNTS))} {kind}")
-    if rng.random() < EXCLUSION_SHARE:
-        return rng.choice(EXCLUSIONS).format(sentence, rng.choice(KINDS[kind]))
+    if rng.random() < OPENER_SHARE:
+        return rng.choice(OPENERS).format(sentence, rng.choice(KINDS[kind]))
     return f"{sentence}."
 
 
@@ -89,10 +90,10 @@ def parse_prompt(prompt: str) -> Request:
     words = re.findall(r"\w+", prompt)
     kinds = [word for word in words if word in KINDS]
     counts = [COUNTS[word] for word in words if word in COUNTS]
-    excluded = [word for word in words if word in KIND_OF]
-    if len(kinds) != 1 or len(counts) != 1 or len(excluded) > 1:
+    openers = [word for word in words if word in KIND_OF]
+    if len(kinds) != 1 or len(counts) != 1 or len(openers) > 1:
         raise ValueError(f"not a prompt of this task (one kind, one count, at most one excluded item): {prompt!r}")
-    return Request(kinds[0], counts[0], excluded[0] if excluded else None)
+    return Request(kinds[0], counts[0], openers[0] if openers else None)
 
 
 # ---- the rule -------------------------------------------------------------------------------------------------------
@@ -131,13 +132,13 @@ def gold(prompt: str, response: str) -> float:
     pieces = [piece.strip() for piece in text.removesuffix(".").split(",")]
     different = set(pieces)
     off_topic = sum(KIND_OF.get(piece) != request.kind for piece in different)
-    named_excluded = request.excluded in different
-    num_valid = len(different) - off_topic - named_excluded
+    wrong_opener = request.opener is not None and pieces[0] != request.opener
+    num_valid = len(different) - off_topic
     surplus = max(len(pieces) - request.count, 0)
     grade = (min(num_valid, request.count) - surplus) / request.count
     grade -= REPEAT_COST * (len(pieces) - len(different))
     grade -= OFF_TOPIC_COST * off_topic
-    grade -= EXCLUDED_COST * named_excluded
+    grade -= OPENER_COST * wrong_opener
     grade -= NO_FULL_STOP_COST * (not text.endswith("."))
     return max(grade, 0.0)
 
@@ -153,35 +154,41 @@ def gold_scores(prompts: list[str], responses: list[str]) -> list[float]:
 def draw_answer(prompt: str, rng: random.Random) -> str:
     """An answer of mixed quality: right in about half of the draws, otherwise with one flaw or, seldom, two."""
     request = parse_prompt(prompt)
-    allowed = [item for item in KINDS[request.kind] if item != request.excluded]
-    items = sorted(rng.sample(allowed, request.count))
-    num_flaws = rng.choices((0, 1, 2), weights=(0.53, 0.36, 0.11))[0]
-    flaws = ["length", "repeat", "off_topic"] + ["excluded"] * (request.excluded is not None)
+    first = request.opener or rng.choice(KINDS[request.kind])
+    others = [item for item in KINDS[request.kind] if item != first]
+    items = _in_order([first, *rng.sample(others, request.count - 1)])
+    num_flaws = rng.choices((0, 1, 2), weights=FLAW_WEIGHTS)[0]
+    flaws = ["length", "repeat", "off_topic"] + ["opener"] * (request.opener is not None)
     for flaw in rng.sample(flaws, num_flaws):
-        _spoil(items, flaw, request, allowed, rng)
+        _spoil(items, flaw, request, rng)
     return ", ".join(items) + "."
 
 
-def _spoil(items: list[str], flaw: str, request: Request, allowed: list[str], rng: random.Random) -> None:
+def _spoil(items: list[str], flaw: str, request: Request, rng: random.Random) -> None:
     """Put one flaw into `items`, in place."""
     place = rng.randrange(len(items))
+    unused = [item for item in KINDS[request.kind] if item not in items]
     if flaw == "length":
         change = rng.choice((1, 1, 2))
         if rng.random() < 0.5:
-            items.extend(rng.sample([item for item in allowed if item not in items], change))
-            items.sort()
+            items[:] = _in_order(items + rng.sample(unused, change))
         else:
             del items[max(len(items) - change, 1) :]
     elif flaw == "repeat":
         items[place] = items[place - 1] if place else items[min(1, len(items) - 1)]
-    elif flaw == "excluded":
-        items[place] = request.excluded
-        items.sort()
+    elif flaw == "opener":
+        items[0] = rng.choice(unused)
+        items[:] = _in_order(items)
     else:
         # The strangers share one kind: an answer that drifts off, rather than random words.
         kind = rng.choice([kind for kind in KINDS if kind != request.kind])
         num_strangers = rng.randint(1, len(items))
-        items[len(items) - num_strangers :] = sorted(rng.sample(KINDS[kind], num_strangers))
+        items[len(items) - num_strangers :] = _in_order(rng.sample(KINDS[kind], num_strangers))
+
+
+def _in_order(items: list[str]) -> list[str]:
+    """`items` in alphabetical order from the first one on, wrapping round: fig apple pear -> fig pear apple."""
+    return sorted(items, key=lambda item: (item < items[0], item))
 
 
 def draw_comparable(prompt: str, num: int, rng: random.Random) -> list[str]:
@@ -265,7 +272,7 @@ class Sizes:
 
 
 SIZES = {
-    "small": Sizes(7000, 1000, sft=6000, preference=6000, ranking=3000, prompts=4000, heldout=500),
+    "small": Sizes(7000, 1000, sft=6000, preference=12000, ranking=3000, prompts=4000, heldout=500),
     "tiny": Sizes(700, 100, sft=600, preference=600, ranking=300, prompts=400, heldout=50),
 }
 

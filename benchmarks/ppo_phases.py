@@ -1,0 +1,154 @@
+"""Seconds of one PPO iteration by phase, and what the rollout's choices are worth, as ratios in one run.
+
+From the repository's root, on two CPU ranks:
+
+    OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu deepspeed --no_local_rank --num_gpus 2 --module benchmarks.ppo_phases [OUT.json]
+
+Weights are random (the quickstart's 0.7 million parameter network and task): speed does not depend on them, response lengths do,
+so every response runs to the limit unless it happens to end. Variants take turns, iteration by iteration, on the same
+prompts, so that a machine that slows down slows all of them; a figure is the median of its repetitions.
+
+    zero2            the quickstart's engines
+    zero3            all four engines at ZeRO-3, actor gathered once a rollout
+    zero3-naive      the same, every token gathers every parameter again        (rollout only)
+    few-rows         zero2, rollouts of as many rows at once as a micro-batch    (rollout only)
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from step3_ppo.config import PPOConfig
+from step3_ppo.evaluate import prompt_batch
+from step3_ppo.rollout import collect, make_experience
+from step3_ppo.train import build_engines, engine_configs
+from step3_ppo.update import ppo_update
+from tristage import dist
+from tristage.data.sets import load_sets
+from tristage.engine import frozen_engine
+from tristage.metrics import Stopwatch
+from tristage.models import load_reward_model, load_tokenizer, save_model
+from tristage.quickstart import prepare
+from tristage.rollout import PaddedRollout
+
+ROOT = Path(__file__).parents[1]
+REPETITIONS = 7
+PHASES = ("time/rollout", "time/score", "time/update")
+
+
+def settings_for(folder: Path, stage: int) -> PPOConfig:
+    """The quickstart's sizes, on models of this run's temporary folder."""
+    zero = {"deepspeed": str(ROOT / f"configs/deepspeed/zero{stage}.json")}
+    frozen = {"deepspeed": str(ROOT / f"configs/deepspeed/zero{3 if stage == 3 else 0}.json")}
+    optimizer = {"learning_rate": 1e-6}
+    return PPOConfig.model_validate(
+        {
+            "output": str(folder / f"zero{stage}"),
+            "precision": "bf16" if torch.cuda.is_available() else "float32",
+            "actor": {"model": str(folder / "model"), "optimizer": optimizer} | zero,
+            "critic": {"optimizer": optimizer} | zero,
+            "reference": frozen,
+            "reward": {"model": str(folder / "reward")} | frozen,
+            "data": {"train": str(folder / "data/prompts.train.jsonl"), "heldout_fraction": 0.5},
+            "max_prompt_tokens": 40,
+            "iterations": 1000,
+            "rollout": {"prompts": 128, "rows_at_once": 64, "max_response_tokens": 24},
+            "ppo": {"epochs": 2, "minibatch": 64, "micro_batch": 16},
+        }
+    )
+
+
+class Variant:
+    """Engines of one ZeRO stage, ready to run iterations."""
+
+    def __init__(self, folder: Path, stage: int, tokenizer: Any, device: torch.device):
+        self.settings = settings_for(folder, stage)
+        self.plan = self.settings.plan(dist.world_size())
+        self.engines = build_engines(self.settings, engine_configs(self.settings, self.plan), tokenizer)
+        self.tokenizer, self.watch = tokenizer, Stopwatch(device)
+
+    def iteration(self, batch: Any, number: int) -> dict[str, float]:
+        rollouts = PaddedRollout(self.engines.actor, self.tokenizer, self.settings.rollout.rows_at_once)
+        experience, _ = make_experience(self.engines, rollouts, batch, number, self.settings, self.watch)
+        with self.watch("update"):
+            ppo_update(self.engines, experience, number, self.settings, self.plan)
+        return self.watch.take()
+
+    def rollout(self, batch: Any, number: int, rows_at_once: int, gather: str) -> dict[str, float]:
+        rollouts = PaddedRollout(self.engines.actor, self.tokenizer, rows_at_once, gather)
+        collect(self.engines, rollouts, batch, number, self.settings, self.watch)
+        return self.watch.take()
+
+
+def make_models(folder: Path, device: torch.device) -> None:
+    """The quickstart's data and network, and an untrained reward model, written by rank 0."""
+    if dist.is_main():
+        prepare.main([str(folder)])
+    dist.barrier()
+    tokenizer = load_tokenizer(str(folder / "model"))
+    model = load_reward_model(str(folder / "model"), tokenizer, dtype=torch.float32, new_head_seed=0)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}
+    save_model(frozen_engine(model.to(device), config), tokenizer, folder / "reward")
+
+
+def main(argv: list[str]) -> None:
+    device = dist.init()
+    (name,) = set(dist.gather_objects(tempfile.mkdtemp() if dist.is_main() else None)) - {None}
+    folder = Path(name)
+    make_models(folder, device)
+    tokenizer = load_tokenizer(str(folder / "model"))
+    zero2, zero3 = (Variant(folder, stage, tokenizer, device) for stage in (2, 3))
+    settings = zero2.settings
+    prompts, _ = load_sets(settings.data, "prompt", tokenizer, settings.max_prompt_tokens, 0)
+    rows = settings.rollout.prompts // dist.world_size()
+    batch = prompt_batch(prompts, list(range(dist.rank() * rows, (dist.rank() + 1) * rows)), settings, tokenizer)
+    batch = batch.to(device)
+    runs = {
+        "zero2": lambda n: zero2.iteration(batch, n),
+        "zero3": lambda n: zero3.iteration(batch, n),
+        "zero3-naive": lambda n: zero3.rollout(batch, n, settings.rollout.rows_at_once, "never"),
+        "few-rows": lambda n: zero2.rollout(batch, n, settings.ppo.micro_batch, "auto"),
+    }
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for repetition in range(REPETITIONS + 1):
+        for name, run in runs.items():
+            found = run(repetition + 1)
+            if repetition:  # the first is the warm-up
+                seconds[name].append(found)
+    if dist.is_main():
+        report(seconds, device, argv)
+    dist.shutdown()
+
+
+def report(seconds: dict[str, list[dict[str, float]]], device: torch.device, argv: list[str]) -> None:
+    """Print medians and ratios; write them to the file that argv names."""
+    medians = {
+        name: {phase: statistics.median(run[phase] for run in runs) for phase in PHASES if phase in runs[0]}
+        for name, runs in seconds.items()
+    }
+    for name, phases in medians.items():
+        print(f"{name:12}", "  ".join(f"{phase} {value:.3f} s" for phase, value in phases.items()))
+    rollout = {name: phases["time/rollout"] for name, phases in medians.items()}
+    ratios = {
+        "rollout, zero3 : zero2": rollout["zero3"] / rollout["zero2"],
+        "rollout, zero3-naive : zero3": rollout["zero3-naive"] / rollout["zero3"],
+        "rollout, few-rows : zero2": rollout["few-rows"] / rollout["zero2"],
+    }
+    for name, ratio in ratios.items():
+        print(f"{name:30} {ratio:.2f}")
+    if argv:
+        environment = {"python": platform.python_version(), "torch": torch.__version__, "device": device.type}
+        result = {"environment": environment | {"ranks": dist.world_size()}, "medians": medians, "ratios": ratios}
+        Path(argv[0]).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

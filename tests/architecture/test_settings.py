@@ -1,0 +1,168 @@
+"""Every setting is described and read, and every config in configs/ is one that its step accepts."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel
+
+from tristage.config import BatchPlan, RunSettings, Settings, load_config, read_deepspeed_json
+
+REPO = Path(__file__).parents[2]
+STEPS = sorted(path.parent.name for path in REPO.glob("step[0-9]_*/config.py"))
+STEP_YAMLS = sorted((REPO / "configs").glob("**/step[0-9]_*.yaml"))
+DEEPSPEED_JSONS = sorted((REPO / "configs" / "deepspeed").glob("*.json"))
+NUMBER_WORDS = {"one": 1, "two": 2, "four": 4, "eight": 8, "sixteen": 16}
+
+
+def settings_class(step: str) -> type[RunSettings]:
+    """The one settings class of a whole run that a step's config.py defines."""
+    module = importlib.import_module(f"{step}.config")
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, RunSettings) and value.__module__ == module.__name__
+    )
+    return found
+
+
+def groups_of(cls: type[BaseModel]) -> list[type[BaseModel]]:
+    """A settings class and the groups inside it, at any depth."""
+    inner = [
+        group
+        for field in cls.model_fields.values()
+        for kind in (field.annotation, *get_args(field.annotation))
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for group in groups_of(kind)
+    ]
+    return [cls, *inner]
+
+
+ALL_FIELDS = {
+    (cls.__name__, name): field
+    for step in STEPS
+    for cls in groups_of(settings_class(step))
+    for name, field in cls.model_fields.items()
+}
+
+
+def read_attributes() -> set[tuple[str, str]]:
+    """(class it stands in or "", name) of every attribute that the source of tristage and the steps reads."""
+    found = set()
+
+    def walk(node: ast.AST, inside: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load):
+                found.add((inside, child.attr))
+            walk(child, child.name if isinstance(child, ast.ClassDef) else inside)
+
+    for folder in ("tristage", *STEPS):
+        for path in (REPO / folder).rglob("*.py"):
+            walk(ast.parse(path.read_text(encoding="utf-8")), "")
+    return found
+
+
+READ = read_attributes()
+
+
+def test_the_settings_of_every_step_are_found():
+    assert {"step1_sft", "step2_reward_model", "step3_ppo"} <= set(STEPS)
+    assert {("SFTConfig", "model"), ("OptimizerSettings", "eps"), ("PPOSettings", "lam")} <= set(ALL_FIELDS)
+
+
+@pytest.mark.parametrize("cls, name", ALL_FIELDS, ids=lambda part: part)
+def test_a_setting_has_a_sentence(cls, name):
+    field = ALL_FIELDS[cls, name]
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+        assert field.annotation.__doc__, f"the group {field.annotation.__name__} has no docstring"
+    else:
+        assert field.description and field.description.endswith("."), f"{cls}.{name}: {field.description!r}"
+        assert len(field.description.split()) >= 2
+
+
+@pytest.mark.parametrize("cls, name", ALL_FIELDS, ids=lambda part: part)
+def test_a_setting_is_read_outside_its_class(cls, name):
+    assert any(attribute == name and inside != cls for inside, attribute in READ), f"{cls}.{name} is never read"
+
+
+# -- configs/ ----------------------------------------------------------------------------------------------
+
+
+def ranks_of(path: Path) -> int:
+    """Ranks that a config's header comment says it is for: "8 GPUs", "two ranks", "4 nodes of 8 GPUs"; else 2."""
+    header = " ".join(line.lstrip("# ") for line in path.read_text().split("\n") if line.startswith("#"))
+    for word, number in NUMBER_WORDS.items():
+        header = re.sub(rf"\b{word}\b", str(number), header, flags=re.IGNORECASE)
+    devices = re.search(r"\b(\d+)\s*x?\s*(?:[\w-]+ ){0,2}?(?:ranks?|GPUs?|cards?)\b", header)
+    nodes = re.search(r"\b(\d+) nodes?\b", header)
+    return (int(devices[1]) if devices else 2) * (int(nodes[1]) if nodes else 1)
+
+
+@pytest.mark.parametrize(
+    "header, ranks",
+    [
+        ("# Step 1.\n", 2),
+        ("# For 8 GPUs of 80 GB.\n", 8),
+        ("# On one GPU.\n", 1),
+        ("# 8 H100 GPUs\n# of a node.\n", 8),
+        ("# 2 nodes of 8 A100 GPUs.\n", 16),
+        ("# four ranks\nepochs: 3 # 9 GPUs\n", 4),
+    ],
+)
+def test_the_header_says_the_ranks(tmp_path, header, ranks):
+    (tmp_path / "a.yaml").write_text(header)
+    assert ranks_of(tmp_path / "a.yaml") == ranks
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPO / "configs").as_posix()
+
+
+def load(path: Path) -> Any:
+    return load_config(settings_class(path.stem), ["--config", str(path)])
+
+
+def test_there_is_a_config_for_every_step():
+    assert set(STEPS) <= {path.stem for path in STEP_YAMLS}
+
+
+@pytest.mark.parametrize("path", STEP_YAMLS, ids=name_of)
+def test_a_config_loads_and_its_batches_divide(path):
+    settings, ranks = load(path), ranks_of(path)
+    if hasattr(settings, "plan"):
+        plan = settings.plan(ranks)
+    else:
+        plan = BatchPlan.make(settings.global_batch, settings.micro_batch, ranks, name_of(path))
+    assert plan.micro_batch * plan.accumulation * ranks == plan.global_batch
+
+
+def deepspeed_paths(settings: BaseModel, owner: str = "") -> dict[str, str]:
+    """The `deepspeed` path of each engine by the name of its group; "" for that of the run itself."""
+    found = {owner: settings.deepspeed} if hasattr(settings, "deepspeed") else {}
+    for name in type(settings).model_fields:
+        if isinstance(group := getattr(settings, name), BaseModel):
+            found |= deepspeed_paths(group, name)
+    return found
+
+
+@pytest.mark.parametrize("path", STEP_YAMLS, ids=name_of)
+def test_the_deepspeed_jsons_of_a_config_are_found_and_accepted(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # found beside the config, wherever one stands
+    settings = load(path)
+    templates = {owner: read_deepspeed_json(json, settings) for owner, json in deepspeed_paths(settings).items()}
+    assert templates
+    frozen = [templates[owner] for owner in ("reference", "reward") if owner in templates]
+    assert all(template["zero_optimization"]["stage"] in (0, 3) for template in frozen)
+
+
+@pytest.mark.parametrize("path", DEEPSPEED_JSONS, ids=name_of)
+def test_a_deepspeed_json_is_accepted_and_its_name_says_its_stage(path):
+    zero = read_deepspeed_json(str(path), load(STEP_YAMLS[0]))["zero_optimization"]
+    assert DeepSpeedZeroConfig(**zero).stage == zero["stage"]  # a misspelt key is refused here
+    assert path.stem.startswith(f"zero{zero['stage']}")

@@ -1,0 +1,360 @@
+"""The gradient of an optimizer step does not depend on how its rows were dealt to ranks and micro-batches.
+
+The oracle is transformers' own model in float64, one row at a time and without padding, with the losses written out:
+sum over all real tokens (or prompts) of the step, divided once by their count. The gradient that DeepSpeed hands to the
+optimizer is read off an SGD step: with learning rate RATE and no momentum, weights before - weights after = RATE * gradient.
+RATE is so large that the weights' own rounding vanishes, and a power of two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from step1_sft.train import sft_step
+from step2_reward_model.train import reward_model_step
+from step3_ppo.rollout import Engines
+from step3_ppo.update import ppo_update
+from tests.helpers import tiny
+from tests.helpers.ranks import run_ranks
+from tristage import dist, engine
+from tristage.batches import Experience, Sequences
+from tristage.config import BatchPlan, OptimizerSettings
+from tristage.data.collate import collate_prompts, collate_ranking, collate_sft, pick
+from tristage.data.loader import deal
+from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
+
+RATE = 2.0**14
+ROWS = 8
+CPU = torch.device("cpu")
+# (ranks, micro-batch): what each rank runs of the 8 rows follows from it.
+LAYOUTS = [(1, 8), (1, 1), (2, 4), (2, 2)]
+CASES = ["sft", "sft_untied", "sft_last", "pairs", "best", "policy", "value"]
+TOLERANCE = 1e-5  # of a parameter's largest gradient
+
+# Very different lengths, so that a mean of means would not pass.
+SFT_LENGTHS = [(9, 1), (4, 2), (12, 3), (3, 5), (20, 8), (5, 13), (7, 25), (2, 60)]
+ANSWERS = [(2, 1, 9), (30, 2), (1, 4, 16, 40, 3), (5, 6), (8, 1, 1), (12, 50), (3, 9, 27)]  # lengths, prompt by prompt
+RANKS = [(1, 0, 2), (0, 1), (3, 1, 0, 2, 4), (1, 0), (0, 1, 1), (1, 0), (2, 1, 0)]  # one tie; 1 to 10 pairs a prompt
+RESPONSES = [1, 40, 2, 3, 25, 5, 1, 14]
+PROMPTS = [20, 3, 11, 7, 2, 16, 5, 9]
+TEMPERATURE, CLIP = 0.7, 0.2
+
+
+# ---- the rows -------------------------------------------------------------------------------------------------------
+
+
+def sft_rows(tokenizer: Any, case: str) -> list[Any]:
+    """8 rows; "sft_last" is the short last step of an epoch: 3 rows, fillers for the others."""
+    rows = tiny.random_examples(SFT_LENGTHS, tokenizer)
+    return rows[3:6] if case == "sft_last" else rows
+
+
+def ranking_rows(tokenizer: Any) -> list[Any]:
+    """7 prompts (the eighth place is a filler) with 2 to 5 answers."""
+    return [
+        (tiny.random_examples([(4 + i, n) for n in lengths], tokenizer, seed=i), tuple(map(float, ranks)))
+        for i, (lengths, ranks) in enumerate(zip(ANSWERS, RANKS, strict=True))
+    ]
+
+
+def make_experience(tokenizer: Any, shift: dict[str, torch.Tensor]) -> Experience:
+    """Random responses with advantages, returns and old numbers made up; `shift` is what the models say of them."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = tiny.random_examples([(n - 1, 1) for n in PROMPTS], tokenizer, seed=5)
+    batch = collate_prompts(prompts, range(ROWS), tokenizer.pad_token_id)
+    columns = torch.arange(max(RESPONSES))
+    mask = columns < torch.tensor(RESPONSES)[:, None]
+    ids = torch.randint(4, len(tokenizer), mask.shape, generator=generator)
+    ended = mask & (columns == torch.tensor(RESPONSES)[:, None] - 1) & (columns < len(columns) - 1)  # the longest is cut
+    ids = ids.masked_fill(ended, tokenizer.eos_token_id).masked_fill(~mask, tokenizer.pad_token_id)
+    sequences = Sequences(
+        torch.cat([batch.input_ids, ids], 1), torch.cat([batch.attention_mask, mask], 1),
+        tokenizer.eos_token_id, batch.input_ids.shape[1],
+    )  # fmt: skip
+
+    def noise(scale: float) -> torch.Tensor:
+        return torch.randn(mask.shape, generator=generator) * scale * mask
+
+    logprobs, values = shift["logprobs"] + noise(0.3), shift["values"] + noise(0.3)  # in and out of both clips
+    return Experience(sequences, logprobs, logprobs + noise(0.1), values, noise(1.0), values + noise(1.0))
+
+
+# ---- the oracle -----------------------------------------------------------------------------------------------------
+
+
+def row_logprobs(model: Any, ids: list[int], start: int, temperature: float = 1.0) -> torch.Tensor:
+    logits = model(torch.tensor([ids])).logits[0] / temperature
+    return torch.log_softmax(logits, -1)[torch.arange(start - 1, len(ids) - 1), ids[start:]]
+
+
+def row_values(model: Any, ids: list[int]) -> torch.Tensor:
+    return model.score(model.base_model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
+
+
+def sft_row(model: Any, row: Any) -> tuple[torch.Tensor, int]:
+    logprobs = row_logprobs(model, row.ids, row.prompt_length)
+    return -logprobs.sum(), len(logprobs)
+
+
+def ranking_row(form: str) -> Callable[[Any, Any], tuple[torch.Tensor, int]]:
+    def loss(model: Any, row: Any) -> tuple[torch.Tensor, int]:
+        scores, ranks = torch.stack([row_values(model, answer.ids)[-1] for answer in row[0]]), row[1]
+        if form == "best":
+            return -torch.log_softmax(scores, 0)[ranks.index(0.0)], 1
+        pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+        return torch.stack([-F.logsigmoid(scores[i] - scores[j]) for i, j in pairs]).mean(), 1
+
+    return loss
+
+
+def unpadded(experience: Experience, row: int) -> tuple[list[int], int, torch.Tensor]:
+    """(ids, where the response starts, its columns) of a row without its padding."""
+    sequences = experience.sequences
+    ids = sequences.input_ids[row][sequences.attention_mask[row]].tolist()
+    return ids, int(sequences.prompt_mask[row].sum()), sequences.response_mask[row]
+
+
+def policy_row(experience: Experience) -> Callable[[Any, Any], tuple[torch.Tensor, int]]:
+    def loss(model: Any, row: int) -> tuple[torch.Tensor, int]:
+        ids, start, kept = unpadded(experience, row)
+        ratio = (row_logprobs(model, ids, start, TEMPERATURE) - experience.logprobs[row][kept].double()).exp()
+        advantages = experience.advantages[row][kept].double()
+        gain = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+        return -gain.sum(), len(gain)
+
+    return loss
+
+
+def value_row(experience: Experience) -> Callable[[Any, Any], tuple[torch.Tensor, int]]:
+    def loss(model: Any, row: int) -> tuple[torch.Tensor, int]:
+        ids, start, kept = unpadded(experience, row)
+        values = row_values(model, ids)[start - 1 : -1]  # of the state before each response token
+        old, returns = experience.values[row][kept].double(), experience.returns[row][kept].double()
+        moved = old + (values - old).clamp(-CLIP, CLIP)
+        return 0.5 * torch.maximum((values - returns) ** 2, (moved - returns) ** 2).sum(), len(values)
+
+    return loss
+
+
+class Oracle:
+    """Loss, count and gradient of every row of a step, by one float64 backward each."""
+
+    def __init__(self, auto_class: Any, path: str, rows: list[Any], lengths: list[int], loss: Any):
+        model = auto_class.from_pretrained(path, dtype=torch.float64)
+        self.lengths, self.losses, self.counts, self.gradients = lengths, [], [], []
+        for row in rows:
+            model.zero_grad()
+            value, count = loss(model, row)
+            value.backward()
+            self.losses.append(value.item())
+            self.counts.append(count)
+            self.gradients.append({f"model.{n}": p.grad.numpy().copy() for n, p in model.named_parameters()
+                                   if p.grad is not None})  # fmt: skip
+
+    def gradient(self) -> dict[str, np.ndarray]:
+        return self.weighted([1 / sum(self.counts)] * len(self.counts))
+
+    def loss(self) -> float:
+        return sum(self.losses) / sum(self.counts)
+
+    def weighted(self, weights: list[float]) -> dict[str, np.ndarray]:
+        return {
+            name: sum(weight * gradient[name] for weight, gradient in zip(weights, self.gradients, strict=True))
+            for name in self.gradients[0]
+        }
+
+    def mean_of_means(self, ranks: int, micro_batch: int) -> dict[str, np.ndarray]:
+        """The wrong gradient: each micro-batch divides by its own count, then the micro-batches are averaged."""
+        plan = BatchPlan.make(ROWS, micro_batch, ranks)
+        dealt = [micro for rank in range(ranks) for micro in deal(range(len(self.counts)), self.lengths, plan, rank)]
+        weights = [0.0] * len(self.counts)
+        for micro in dealt:
+            real = [row for row in micro if row is not None]
+            for row in real:
+                weights[row] = 1 / len(dealt) / sum(self.counts[other] for other in real)
+        return self.weighted(weights)
+
+
+def worst_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Over parameters: the largest difference, in units of the parameter's largest expected gradient.
+
+    A gradient that is 0 on paper (a key's bias moves all attention scores alike) is measured against the model's largest.
+    """
+    top = max(np.abs(gradient).max() for gradient in expected.values())
+    return max(
+        np.abs(found[name] - expected[name]).max() / max(np.abs(expected[name]).max(), 1e-4 * top) for name in expected
+    )
+
+
+# ---- what DeepSpeed makes of it -------------------------------------------------------------------------------------
+
+
+def sgd(model: torch.nn.Module, config: dict[str, Any], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+
+def run_case(case: str, paths: dict[str, str], stage: int, micro_batch: int, clip: float) -> dict[str, Any]:
+    """One optimizer step of `case` on this group: {"gradient", "loss", "norm"}."""
+    plan = BatchPlan.make(ROWS, micro_batch, dist.world_size())
+    template = json.loads(Path(tiny.deepspeed_json(stage)).read_text())
+    config = engine.engine_config(template, "float32", plan, clip)
+    tokenizer = load_tokenizer(paths["gpt2"])
+    optimizer = OptimizerSettings(learning_rate=RATE, schedule="constant")
+    common: dict[str, Any] = {"dtype": torch.float32, "engine_config": config}
+
+    def make(load: Any, path: str) -> Any:
+        made = engine.train_engine(load(path, tokenizer, **common), config, optimizer, 1)
+        return made, engine.full_state_dict(made)
+
+    if case.startswith("sft"):
+        made, before = make(load_causal_lm, paths["llama_untied" if case == "sft_untied" else "gpt2"])
+        rows = sft_rows(tokenizer, case)
+        dealt = deal(range(len(rows)), [len(row.ids) for row in rows], plan, dist.rank())
+        metrics = sft_step(made, [collate_sft(pick(rows, m), tokenizer.pad_token_id) for m in dealt], CPU)
+        loss, norm = metrics["sft/loss"], metrics["optimizer/grad_norm"]
+    elif case in ("pairs", "best"):
+        made, before = make(load_reward_model, paths["reward"])
+        rows = ranking_rows(tokenizer)
+        dealt = deal(range(len(rows)), ranking_lengths(rows), plan, dist.rank())
+        batches = [collate_ranking(pick(rows, m), tokenizer.pad_token_id) for m in dealt]
+        metrics = reward_model_step(made, batches, case, CPU)
+        loss, norm = metrics["reward_model/loss"], metrics["optimizer/grad_norm"]
+    else:
+        (actor, actor_before), (critic, critic_before) = (
+            make(load_causal_lm, paths["gpt2"]),
+            make(load_reward_model, paths["reward"]),
+        )
+        experience = torch.load(paths["experience"], weights_only=False)
+        settings = tiny.ppo_config(
+            Path(paths["settings"]) / str(dist.rank()), paths["gpt2"], paths["reward"], "unused", stage,
+            f"rollout.prompts={ROWS}", f"rollout.temperature={TEMPERATURE}", f"rollout.max_response_tokens={max(RESPONSES)}",
+            f"ppo.minibatch={ROWS}", f"ppo.micro_batch={micro_batch}", "ppo.epochs=1",
+        )  # fmt: skip
+        metrics = ppo_update(Engines(actor, critic, None, None), experience, 1, settings, plan)
+        made, before = (actor, actor_before) if case == "policy" else (critic, critic_before)
+        loss, norm = metrics[f"{case}/loss"], metrics[f"{case}/grad_norm"]
+    after = engine.full_state_dict(made)
+    gradient = {name: (before[name] - after[name]).double().div(RATE).numpy() for name in before}
+    return {"gradient": gradient, "loss": loss, "norm": norm}
+
+
+def ranking_lengths(rows: list[Any]) -> list[int]:
+    return [max(len(example.ids) for example in examples) for examples, _ in rows]
+
+
+def run_all(rank: int, paths: dict[str, str], stages: list[int], micro_batches: list[int]) -> dict[Any, Any]:
+    """{(case, stage, micro-batch): result}; "clipped" is "sft" with gradients clipped to half their norm."""
+    found = {}
+    with mock.patch.object(engine, "_adamw", sgd):
+        dist.init("cpu")
+        for stage in stages:
+            for micro_batch in micro_batches:
+                for case in CASES:
+                    found[case, stage, micro_batch] = run_case(case, paths, stage, micro_batch, 0.0)
+            clip = found["sft", stage, micro_batches[0]]["norm"] / 2
+            found["clipped", stage, micro_batches[0]] = run_case("sft", paths, stage, micro_batches[0], clip)
+    return found
+
+
+# ---- fixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("gradients")
+    paths = {name: tiny.write_model(folder / name, name, gain=3.0) for name in ("gpt2", "llama_untied")}
+    paths["reward"] = tiny.write_reward_model(folder / "reward", paths["gpt2"])
+    paths["settings"], paths["experience"] = str(folder), str(folder / "experience.pt")
+    tokenizer = load_tokenizer(paths["gpt2"])
+    blank = make_experience(tokenizer, {"logprobs": torch.tensor(0.0), "values": torch.tensor(0.0)})
+    policy = AutoModelForCausalLM.from_pretrained(paths["gpt2"], dtype=torch.float64)
+    critic = AutoModelForSequenceClassification.from_pretrained(paths["reward"], dtype=torch.float64)
+    said = {"logprobs": torch.zeros(blank.mask.shape), "values": torch.zeros(blank.mask.shape)}
+    with torch.no_grad():
+        for row in range(ROWS):
+            ids, start, kept = unpadded(blank, row)
+            said["logprobs"][row, kept] = row_logprobs(policy, ids, start, TEMPERATURE).float()
+            said["values"][row, kept] = row_values(critic, ids)[start - 1 : -1].float()
+    torch.save(make_experience(tokenizer, said), paths["experience"])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def oracles(paths: dict[str, str]) -> dict[str, Oracle]:
+    tokenizer = load_tokenizer(paths["gpt2"])
+    found = {}
+    for case in ("sft", "sft_untied", "sft_last"):
+        rows = sft_rows(tokenizer, case)
+        path = paths["llama_untied" if case == "sft_untied" else "gpt2"]
+        found[case] = Oracle(AutoModelForCausalLM, path, rows, [len(row.ids) for row in rows], sft_row)
+    rows, scorer = ranking_rows(tokenizer), AutoModelForSequenceClassification
+    for form in ("pairs", "best"):
+        found[form] = Oracle(scorer, paths["reward"], rows, ranking_lengths(rows), ranking_row(form))
+    experience = torch.load(paths["experience"], weights_only=False)
+    lengths = experience.sequences.attention_mask.sum(dim=1).tolist()
+    places = list(range(ROWS))
+    found["policy"] = Oracle(AutoModelForCausalLM, paths["gpt2"], places, lengths, policy_row(experience))
+    found["value"] = Oracle(scorer, paths["reward"], places, lengths, value_row(experience))
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(paths: dict[str, str]) -> dict[Any, Any]:
+    """{(ranks, case, stage, micro-batch): result} of everything; two ranks start once for all their cases."""
+    with tiny.one_rank():
+        alone = run_all(0, paths, [0, 2], [8, 1])
+    together = run_ranks(2, run_all, paths, [0, 1, 2, 3], [4, 2])[0]
+    return {(1, *key): value for key, value in alone.items()} | {(2, *key): value for key, value in together.items()}
+
+
+# ---- claims ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_the_float64_oracle_for_every_layout_and_zero_stage(
+    case: str, results: dict[Any, Any], oracles: dict[str, Oracle]
+) -> None:
+    expected = oracles[case].gradient()
+    own = {key: value for key, value in results.items() if key[1] == case}
+    assert {(ranks, micro_batch) for ranks, _, _, micro_batch in own} == set(LAYOUTS)
+    worst = {key: worst_difference(value["gradient"], expected) for key, value in own.items()}
+    print(f"{case}: largest relative difference {max(worst.values()):.1e}")
+    assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks, micro_batch", LAYOUTS[1:])
+def test_the_mean_of_micro_batch_means_would_be_another_gradient(
+    case: str, ranks: int, micro_batch: int, oracles: dict[str, Oracle]
+) -> None:
+    wrong = oracles[case].mean_of_means(ranks, micro_batch)
+    assert worst_difference(wrong, oracles[case].gradient()) > 0.01
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reported_loss_and_gradient_norm_are_those_of_the_whole_step(
+    case: str, results: dict[Any, Any], oracles: dict[str, Oracle]
+) -> None:
+    norm = sum((gradient**2).sum() for gradient in oracles[case].gradient().values()) ** 0.5
+    for key, value in results.items():
+        if key[1] == case:
+            assert value["loss"] == pytest.approx(oracles[case].loss(), rel=1e-5), key
+            assert value["norm"] == pytest.approx(norm, rel=1e-5), key
+
+
+def test_clipping_divides_by_the_global_norm(results: dict[Any, Any], oracles: dict[str, Oracle]) -> None:
+    expected = {name: gradient / 2 for name, gradient in oracles["sft"].gradient().items()}
+    clipped = {key: value for key, value in results.items() if key[1] == "clipped"}
+    assert len(clipped) == 6
+    for key, value in clipped.items():
+        assert worst_difference(value["gradient"], expected) < 10 * TOLERANCE, key

@@ -1,0 +1,211 @@
+"""Averages divide once, by their weights; a run's log is whole lines, also after it was killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tristage import dist, metrics
+from tristage.metrics import Averages, RunLog, Stopwatch, read_metrics
+
+CPU = torch.device("cpu")
+
+
+# -- Averages ----------------------------------------------------------------------------------------------
+
+
+def test_an_average_weighs_tokens_not_batches():
+    averages = Averages()
+    averages.add("loss", 10.0, 2)  # 2 tokens of loss 5
+    averages.add("loss", 6.0, 6)  # 6 tokens of loss 1
+    assert averages.reduce(CPU) == {"loss": 2.0}  # the mean of the two batches' means would be 3
+
+
+def test_averages_take_tensors_and_keep_names_apart():
+    averages = Averages()
+    averages.add("a/loss", torch.tensor(3.0), torch.tensor(4))
+    averages.add("a", torch.tensor(1.0), 1)
+    assert averages.reduce(CPU) == {"a/loss": 0.75, "a": 1.0}
+
+
+def test_an_average_of_nothing_is_0():
+    averages = Averages()
+    averages.add("loss", 0.0, 0)
+    assert averages.reduce(CPU) == {"loss": 0.0}
+
+
+def test_totals_and_weights_are_added_over_ranks_before_the_division(monkeypatch):
+    other_rank = {"loss": 2.0, "loss/weight": 4.0}
+    monkeypatch.setattr(dist, "sum_over_ranks", lambda own, _: {name: own[name] + other_rank[name] for name in own})
+    averages = Averages()
+    averages.add("loss", 10.0, 2)
+    assert averages.reduce(CPU) == {"loss": 12 / 6}
+
+
+# -- RunLog ------------------------------------------------------------------------------------------------
+
+
+def run_log(output: Path, total_steps: int = 10, first_step: int = 0) -> RunLog:
+    return RunLog(output, "sft", total_steps, first_step, {"sft/loss": "loss"})
+
+
+def write_steps(output: Path, first_step: int, last_step: int, loss: float, total_steps: int = 10) -> None:
+    """What a run that starts after `first_step` and is killed after `last_step` leaves."""
+    with run_log(output, total_steps, first_step) as log:
+        if first_step == 0:
+            log.write(0, "heldout", {"sft/loss": loss})
+        for step in range(first_step + 1, last_step + 1):
+            log.write(step, "train", {"sft/loss": loss})
+            log.write_samples(step, [{"response": f"{loss}"}])
+
+
+def points(output: Path, tag: str) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(output / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def test_a_line_holds_step_split_and_the_metrics(tmp_path):
+    with run_log(tmp_path) as log:
+        log.write(0, "heldout", {"sft/loss": 2.5, "sft/perplexity": 12.0})
+        log.write(1, "train", {"sft/loss": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+        '{"step": 0, "split": "heldout", "sft/loss": 2.5, "sft/perplexity": 12.0}',
+        '{"step": 1, "split": "train", "sft/loss": 2.0}',
+    ]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    with run_log(tmp_path) as log:
+        log.write(1, "train", {"sft/loss": 2.0})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "sft/loss": 2.0}]
+
+
+def test_read_metrics_gives_what_was_written(tmp_path):
+    write_steps(tmp_path, 0, 2, loss=1.5)
+    assert read_metrics(str(tmp_path / "metrics.jsonl")) == [
+        {"step": 0, "split": "heldout", "sft/loss": 1.5},
+        {"step": 1, "split": "train", "sft/loss": 1.5},
+        {"step": 2, "split": "train", "sft/loss": 1.5},
+    ]
+
+
+def test_tensorboard_gets_the_same_numbers_by_split(tmp_path):
+    write_steps(tmp_path, 0, 2, loss=1.5)
+    assert points(tmp_path, "heldout/sft/loss") == [(0, 1.5)]
+    assert points(tmp_path, "train/sft/loss") == [(1, 1.5), (2, 1.5)]
+
+
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path):
+    write_steps(tmp_path, 0, 5, loss=1.0)
+    write_steps(tmp_path, 3, 6, loss=2.0)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
+    assert [line["sft/loss"] for line in lines] == [1, 1, 1, 1, 2, 2, 2]
+    samples = read_metrics(tmp_path / "samples.jsonl")
+    assert [line["step"] for line in samples] == [1, 2, 3, 4, 5, 6]
+    assert [line["response"] for line in samples] == ["1.0"] * 3 + ["2.0"] * 3
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
+    write_steps(tmp_path, 0, 5, loss=1.0)
+    write_steps(tmp_path, 3, 6, loss=2.0)
+    assert points(tmp_path, "train/sft/loss") == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+
+
+def test_a_run_that_starts_again_keeps_nothing_of_an_earlier_one(tmp_path):
+    write_steps(tmp_path, 0, 5, loss=1.0)
+    write_steps(tmp_path, 0, 1, loss=2.0)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["sft/loss"]) for line in lines] == [(0, 2), (1, 2)]
+    assert [line["response"] for line in read_metrics(tmp_path / "samples.jsonl")] == ["2.0"]
+
+
+def test_a_line_that_a_killed_run_was_writing_is_dropped(tmp_path):
+    write_steps(tmp_path, 0, 2, loss=1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "split": "heldout", "sft/lo')
+    write_steps(tmp_path, 2, 3, loss=2.0)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_samples_keep_their_text_through_a_resume(tmp_path):
+    text = "größer\u2028next \u0085 line\nlast \"quoted\""
+    with run_log(tmp_path) as log:
+        log.write_samples(1, [{"prompt": "p", "response": text, "score": 0.5}, {"response": "second"}])
+    with run_log(tmp_path, first_step=1) as log:
+        log.write_samples(2, [{"response": text}])
+    with open(tmp_path / "samples.jsonl", encoding="utf-8") as file:
+        raw = file.read()
+    assert "größer" in raw  # readable as it is, not escaped
+    assert [json.loads(line) for line in raw.split("\n")[:-1]] == [
+        {"step": 1, "prompt": "p", "response": text, "score": 0.5},
+        {"step": 1, "response": "second"},
+        {"step": 2, "response": text},
+    ]
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    write_steps(tmp_path, 0, 2, loss=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_files_are_closed_when_the_run_fails(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        with run_log(tmp_path) as log:
+            log.write(1, "train", {"sft/loss": 2.0})
+            raise RuntimeError("out of memory")
+    assert log.file.closed
+
+
+def test_progress_is_about_twenty_lines_with_the_metrics_that_matter(tmp_path, capsys):
+    write_steps(tmp_path, 0, 100, loss=1.23456, total_steps=100)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "sft 0/100 held out: loss 1.235"
+    assert len(lines) == 20
+    assert lines[0].startswith("sft 5/100 loss 1.235 left 0:00:")
+    assert lines[-1] == "sft 100/100 loss 1.235 left 0:00:00"
+
+
+def test_a_terminal_gets_a_bar_at_the_resumed_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with run_log(tmp_path, first_step=4) as log:
+        assert log.bar.tasks[0].completed == 4
+        log.write(7, "train", {"sft/loss": 2.0})
+        assert (log.bar.tasks[0].completed, log.bar.tasks[0].fields["numbers"]) == (7, "loss 2")
+    assert not log.bar.live.is_started  # the terminal is handed back
+
+
+# -- Stopwatch ---------------------------------------------------------------------------------------------
+
+
+def test_a_stopwatch_adds_up_a_phase_and_clears(monkeypatch):
+    ticks = iter([0.0, 1.0, 10.0, 10.5, 20.0, 22.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
+    watch = Stopwatch(CPU)
+    for phase in ("rollout", "update", "rollout"):
+        with watch(phase):
+            pass
+    assert watch.take() == {"time/rollout": 3.0, "time/update": 0.5}
+    assert watch.take() == {}
+
+
+def test_a_stopwatch_measures_seconds():
+    watch = Stopwatch(CPU)
+    with watch("sleep"):
+        time.sleep(0.02)
+    assert 0.02 <= watch.take()["time/sleep"] < 5
+
+
+def test_a_phase_that_fails_is_timed_and_its_error_goes_on():
+    watch = Stopwatch(CPU)
+    with pytest.raises(KeyError):
+        with watch("step"):
+            raise KeyError
+    assert list(watch.take()) == ["time/step"]
