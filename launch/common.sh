@@ -29,23 +29,35 @@ ensure_environment() {
 
 # Without a GPU DeepSpeed compiles a small op on first use; do it here, once, and say so.
 build_cpu_op() {
-    has_gpu && return
+    if has_gpu; then return; fi
     mkdir -p "$TORCH_EXTENSIONS_DIR"
     (
-        # Whoever holds this lock is the only builder, so a `lock` file inside is left over from a killed build.
         flock 9
-        if ! find "$TORCH_EXTENSIONS_DIR" -name 'deepspeed_shm_comm.so' | grep -q .; then
-            echo "compiling DeepSpeed's CPU communication op (about a minute, once)"
-        fi
+        # Ranks hold `lock` for a moment when they load the op: an old one is left over from a killed run.
+        find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +5 -delete
+        if find "$TORCH_EXTENSIONS_DIR" -name deepspeed_shm_comm.so | grep -q .; then exit 0; fi
+        # No op yet, and whoever holds the flock is the only builder: a `lock` is left over from a killed build.
         find "$TORCH_EXTENSIONS_DIR" -name lock -delete
-        python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)' \
-            >"$TORCH_EXTENSIONS_DIR/build.log" 2>&1 \
-            || { tail -n 20 "$TORCH_EXTENSIONS_DIR/build.log"; echo "error: it did not compile; a C++ compiler (g++) is needed"; exit 1; }
+        echo "compiling DeepSpeed's CPU communication op (about a minute, once)"
+        export DS_ACCELERATOR=cpu
+        if ! python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)' \
+            >"$TORCH_EXTENSIONS_DIR/build.log" 2>&1; then
+            tail -n 20 "$TORCH_EXTENSIONS_DIR/build.log" >&2
+            echo "error: DeepSpeed's CPU op did not compile; install a C++ compiler (g++)" >&2
+            exit 1
+        fi
     ) 9>"$TORCH_EXTENSIONS_DIR/.builder"
 }
 
+# Whether ranks will run on GPUs; asked once, for importing torch takes seconds.
 has_gpu() {
-    [[ "${DS_ACCELERATOR:-}" != cpu ]] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+    if [[ -z "${HAS_GPU:-}" ]]; then
+        HAS_GPU=no
+        if [[ "${DS_ACCELERATOR:-}" != cpu ]] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+            HAS_GPU=yes
+        fi
+    fi
+    [[ "$HAS_GPU" == yes ]]
 }
 
 # launch_step MODULE CONFIG [key=value ...] [deepspeed launcher options]
@@ -76,9 +88,9 @@ launch_step() {
     if ! has_gpu; then
         build_cpu_op
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-        [[ "$given" =~ --(num_gpus|num_accelerators|hostfile|include|exclude) ]] || options+=(--num_gpus 2)
+        [[ "$given" =~ \ (--(num_gpus|num_accelerators|hostfile|include|exclude)|-[Hie]\ ) ]] || options+=(--num_gpus 2)
     fi
-    if [[ ! "$given" =~ --(master_port|hostfile) ]]; then
+    if [[ ! "$given" =~ \ (--(master_port|hostfile)|-H\ ) ]]; then
         options+=(--master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
     fi
     deepspeed --log_level error --no_local_rank "${options[@]}" --module "$module" --config "$config" "${settings[@]}"

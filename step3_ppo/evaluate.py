@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from step3_ppo.config import PPOConfig
-from step3_ppo.rollout import Engines, collect, response_metrics
+from step3_ppo.rollout import Engines, collect, response_metrics, rows_of_all_ranks
 from tristage import dist
 from tristage.batches import PromptBatch
 from tristage.data.collate import collate_prompts, pick
@@ -55,9 +55,10 @@ def evaluate(
     indices = [row for (row,) in evaluation_rows(lengths, 1, dist.world_size(), dist.rank())]
     batch = prompt_batch(rows, indices, settings, tokenizer).to(device)
     own = collect(engines, rollouts, batch, EVALUATION_DRAW, settings, Stopwatch(device))
-    sequences = own.sequences.map(dist.all_gather_rows)
+    gather = rows_of_all_ranks(batch)
+    sequences = own.sequences.map(gather)
     logprobs, ref_logprobs, entropy, scores, real = (
-        dist.all_gather_rows(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, batch.is_real)
+        gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, batch.is_real)
     )
     found = response_metrics(sequences, logprobs, ref_logprobs, entropy, scores, real.float())
     metrics = {name: float(value) for name, value in found.items()}

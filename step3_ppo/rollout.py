@@ -91,9 +91,10 @@ def make_experience(
         (own_values,) = _in_micro_batches(  # 2
             own.sequences, settings, lambda micro: (micro.before_response(engines.critic(micro.ids, micro.mask)),)
         )
-        sequences = own.sequences.map(dist.all_gather_rows)  # 3
+        gather = rows_of_all_ranks(prompts)  # 3
+        sequences = own.sequences.map(gather)
         logprobs, ref_logprobs, entropy, scores, values = (
-            dist.all_gather_rows(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, own_values)
+            gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, own_values)
         )
         mask = sequences.response_mask
         rewards = shaped_rewards(  # 4
@@ -116,6 +117,15 @@ def make_experience(
     return experience, {name: float(value) for name, value in metrics.items()}
 
 
+def rows_of_all_ranks(prompts: PromptBatch) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function [B,...] -> [N,...] that gathers, ordered by the prompts' places in their set.
+
+    In rank order a minibatch, and so the update, would hold other rows on another number of ranks.
+    """
+    order = dist.all_gather_rows(prompts.row_index).argsort(stable=True)
+    return lambda x: dist.all_gather_rows(x)[order]
+
+
 def response_metrics(
     sequences: Sequences,
     logprobs: torch.Tensor,
@@ -130,7 +140,7 @@ def response_metrics(
     kl = kl_estimate(logprobs, ref_logprobs, "k1")
     return {
         "objective/score": (scores * weight).sum() / rows,
-        "objective/score_std": (scores * weight).std(correction=0) if len(scores) > 1 else scores.new_zeros(()),
+        "objective/score_std": scores[weight > 0].std(correction=0),
         "objective/kl": masked_sum(kl, mask) / rows,
         "objective/kl_per_token": masked_mean(kl, mask),
         "objective/entropy": masked_mean(entropy, mask),

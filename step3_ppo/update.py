@@ -98,8 +98,8 @@ def check_first_iteration(engines: Engines, experience: Experience, settings: PP
     rows = torch.arange(plan.micro_batch * dist.rank(), plan.micro_batch * (dist.rank() + 1))
     micro, mask = experience.sequences.micro_batch(rows), experience.mask[rows]
     found = micro.align(engines.actor(micro.ids, micro.mask, micro.score_mask, settings.rollout.temperature)[0])
-    log_ratio = float(((found - experience.logprobs[rows]).abs() * mask).max())
-    kl = float((kl_estimate(experience.logprobs, experience.ref_logprobs).abs() * experience.mask).max())
+    log_ratio = _largest(found - experience.logprobs[rows], mask)
+    kl = _largest(kl_estimate(experience.logprobs, experience.ref_logprobs), experience.mask)
     if settings.reference_path != settings.actor_path:
         kl = 0.0
     worst: dict[str, Any] = dist.max_over_ranks({"log_ratio": log_ratio, "kl": kl}, experience.logprobs.device)
@@ -110,3 +110,8 @@ def check_first_iteration(engines: Engines, experience: Experience, settings: PP
             f"{worst['kl']:.2e}, both should be 0 (tolerance {tolerance}): the model's forward differs between "
             "sampling, scoring and training; report this with the model's config.json"
         )
+
+
+def _largest(x: torch.Tensor, mask: torch.Tensor) -> float:
+    """x [B,R], mask [B,R] -> the largest |x| of a real token; nan, which compares as small, counts as infinite."""
+    return float(x.abs().nan_to_num(nan=torch.inf).masked_fill(~mask, 0.0).max())

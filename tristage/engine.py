@@ -40,7 +40,8 @@ def engine_config(template: dict[str, Any], precision: str, plan: BatchPlan, cli
         gradient_accumulation_steps=plan.accumulation,
         # The caller owns the step boundary: backward() accumulates, step() reduces and updates.
         managed_gradient_accumulation=False,
-        gradient_clipping=clip_norm,
+        # Never 0: float32 at ZeRO 0 takes the gradient's norm only while it clips (see _keep_gradient_norm).
+        gradient_clipping=clip_norm or math.inf,
         bf16={"enabled": precision == "bf16"},
         fp16={"enabled": precision == "fp16"},
         # The optimizer is built here (fused on GPUs, plain on CPUs), not by DeepSpeed's own rules.
@@ -71,7 +72,17 @@ def train_engine(
         dist_init_required=False,
     )
     assert not engine.managed_gradient_accumulation(), "this deepspeed ignores managed_gradient_accumulation"
+    _keep_gradient_norm(engine)
     return engine
+
+
+def _keep_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Float32 at ZeRO 0 is the one path that clips without noting the norm: DeepSpeed would report none."""
+
+    def clip() -> None:
+        engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+
+    engine.clip_fp32_gradients = clip
 
 
 def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:

@@ -18,7 +18,6 @@ REPO = Path(__file__).parents[2]
 STEPS = sorted(path.parent.name for path in REPO.glob("step[0-9]_*/config.py"))
 STEP_YAMLS = sorted((REPO / "configs").glob("**/step[0-9]_*.yaml"))
 DEEPSPEED_JSONS = sorted((REPO / "configs" / "deepspeed").glob("*.json"))
-NUMBER_WORDS = {"one": 1, "two": 2, "four": 4, "eight": 8, "sixteen": 16}
 
 
 def settings_class(step: str) -> type[RunSettings]:
@@ -53,7 +52,10 @@ ALL_FIELDS = {
 
 
 def read_attributes() -> set[tuple[str, str]]:
-    """(class it stands in or "", name) of every attribute that the source of tristage and the steps reads."""
+    """(class it stands in or "", name) of every attribute that the source of tristage and the steps reads.
+
+    Names are compared, not types, so algo/, which takes no settings (but reads `torch.finfo(...).eps`), is left out.
+    """
     found = set()
 
     def walk(node: ast.AST, inside: str) -> None:
@@ -64,7 +66,8 @@ def read_attributes() -> set[tuple[str, str]]:
 
     for folder in ("tristage", *STEPS):
         for path in (REPO / folder).rglob("*.py"):
-            walk(ast.parse(path.read_text(encoding="utf-8")), "")
+            if path.parent.name != "algo":
+                walk(ast.parse(path.read_text(encoding="utf-8")), "")
     return found
 
 
@@ -95,28 +98,18 @@ def test_a_setting_is_read_outside_its_class(cls, name):
 
 
 def ranks_of(path: Path) -> int:
-    """Ranks that a config's header comment says it is for: "8 GPUs", "two ranks", "4 nodes of 8 GPUs"; else 2."""
-    header = " ".join(line.lstrip("# ") for line in path.read_text().split("\n") if line.startswith("#"))
-    for word, number in NUMBER_WORDS.items():
-        header = re.sub(rf"\b{word}\b", str(number), header, flags=re.IGNORECASE)
-    devices = re.search(r"\b(\d+)\s*x?\s*(?:[\w-]+ ){0,2}?(?:ranks?|GPUs?|cards?)\b", header)
-    nodes = re.search(r"\b(\d+) nodes?\b", header)
-    return (int(devices[1]) if devices else 2) * (int(nodes[1]) if nodes else 1)
+    """Ranks that a config's header comment says it is for ("ranks: 8"); else 2."""
+    header = "\n".join(line for line in path.read_text().split("\n") if line.startswith("#"))
+    ranks = re.search(r"\branks: (\d+)", header)
+    return int(ranks[1]) if ranks else 2
 
 
 @pytest.mark.parametrize(
-    "header, ranks",
-    [
-        ("# Step 1.\n", 2),
-        ("# For 8 GPUs of 80 GB.\n", 8),
-        ("# On one GPU.\n", 1),
-        ("# 8 H100 GPUs\n# of a node.\n", 8),
-        ("# 2 nodes of 8 A100 GPUs.\n", 16),
-        ("# four ranks\nepochs: 3 # 9 GPUs\n", 4),
-    ],
+    "text, ranks",
+    [("# Step 1.\n", 2), ("# For 4 GPUs.\n# Of 80 GB.   ranks: 16\n", 16), ("# Step 1.\nepochs: 3 # ranks: 9\n", 2)],
 )
-def test_the_header_says_the_ranks(tmp_path, header, ranks):
-    (tmp_path / "a.yaml").write_text(header)
+def test_the_header_says_the_ranks(tmp_path, text, ranks):
+    (tmp_path / "a.yaml").write_text(text)
     assert ranks_of(tmp_path / "a.yaml") == ranks
 
 

@@ -2,8 +2,8 @@
 
 The oracle is transformers' own model in float64, one row at a time and without padding, with the losses written out:
 sum over all real tokens (or prompts) of the step, divided once by their count. The gradient that DeepSpeed hands to the
-optimizer is read off an SGD step: with learning rate RATE and no momentum, weights before - weights after = RATE * gradient.
-RATE is so large that the weights' own rounding vanishes, and a power of two.
+optimizer is read off an SGD step: with learning rate RATE and no momentum, weights before - weights after is
+RATE * gradient. RATE is so large that the weights' own rounding vanishes, and a power of two.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ def make_experience(tokenizer: Any, shift: dict[str, torch.Tensor]) -> Experienc
     prompts = tiny.random_examples([(n - 1, 1) for n in PROMPTS], tokenizer, seed=5)
     batch = collate_prompts(prompts, range(ROWS), tokenizer.pad_token_id)
     columns = torch.arange(max(RESPONSES))
-    mask = columns < torch.tensor(RESPONSES)[:, None]
+    lengths = torch.tensor(RESPONSES)[:, None]
+    mask = columns < lengths
     ids = torch.randint(4, len(tokenizer), mask.shape, generator=generator)
-    ended = mask & (columns == torch.tensor(RESPONSES)[:, None] - 1) & (columns < len(columns) - 1)  # the longest is cut
+    ended = (columns == lengths - 1) & (columns < len(columns) - 1)  # the longest is cut, without EOS
     ids = ids.masked_fill(ended, tokenizer.eos_token_id).masked_fill(~mask, tokenizer.pad_token_id)
     sequences = Sequences(
         torch.cat([batch.input_ids, ids], 1), torch.cat([batch.attention_mask, mask], 1),
@@ -188,11 +189,12 @@ class Oracle:
 def worst_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
     """Over parameters: the largest difference, in units of the parameter's largest expected gradient.
 
-    A gradient that is 0 on paper (a key's bias moves all attention scores alike) is measured against the model's largest.
+    A gradient that is 0 on paper (a bias that moves all scores alike, in a loss of their differences) holds rounding
+    alone; it is measured against the model's largest.
     """
     top = max(np.abs(gradient).max() for gradient in expected.values())
     return max(
-        np.abs(found[name] - expected[name]).max() / max(np.abs(expected[name]).max(), 1e-4 * top) for name in expected
+        np.abs(found[name] - expected[name]).max() / max(np.abs(expected[name]).max(), 1e-2 * top) for name in expected
     )
 
 
@@ -203,49 +205,53 @@ def sgd(model: torch.nn.Module, config: dict[str, Any], settings: OptimizerSetti
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
 
-def run_case(case: str, paths: dict[str, str], stage: int, micro_batch: int, clip: float) -> dict[str, Any]:
-    """One optimizer step of `case` on this group: {"gradient", "loss", "norm"}."""
+class Step:
+    """A trained engine around one optimizer step, whose gradient it reads off."""
+
+    def __init__(self, load: Any, path: str, tokenizer: Any, config: dict[str, Any]):
+        model = load(path, tokenizer, dtype=torch.float32, engine_config=config)
+        optimizer = OptimizerSettings(learning_rate=RATE, schedule="constant")
+        self.engine = engine.train_engine(model, config, optimizer, total_steps=1)
+        self.before = {name: weights.clone() for name, weights in engine.full_state_dict(self.engine).items()}
+
+    def result(self, metrics: dict[str, float], loss: str, norm: str) -> dict[str, Any]:
+        after = engine.full_state_dict(self.engine)
+        gradient = {name: (self.before[name] - after[name]).double().div(RATE).numpy() for name in after}
+        return {"gradient": gradient, "loss": metrics[loss], "norm": metrics[norm]}
+
+
+def run_group(group: str, paths: dict[str, str], stage: int, micro_batch: int, clip: float = 0.0) -> dict[str, Any]:
+    """One optimizer step of what `group` trains: {case: {"gradient", "loss", "norm"}}."""
     plan = BatchPlan.make(ROWS, micro_batch, dist.world_size())
     template = json.loads(Path(tiny.deepspeed_json(stage)).read_text())
     config = engine.engine_config(template, "float32", plan, clip)
     tokenizer = load_tokenizer(paths["gpt2"])
-    optimizer = OptimizerSettings(learning_rate=RATE, schedule="constant")
-    common: dict[str, Any] = {"dtype": torch.float32, "engine_config": config}
-
-    def make(load: Any, path: str) -> Any:
-        made = engine.train_engine(load(path, tokenizer, **common), config, optimizer, 1)
-        return made, engine.full_state_dict(made)
-
-    if case.startswith("sft"):
-        made, before = make(load_causal_lm, paths["llama_untied" if case == "sft_untied" else "gpt2"])
-        rows = sft_rows(tokenizer, case)
+    if group.startswith("sft"):
+        step = Step(load_causal_lm, paths["llama_untied" if group == "sft_untied" else "gpt2"], tokenizer, config)
+        rows = sft_rows(tokenizer, group)
         dealt = deal(range(len(rows)), [len(row.ids) for row in rows], plan, dist.rank())
-        metrics = sft_step(made, [collate_sft(pick(rows, m), tokenizer.pad_token_id) for m in dealt], CPU)
-        loss, norm = metrics["sft/loss"], metrics["optimizer/grad_norm"]
-    elif case in ("pairs", "best"):
-        made, before = make(load_reward_model, paths["reward"])
-        rows = ranking_rows(tokenizer)
-        dealt = deal(range(len(rows)), ranking_lengths(rows), plan, dist.rank())
-        batches = [collate_ranking(pick(rows, m), tokenizer.pad_token_id) for m in dealt]
-        metrics = reward_model_step(made, batches, case, CPU)
-        loss, norm = metrics["reward_model/loss"], metrics["optimizer/grad_norm"]
-    else:
-        (actor, actor_before), (critic, critic_before) = (
-            make(load_causal_lm, paths["gpt2"]),
-            make(load_reward_model, paths["reward"]),
-        )
+        metrics = sft_step(step.engine, [collate_sft(pick(rows, m), tokenizer.pad_token_id) for m in dealt], CPU)
+        return {group: step.result(metrics, "sft/loss", "optimizer/grad_norm")}
+    if group == "ppo":
+        actor = Step(load_causal_lm, paths["gpt2"], tokenizer, config)
+        critic = Step(load_reward_model, paths["reward"], tokenizer, config)
         experience = torch.load(paths["experience"], weights_only=False)
         settings = tiny.ppo_config(
             Path(paths["settings"]) / str(dist.rank()), paths["gpt2"], paths["reward"], "unused", stage,
-            f"rollout.prompts={ROWS}", f"rollout.temperature={TEMPERATURE}", f"rollout.max_response_tokens={max(RESPONSES)}",
-            f"ppo.minibatch={ROWS}", f"ppo.micro_batch={micro_batch}", "ppo.epochs=1",
+            f"rollout.prompts={ROWS}", f"rollout.temperature={TEMPERATURE}", f"ppo.minibatch={ROWS}",
+            f"ppo.micro_batch={micro_batch}", "ppo.epochs=1", f"ppo.clip={CLIP}", f"ppo.value_clip={CLIP}",
         )  # fmt: skip
-        metrics = ppo_update(Engines(actor, critic, None, None), experience, 1, settings, plan)
-        made, before = (actor, actor_before) if case == "policy" else (critic, critic_before)
-        loss, norm = metrics[f"{case}/loss"], metrics[f"{case}/grad_norm"]
-    after = engine.full_state_dict(made)
-    gradient = {name: (before[name] - after[name]).double().div(RATE).numpy() for name in before}
-    return {"gradient": gradient, "loss": loss, "norm": norm}
+        metrics = ppo_update(Engines(actor.engine, critic.engine, None, None), experience, 1, settings, plan)
+        return {
+            case: step.result(metrics, f"{case}/loss", f"{case}/grad_norm")
+            for case, step in (("policy", actor), ("value", critic))
+        }
+    step = Step(load_reward_model, paths["reward"], tokenizer, config)
+    rows = ranking_rows(tokenizer)
+    dealt = deal(range(len(rows)), ranking_lengths(rows), plan, dist.rank())
+    batches = [collate_ranking(pick(rows, m), tokenizer.pad_token_id) for m in dealt]
+    metrics = reward_model_step(step.engine, batches, group, CPU)
+    return {group: step.result(metrics, "reward_model/loss", "optimizer/grad_norm")}
 
 
 def ranking_lengths(rows: list[Any]) -> list[int]:
@@ -254,15 +260,19 @@ def ranking_lengths(rows: list[Any]) -> list[int]:
 
 def run_all(rank: int, paths: dict[str, str], stages: list[int], micro_batches: list[int]) -> dict[Any, Any]:
     """{(case, stage, micro-batch): result}; "clipped" is "sft" with gradients clipped to half their norm."""
-    found = {}
+    found: dict[Any, Any] = {}
+
+    def run(group: str, stage: int, micro_batch: int, clip: float = 0.0) -> None:
+        for case, result in run_group(group, paths, stage, micro_batch, clip).items():
+            found["clipped" if clip else case, stage, micro_batch] = result
+
     with mock.patch.object(engine, "_adamw", sgd):
         dist.init("cpu")
         for stage in stages:
             for micro_batch in micro_batches:
-                for case in CASES:
-                    found[case, stage, micro_batch] = run_case(case, paths, stage, micro_batch, 0.0)
-            clip = found["sft", stage, micro_batches[0]]["norm"] / 2
-            found["clipped", stage, micro_batches[0]] = run_case("sft", paths, stage, micro_batches[0], clip)
+                for group in ("sft", "sft_untied", "sft_last", "pairs", "best", "ppo"):
+                    run(group, stage, micro_batch)
+            run("sft", stage, micro_batches[0], found["sft", stage, micro_batches[0]]["norm"] / 2)
     return found
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,21 @@ def _make_any(tokenizer: Any, architecture: str, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def copy_model(source: str, folder: Path) -> str:
+    return str(shutil.copytree(source, folder))
+
+
+def copy_with_pad_as_eos(source: str, folder: Path) -> str:
+    """The same weights with EOS as pad, and no unknown token, which load_tokenizer would take for padding."""
+    copy_model(source, folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    del tokenizer["unk_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"pad_token": tokenizer["eos_token"]}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": config["eos_token_id"]}))
+    return str(folder)
 
 
 def write_reward_model(folder: Path, model: str, seed: int = 7) -> str:

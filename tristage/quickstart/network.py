@@ -93,6 +93,7 @@ def _network_config(tokenizer: PreTrainedTokenizerFast, architecture: str, size:
     if architecture == "llama":
         return LlamaConfig(
             **common,
+            initializer_range=hidden**-0.5,
             hidden_size=hidden,
             intermediate_size=hidden * 2 if size == "small" else hidden * 3,
             num_hidden_layers=num_layers,
@@ -104,6 +105,7 @@ def _network_config(tokenizer: PreTrainedTokenizerFast, architecture: str, size:
     if architecture == "opt":
         return OPTConfig(
             **common,
+            init_std=hidden**-0.5,
             hidden_size=hidden,
             word_embed_proj_dim=hidden,
             ffn_dim=hidden * 3 if size == "small" else hidden * 5,
@@ -119,6 +121,7 @@ def _network_config(tokenizer: PreTrainedTokenizerFast, architecture: str, size:
     if architecture == "gpt2":
         return GPT2Config(
             **common,
+            initializer_range=hidden**-0.5,
             n_embd=hidden,
             n_inner=hidden * 3 if size == "small" else hidden * 5,
             n_layer=num_layers,

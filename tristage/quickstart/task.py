@@ -1,17 +1,16 @@
-"""A made-up instruction task whose answers a rule can grade: "Name four fruits, but not apple." -> "fig, pear, plum, kiwi."
+"""A made-up instruction task whose answers a rule can grade: "Name four fruits." -> "fig, pear, plum, kiwi."
 
 Three parts, top to bottom:
 
-  1. prompts          16 kinds x 4 counts (word or digit) x phrasings x politeness x an optional excluded item
+  1. prompts          8 kinds x 4 counts (word or digit) x 12 verbs x 6 kinds of politeness: 4,608 different ones
   2. the rule         `gold(prompt, response)` in [0, 1], the number that the whole pipeline is meant to raise
-  3. the generator    demonstrations, preference pairs, rankings and prompts as rows, from explicit random.Random objects
+  3. the generator    demonstrations, preference pairs, rankings and prompts as rows, from random.Random objects
 
-Answers come from one mixed-quality distribution (`draw_answer`), in demonstrations as in pairs and rankings: about half
-are right, the others are short, long, repetitive, off topic, or name the excluded item. Fine-tuning imitates that mix,
-mean gold 0.70 to 0.75; doing better takes a reward model and PPO. One item too many costs what one too few costs, so
-"the longer answer wins" is no shortcut.
+Answers come from one mixed-quality distribution (`draw_answer`), in demonstrations as in pairs and rankings: about
+half are right, the others are short, long, repetitive or off topic. Fine-tuning imitates that mix; doing better takes
+a reward model and PPO. One item too many costs what one too few costs, so "the longer answer wins" is no shortcut.
 
-Left out on purpose: no system prompt, no multi-turn, no free text. Each would cost minutes of training and test nothing new.
+Left out on purpose: system prompts, dialogues, free text. Each would cost minutes of training and test nothing new.
 """
 
 from __future__ import annotations
@@ -24,34 +23,29 @@ from dataclasses import dataclass
 KINDS: dict[str, tuple[str, ...]] = {
     kind: tuple(items.split())
     for kind, items in {
-        "fruits": "apple pear plum fig cherry grape lemon mango peach banana",
-        "animals": "dog cat horse cow goat sheep lion tiger bear wolf",
-        "birds": "robin crow owl eagle swan heron sparrow finch falcon gull",
-        "trees": "oak elm ash birch maple pine cedar willow beech spruce",
-        "flowers": "rose tulip lily daisy iris violet poppy orchid lotus peony",
-        "colors": "red blue green yellow purple brown black white pink grey",
-        "metals": "iron copper zinc tin lead silver gold nickel cobalt titanium",
-        "tools": "hammer saw drill pliers wrench chisel file axe shovel rake",
-        "sports": "tennis soccer hockey golf rugby cricket boxing rowing judo fencing",
-        "countries": "France Spain Italy Norway Japan Peru Kenya Egypt India Cuba",
+        "fruits": "apple banana cherry fig grape kiwi lemon mango peach pear plum quince",
+        "animals": "bear cat cow dog fox goat horse lion sheep tiger wolf zebra",
+        "birds": "crow dove eagle falcon finch gull heron owl robin sparrow swan wren",
+        "trees": "ash beech birch cedar elm fir maple oak pine spruce willow yew",
+        "flowers": "daisy iris lily lotus orchid pansy peony poppy rose snowdrop tulip violet",
+        "colors": "black blue brown green grey orange pink purple red teal white yellow",
+        "tools": "axe chisel drill file hammer pliers rake saw shovel spade trowel wrench",
+        "countries": "Brazil Chile Cuba Egypt France India Italy Japan Kenya Norway Peru Spain",
     }.items()
 }
 COUNTS: dict[str, int] = {"two": 2, "three": 3, "four": 4, "five": 5, "2": 2, "3": 3, "4": 4, "5": 5}
 KIND_OF: dict[str, str] = {item: kind for kind, items in KINDS.items() for item in items}
 
 VERBS = ("Name", "List", "Give", "Write", "Find", "Pick", "State", "Suggest", "Choose", "Mention", "Type", "Show")
-POLITENESS = ("{}", "{}, please", "Please {}")
-OPENERS = ("{}, starting with {}.", "{}, beginning with {}.", "{}, first {}.")
+POLITENESS = ("{}.", "{}, please.", "{}, thanks.", "Please {}.", "Hello, {}.", "Now {}.")
 
 REPEAT_COST = 0.10
 OFF_TOPIC_COST = 0.10
-OPENER_COST = 0.25
 NO_FULL_STOP_COST = 0.10
 
-OPENER_SHARE = 0.5  # of prompts; the others name no excluded item
-FLAW_WEIGHTS = (0.53, 0.36, 0.11)  # of no flaw, one and two in an answer
-MIN_GAP = 0.09  # answers whose gold differs by less than this are a tie to the labeller and never compared
-LABEL_SCALE = 0.16  # of the labeller's logistic noise, in units of gold
+FLAW_WEIGHTS = (0.45, 0.45, 0.10)  # of no flaw, one and two in an answer
+MIN_GAP = 0.15  # answers whose gold differs by less than this are a tie to the labeller and never compared
+LABEL_SCALE = 0.12  # of the labeller's logistic noise, in units of gold
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -63,18 +57,13 @@ class Request:
 
     kind: str
     count: int
-    opener: str | None
 
 
 def draw_prompt(rng: random.Random) -> str:
-    """One prompt, for example "Please list 3 birds, except owl."."""
-    kind = rng.choice(list(KINDS))
-    polite = rng.choice(POLITENESS)
-    verb = rng.choice(VERBS)
-    sentence = polite.format(f"{verb if polite.startswith('{') else verb.lower()} {rng.choice(list(COUNTS))} {kind}")
-    if rng.random() < OPENER_SHARE:
-        return rng.choice(OPENERS).format(sentence, rng.choice(KINDS[kind]))
-    return f"{sentence}."
+    """One prompt, for example "Please list 3 birds."."""
+    polite, verb = rng.choice(POLITENESS), rng.choice(VERBS)
+    verb = verb if polite.startswith("{") else verb.lower()
+    return polite.format(f"{verb} {rng.choice(list(COUNTS))} {rng.choice(list(KINDS))}")
 
 
 def draw_prompts(num: int, rng: random.Random) -> list[str]:
@@ -86,14 +75,13 @@ def draw_prompts(num: int, rng: random.Random) -> list[str]:
 
 
 def parse_prompt(prompt: str) -> Request:
-    """The request behind a prompt: its one kind, its one count and the item it excludes, if any."""
+    """The request behind a prompt, bare or in its chat template: its one kind and its one count."""
     words = re.findall(r"\w+", prompt)
     kinds = [word for word in words if word in KINDS]
     counts = [COUNTS[word] for word in words if word in COUNTS]
-    openers = [word for word in words if word in KIND_OF]
-    if len(kinds) != 1 or len(counts) != 1 or len(openers) > 1:
-        raise ValueError(f"not a prompt of this task (one kind, one count, at most one excluded item): {prompt!r}")
-    return Request(kinds[0], counts[0], openers[0] if openers else None)
+    if len(kinds) != 1 or len(counts) != 1:
+        raise ValueError(f"not a prompt of this task (one kind and one count): {prompt!r}")
+    return Request(kinds[0], counts[0])
 
 
 # ---- the rule -------------------------------------------------------------------------------------------------------
@@ -102,28 +90,26 @@ def parse_prompt(prompt: str) -> Request:
 def gold(prompt: str, response: str) -> float:
     """The grade of a response, in [0, 1].
 
-    The response loses its surrounding white space and its final full stop and is split at commas; a piece that is no item
-    of the task (empty, two words, a word that nobody knows) is off topic. With n items asked for and t pieces given:
+    The response loses its surrounding white space and its final full stop and is split at commas. With n items asked
+    for and t pieces given:
 
-        valid      different items of the right kind, the excluded one not counted
+        valid      different pieces that are items of the right kind
         surplus    max(t - n, 0)
         gold     = (min(valid, n) - surplus) / n
                    - 0.10 for each repeat of an earlier piece
-                   - 0.10 for each piece that is off topic
-                   - 0.25 if the excluded item is named
+                   - 0.10 for each different piece that is no item of the right kind
                    - 0.10 if the final full stop is missing
                    and 0 where that is negative.
 
-    A repeated, off-topic or excluded item also does not count as valid, so in an answer of the right length it costs 1/n on
-    top. "Name four fruits, but not apple." graded:
+    A repeated or off-topic piece is not valid either, so in an answer of the right length it costs 1/n on top.
+    "Name four fruits." graded:
 
-        "fig, pear, plum, kiwi."         4/4                 = 1.00
-        "fig, pear, plum."               3/4                 = 0.75     one too few
-        "fig, pear, plum, kiwi, peach."  (4 - 1)/4           = 0.75     one too many costs the same
-        "fig, pear, plum, fig."          3/4 - 0.10          = 0.65
-        "fig, pear, plum, dog."          3/4 - 0.10          = 0.65
-        "fig, pear, plum, apple."        3/4 - 0.25          = 0.50
-        "fig, pear, plum, kiwi"          4/4 - 0.10          = 0.90
+        "fig, pear, plum, kiwi."         4/4           = 1.00
+        "fig, pear, plum."               3/4           = 0.75     one too few
+        "fig, pear, plum, kiwi, peach."  (4 - 1)/4     = 0.75     one too many costs the same
+        "fig, pear, plum, fig."          3/4 - 0.10    = 0.65
+        "fig, pear, plum, dog."          3/4 - 0.10    = 0.65
+        "fig, pear, plum, kiwi"          4/4 - 0.10    = 0.90
     """
     request = parse_prompt(prompt)
     text = response.strip()
@@ -132,13 +118,10 @@ def gold(prompt: str, response: str) -> float:
     pieces = [piece.strip() for piece in text.removesuffix(".").split(",")]
     different = set(pieces)
     off_topic = sum(KIND_OF.get(piece) != request.kind for piece in different)
-    wrong_opener = request.opener is not None and pieces[0] != request.opener
-    num_valid = len(different) - off_topic
     surplus = max(len(pieces) - request.count, 0)
-    grade = (min(num_valid, request.count) - surplus) / request.count
+    grade = (min(len(different) - off_topic, request.count) - surplus) / request.count
     grade -= REPEAT_COST * (len(pieces) - len(different))
     grade -= OFF_TOPIC_COST * off_topic
-    grade -= OPENER_COST * wrong_opener
     grade -= NO_FULL_STOP_COST * (not text.endswith("."))
     return max(grade, 0.0)
 
@@ -152,56 +135,60 @@ def gold_scores(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def draw_answer(prompt: str, rng: random.Random) -> str:
-    """An answer of mixed quality: right in about half of the draws, otherwise with one flaw or, seldom, two."""
+    """An answer of mixed quality: often right, otherwise with one flaw or, seldom, two."""
     request = parse_prompt(prompt)
-    first = request.opener or rng.choice(KINDS[request.kind])
-    others = [item for item in KINDS[request.kind] if item != first]
-    items = _in_order([first, *rng.sample(others, request.count - 1)])
+    items = _walk(KINDS[request.kind], None, request.count, rng)
     num_flaws = rng.choices((0, 1, 2), weights=FLAW_WEIGHTS)[0]
-    flaws = ["length", "repeat", "off_topic"] + ["opener"] * (request.opener is not None)
-    for flaw in rng.sample(flaws, num_flaws):
+    for flaw in rng.sample(("length", "repeat", "off_topic"), num_flaws):
         _spoil(items, flaw, request, rng)
     return ", ".join(items) + "."
 
 
+def _walk(items: tuple[str, ...], first: str | None, num: int, rng: random.Random) -> list[str]:
+    """`num` items, each one or two places further round the list than the last, from `first` (None: anywhere) on.
+
+    This habit of the answerers, which the rule neither asks for nor rewards, is what makes the task quick to learn:
+    what may follow an item depends on that item alone.
+    """
+    place = items.index(first) if first else rng.randrange(len(items))
+    walk = [items[place]]
+    while len(walk) < num:
+        place = (place + rng.choice((1, 2))) % len(items)
+        walk.append(items[place])
+    return walk
+
+
 def _spoil(items: list[str], flaw: str, request: Request, rng: random.Random) -> None:
     """Put one flaw into `items`, in place."""
-    place = rng.randrange(len(items))
-    unused = [item for item in KINDS[request.kind] if item not in items]
     if flaw == "length":
-        change = rng.choice((1, 1, 2))
+        change = rng.choice((1, 2))
         if rng.random() < 0.5:
-            items[:] = _in_order(items + rng.sample(unused, change))
+            items += _walk(KINDS[KIND_OF[items[-1]]], items[-1], change + 1, rng)[1:]
         else:
             del items[max(len(items) - change, 1) :]
-    elif flaw == "repeat":
-        items[place] = items[place - 1] if place else items[min(1, len(items) - 1)]
-    elif flaw == "opener":
-        items[0] = rng.choice(unused)
-        items[:] = _in_order(items)
+    elif flaw == "repeat":  # one item is said again until the end
+        place = rng.randrange(max(len(items) - 1, 1))
+        items[place + 1 :] = [items[place]] * (len(items) - place - 1)
     else:
         # The strangers share one kind: an answer that drifts off, rather than random words.
         kind = rng.choice([kind for kind in KINDS if kind != request.kind])
         num_strangers = rng.randint(1, len(items))
-        items[len(items) - num_strangers :] = _in_order(rng.sample(KINDS[kind], num_strangers))
+        items[len(items) - num_strangers :] = _walk(KINDS[kind], None, num_strangers, rng)
 
 
-def _in_order(items: list[str]) -> list[str]:
-    """`items` in alphabetical order from the first one on, wrapping round: fig apple pear -> fig pear apple."""
-    return sorted(items, key=lambda item: (item < items[0], item))
+def draw_comparable(prompt: str, most: int, rng: random.Random) -> list[str]:
+    """Two to `most` answers to one prompt whose gold differs by at least MIN_GAP between any two.
 
-
-def draw_comparable(prompt: str, num: int, rng: random.Random) -> list[str]:
-    """`num` answers to one prompt, in random order, whose gold differs by at least MIN_GAP between any two."""
-    while True:
-        answers: list[str] = []
-        for _ in range(8 * num):
-            answer = draw_answer(prompt, rng)
-            if all(abs(gold(prompt, answer) - gold(prompt, other)) >= MIN_GAP for other in answers):
-                answers.append(answer)
-            if len(answers) == num:
-                rng.shuffle(answers)
-                return answers
+    Fewer than `most` when so many different grades don't turn up: an answer of two items can only have a few.
+    """
+    answers: list[str] = []
+    draws = 0
+    while len(answers) < 2 or (len(answers) < most and draws < 8 * most):
+        answer = draw_answer(prompt, rng)
+        draws += 1
+        if all(abs(gold(prompt, answer) - gold(prompt, other)) >= MIN_GAP for other in answers):
+            answers.append(answer)
+    return answers
 
 
 def rank(prompt: str, answers: list[str], rng: random.Random, scale: float) -> list[int]:
@@ -232,10 +219,10 @@ def make_preferences(prompts: list[str], num: int, rng: random.Random, scale: fl
 
 
 def make_rankings(prompts: list[str], num: int, rng: random.Random, scale: float = LABEL_SCALE) -> list[dict]:
-    """Rankings {"prompt", "responses": 3 or 4 answers, "ranks": 0 = best}, labelled as in `rank`."""
+    """Rankings {"prompt", "responses": 2 to 4 answers, "ranks": 0 = best}, labelled as in `rank`."""
     rows = []
     for prompt in _cycle(prompts, num, rng):
-        answers = draw_comparable(prompt, rng.choice((3, 4)), rng)
+        answers = draw_comparable(prompt, 4, rng)
         rows.append({"prompt": prompt, "responses": answers, "ranks": rank(prompt, answers, rng, scale)})
     return rows
 
@@ -272,7 +259,7 @@ class Sizes:
 
 
 SIZES = {
-    "small": Sizes(7000, 1000, sft=6000, preference=12000, ranking=3000, prompts=4000, heldout=500),
+    "small": Sizes(4000, 600, sft=8000, preference=12000, ranking=3000, prompts=4000, heldout=500),
     "tiny": Sizes(700, 100, sft=600, preference=600, ranking=300, prompts=400, heldout=50),
 }
 

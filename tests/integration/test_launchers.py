@@ -1,0 +1,258 @@
+"""What the launchers hand to `deepspeed`, seen by stand-ins for `deepspeed` and `python` first on PATH.
+
+The stand-in `deepspeed` writes its arguments down, one a line, a blank line after each call.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+LAUNCHERS = {
+    "launch/step1_sft.sh": "step1_sft.train",
+    "launch/step2_reward_model.sh": "step2_reward_model.train",
+    "launch/step3_ppo.sh": "step3_ppo.train",
+}
+SFT = "launch/step1_sft.sh"
+
+DEEPSPEED = r"""#!/usr/bin/env bash
+printf '%s\n' "$@" >>"$CALLS"
+echo >>"$CALLS"
+echo "$DS_ACCELERATOR $OMP_NUM_THREADS" >>"$CALLS.environment"
+exit "${DEEPSPEED_EXIT:-0}"
+"""
+# Is there a GPU? Which port is free? Everything else (building the CPU op) is done at once.
+PYTHON = r"""#!/usr/bin/env bash
+case "$*" in
+    *torch.cuda*) exit "${NO_GPU:-1}" ;;
+    *socket*) echo 29876 ;;
+esac
+"""
+
+Launch = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """launch(script, *words, **environment) runs a launcher with the stand-ins; calls(tmp_path) has what it called."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, text in (("deepspeed", DEEPSPEED), ("python", PYTHON)):
+        (bin_folder / name).write_text(text)
+        (bin_folder / name).chmod(0o755)
+    ours = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HAS_GPU")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+
+    def run(script: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
+        variables = {
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "CALLS": str(tmp_path / "calls"),
+            "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+        }
+        command = ["bash", str(REPO / script), *words]
+        return subprocess.run(
+            command, env=inherited | variables | environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+
+    return run
+
+
+def calls(folder: Path) -> list[list[str]]:
+    """The arguments of every call of the stand-in deepspeed."""
+    file = folder / "calls"
+    return [call.split("\n") for call in file.read_text().removesuffix("\n\n").split("\n\n")] if file.exists() else []
+
+
+def split_call(folder: Path) -> tuple[list[str], list[str]]:
+    """(launcher options, the step's words) of the one call: what stands before and after --module."""
+    (call,) = calls(folder)
+    place = call.index("--module")
+    return call[:place], call[place:]
+
+
+# -- one step ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, module", LAUNCHERS.items())
+def test_a_launcher_starts_its_step_with_the_config_and_the_settings(launch, tmp_path, script, module):
+    assert launch(script, "a.yaml", "seed=1", "optimizer.learning_rate=1e-5").returncode == 0
+    _, words = split_call(tmp_path)
+    assert words == ["--module", module, "--config", "a.yaml", "seed=1", "optimizer.learning_rate=1e-5"]
+
+
+def test_without_a_gpu_two_ranks_run_on_the_cpu(launch, tmp_path):
+    launch(SFT, "a.yaml")
+    options, words = split_call(tmp_path)
+    assert options[options.index("--num_gpus") + 1] == "2"
+    assert options[options.index("--master_port") + 1] == "29876"
+    assert "--no_local_rank" in options
+    assert words == ["--module", "step1_sft.train", "--config", "a.yaml"]
+    assert (tmp_path / "calls.environment").read_text() == "cpu 1\n"
+
+
+def test_with_gpus_deepspeed_takes_all_of_them(launch, tmp_path):
+    launch(SFT, "a.yaml", NO_GPU="0")
+    options, _ = split_call(tmp_path)
+    assert "--num_gpus" not in options
+    assert (tmp_path / "calls.environment").read_text() == " \n"  # nothing forced
+
+
+def test_the_cpu_can_be_forced_and_the_threads_of_a_rank_set(launch, tmp_path):
+    launch(SFT, "a.yaml", NO_GPU="0", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="3")
+    options, _ = split_call(tmp_path)
+    assert options[options.index("--num_gpus") + 1] == "2"
+    assert (tmp_path / "calls.environment").read_text() == "cpu 3\n"
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--num_gpus", "1"], ["--num_gpus", "1"]),
+        (["--num_gpus=1"], ["--num_gpus=1"]),
+        (["--include=localhost:0,1"], ["--include=localhost:0,1"]),
+        (["--include", "worker-0@worker-1:0,2"], ["--include", "worker-0@worker-1:0,2"]),
+        (["--exclude", "worker-1"], ["--exclude", "worker-1"]),
+        (["--hostfile", "hosts"], ["--hostfile", "hosts"]),
+        (["--hostfile", "hosts", "--force_multi"], ["--hostfile", "hosts", "--force_multi"]),
+        (["-H", "hosts"], ["-H", "hosts"]),
+        (["-i", "localhost:1", "--force_multi"], ["-i", "localhost:1", "--force_multi"]),
+    ],
+)
+@pytest.mark.parametrize("place", ["before", "between", "after"])
+def test_launcher_options_go_before_the_module_wherever_they_stand(launch, tmp_path, words, expected, place):
+    cut = {"before": 0, "between": 1, "after": 2}[place]
+    settings = ["seed=1", "epochs=2"]
+    launch(SFT, "a.yaml", *settings[:cut], *words, *settings[cut:])
+    options, step_words = split_call(tmp_path)
+    assert step_words == ["--module", "step1_sft.train", "--config", "a.yaml", *settings]
+    start = options.index(expected[0])
+    assert options[start : start + len(expected)] == expected
+    num_gpus = [option for option in options if option.startswith("--num_gpus")]
+    assert num_gpus == [option for option in expected if option.startswith("--num_gpus")]  # none that nobody asked for
+
+
+def test_a_stray_word_goes_to_the_step_which_refuses_it(launch, tmp_path):
+    launch(SFT, "a.yaml", "--num_gpus=1", "stray", "--force_multi", "seed=1", "other")
+    assert split_call(tmp_path)[1][-3:] == ["stray", "seed=1", "other"]
+
+
+@pytest.mark.parametrize("text", ["--master_port 1234", "--master_port=1234", "--hostfile hosts", "-H hosts"])
+def test_a_port_is_chosen_only_when_none_is_given_and_all_ranks_are_here(launch, tmp_path, text):
+    words = text.split()
+    launch(SFT, "a.yaml", *words)
+    options, _ = split_call(tmp_path)
+    ports = [word for word in options if word.startswith("--master_port") or word == "29876"]
+    assert ports == [word for word in words if word.startswith("--master_port")]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "two words",
+        "  spaces   around  ",
+        "it's",
+        'a "quoted" word',
+        "$(touch executed)",
+        "`touch executed`",
+        "$HOME",
+        "a;touch executed",
+        "*",
+        "back\\slash",
+        "a=b --num_gpus 7",
+        "",
+    ],
+)
+def test_values_arrive_whole_and_unexecuted(launch, tmp_path, value):
+    launch(SFT, "a.yaml", f"data.train={value}", "seed=1")
+    _, words = split_call(tmp_path)
+    assert words[-2:] == [f"data.train={value}", "seed=1"]
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_config_path_may_hold_spaces(launch, tmp_path):
+    launch(SFT, "my configs/a b.yaml")
+    assert split_call(tmp_path)[1][-2:] == ["--config", "my configs/a b.yaml"]
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize("words", [[], ["--num_gpus", "1"]])
+def test_without_a_config_a_launcher_says_its_usage_and_starts_nothing(launch, tmp_path, script, words):
+    ended = launch(script, *words)
+    assert ended.returncode == 2
+    assert ended.stderr == f"usage: bash {REPO / script} CONFIG [key=value ...] [deepspeed launcher options]\n"
+    assert calls(tmp_path) == []
+
+
+def test_the_exit_code_is_that_of_deepspeed(launch):
+    assert launch(SFT, "a.yaml", DEEPSPEED_EXIT="2").returncode == 2
+
+
+def test_a_launcher_finds_the_repository_from_anywhere(launch, tmp_path):
+    (tmp_path / "bin/deepspeed").write_text('#!/usr/bin/env bash\necho "$PYTHONPATH" >"$CALLS"\n')
+    launch(SFT, "a.yaml", PYTHONPATH="/theirs")
+    assert (tmp_path / "calls").read_text() == f"{REPO}:/theirs\n"
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------
+
+
+def finish(folder: Path) -> None:
+    (folder / "final").mkdir(parents=True)
+    (folder / "final/config.json").write_text("{}")
+
+
+def test_the_pipeline_hands_each_step_the_folders_of_those_before(launch, tmp_path):
+    assert launch("launch/pipeline.sh", "recipe", "out", "seed=5", "--num_gpus", "4").returncode == 0
+    step1, step2, step3 = calls(tmp_path)
+    modules = [call[call.index("--module") + 1] for call in (step1, step2, step3)]
+    configs = [call[call.index("--config") + 1] for call in (step1, step2, step3)]
+    assert modules == ["step1_sft.train", "step2_reward_model.train", "step3_ppo.train"]
+    assert configs == [f"recipe/{module.removesuffix('.train')}.yaml" for module in modules]
+    assert {"output=out/step1_sft", "seed=5"} <= set(step1)
+    assert {"output=out/step2_reward_model", "seed=5"} <= set(step2)
+    assert {"output=out/step3_ppo", "seed=5"} <= set(step3)
+    assert {"actor.model=out/step1_sft/final", "reward.model=out/step2_reward_model/final"} <= set(step3)
+    assert all(call[call.index("--num_gpus") + 1] == "4" for call in (step1, step2, step3))
+
+
+@pytest.mark.parametrize(
+    "finished, left",
+    [
+        (["step1_sft"], ["step2_reward_model.train", "step3_ppo.train"]),
+        (["step1_sft", "step2_reward_model"], ["step3_ppo.train"]),
+        (["step1_sft", "step2_reward_model", "step3_ppo"], []),
+    ],
+)
+def test_the_pipeline_skips_a_finished_step_and_says_so(launch, tmp_path, finished, left):
+    for step in finished:
+        finish(tmp_path / "out" / step)
+    ended = launch("launch/pipeline.sh", "recipe", "out")
+    assert [call[call.index("--module") + 1] for call in calls(tmp_path)] == left
+    assert [line for line in ended.stdout.splitlines() if "already finished" in line] == [
+        f"step {number}: already finished (out/{step}/final)" for number, step in enumerate(finished, start=1)
+    ]
+
+
+def test_the_pipeline_runs_a_step_whose_export_is_not_whole(launch, tmp_path):
+    finish(tmp_path / "out/step1_sft")
+    (tmp_path / "out/step2_reward_model/final.partial").mkdir(parents=True)
+    launch("launch/pipeline.sh", "recipe", "out")
+    assert "step2_reward_model.train" in calls(tmp_path)[0]
+
+
+def test_the_pipeline_stops_at_a_step_that_fails(launch, tmp_path):
+    assert launch("launch/pipeline.sh", "recipe", "out", DEEPSPEED_EXIT="2").returncode == 2
+    assert len(calls(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["recipe"]])
+def test_the_pipeline_without_its_folders_says_its_usage(launch, tmp_path, words):
+    ended = launch("launch/pipeline.sh", *words)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("usage: bash ") and "CONFIG_DIR OUT" in ended.stderr
+    assert calls(tmp_path) == []

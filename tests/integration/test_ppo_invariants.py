@@ -1,0 +1,333 @@
+"""What must hold in every iteration of PPO, checked through step 3's own functions on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import step3_ppo.rollout
+import step3_ppo.train
+from step3_ppo.config import PPOConfig
+from step3_ppo.evaluate import evaluate, prompt_batch
+from step3_ppo.rollout import make_experience, rows_of_all_ranks
+from step3_ppo.update import check_first_iteration, ppo_update
+from tests.helpers import tiny
+from tests.helpers.ranks import run_ranks
+from tristage import dist
+from tristage.batches import Experience
+from tristage.config import load_config
+from tristage.data.sets import load_sets
+from tristage.metrics import Stopwatch
+from tristage.rollout import PaddedRollout
+
+CPU = torch.device("cpu")
+RESPONSE = 12
+ODD = ("data.heldout_limit=7", "num_samples=1000")
+
+
+class Run:
+    """Step 3 up to its first iteration: everything that step3_ppo.train.train builds."""
+
+    def __init__(self, config: str, *overrides: str):
+        self.settings: PPOConfig = load_config(PPOConfig, ["--config", config, *overrides])
+        dist.init("cpu")
+        self.plan = self.settings.plan(dist.world_size())
+        configs = step3_ppo.train.engine_configs(self.settings, self.plan)
+        self.tokenizer = step3_ppo.train.check_models(self.settings)
+        data = (self.settings.data, "prompt", self.tokenizer, self.settings.max_prompt_tokens, self.settings.seed)
+        self.prompts, self.heldout = load_sets(*data)
+        self.engines = step3_ppo.train.build_engines(self.settings, configs, self.tokenizer)
+        self.rollouts = PaddedRollout(self.engines.actor, self.tokenizer, self.settings.rollout.rows_at_once)
+        self.loader = step3_ppo.train.prompt_loader(self.prompts, self.settings)
+
+    def batch(self, iteration: int = 1) -> Any:
+        rows = [row for (row,) in self.loader.step_rows(iteration - 1)]
+        return prompt_batch(self.prompts, rows, self.settings, self.tokenizer)
+
+    def experience(self, iteration: int = 1) -> tuple[Experience, dict[str, float]]:
+        batch = self.batch(iteration)
+        return make_experience(self.engines, self.rollouts, batch, iteration, self.settings, Stopwatch(CPU))
+
+    def check(self, experience: Experience) -> None:
+        check_first_iteration(self.engines, experience, self.settings, self.plan)
+
+    def update(self, experience: Experience, iteration: int = 1) -> dict[str, float]:
+        return ppo_update(self.engines, experience, iteration, self.settings, self.plan)
+
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return evaluate(self.engines, self.rollouts, self.heldout, self.settings, self.tokenizer, None, CPU)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, str]]:
+    """{pad is EOS: YAML file}; the process is a group of one rank meanwhile."""
+    folder = tmp_path_factory.mktemp("ppo")
+    rows = tiny.write_rows(folder / "rows")
+    actor = tiny.teach(tiny.write_model(folder / "actor"), rows["sft"])
+    scorer = tiny.write_reward_model(folder / "scorer", actor)
+    found = {}
+    for pad_is_eos in (False, True):
+        if pad_is_eos:
+            actor = tiny.copy_with_pad_as_eos(actor, folder / "actor_pad_is_eos")
+            scorer = tiny.copy_with_pad_as_eos(scorer, folder / "scorer_pad_is_eos")
+        tiny.ppo_config(folder / str(pad_is_eos), actor, scorer, rows["prompts"])
+        found[pad_is_eos] = str(folder / str(pad_is_eos) / "ppo.yaml")
+    with tiny.one_rank():
+        yield found
+
+
+@pytest.fixture(scope="module")
+def fresh(configs: dict[bool, str]) -> Run:
+    """A run whose weights no test changes."""
+    return Run(configs[False])
+
+
+# ---- the first iteration --------------------------------------------------------------------------------------------
+
+
+def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(configs: dict[bool, str]) -> None:
+    run = Run(configs[False], "ppo.epochs=1", "ppo.minibatch=16", "ppo.clip=0.001", "rollout.temperature=0.8")
+    experience, metrics = run.experience()
+    run.check(experience)
+    assert metrics["objective/kl"] == metrics["objective/kl_per_token"] == 0
+    assert torch.equal(experience.logprobs, experience.ref_logprobs)
+    metrics = run.update(experience)  # one step, so every ratio is of the weights that sampled
+    assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["policy/approx_kl"] < 1e-9
+    assert metrics["policy/clipfrac"] == metrics["value/clipfrac"] == 0
+    assert run.experience(2)[1]["objective/kl"] != 0
+
+
+def test_dropout_left_on_fails_the_first_check(configs: dict[bool, str]) -> None:
+    run = Run(configs[False])
+    run.engines.actor.module.model.model.norm = torch.nn.Sequential(
+        run.engines.actor.module.model.model.norm, torch.nn.Dropout(0.1)
+    )
+    experience, _ = run.experience()
+    with pytest.raises(RuntimeError, match="log-ratio is .* both should be 0"):
+        run.check(experience)
+
+
+def test_scoring_at_another_temperature_fails_the_first_check(fresh: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = step3_ppo.rollout._score_policy
+    warmer = fresh.settings.model_copy(
+        update={"rollout": fresh.settings.rollout.model_copy(update={"temperature": 1.1})}
+    )
+    monkeypatch.setattr(step3_ppo.rollout, "_score_policy", lambda engine, rows, _: score(engine, rows, warmer))
+    experience, metrics = fresh.experience()
+    assert metrics["objective/kl"] == 0  # actor and reference are wrong alike
+    with pytest.raises(RuntimeError, match="before the first update"):
+        fresh.check(experience)
+
+
+def test_another_reference_than_the_actor_fails_the_first_check(configs: dict[bool, str]) -> None:
+    run = Run(configs[False])
+    with torch.no_grad():
+        run.engines.reference.module.model.model.norm.weight.mul_(1.1)
+    experience, _ = run.experience()
+    with pytest.raises(RuntimeError, match="KL to the reference"):
+        run.check(experience)
+
+
+def test_log_probabilities_that_are_not_numbers_fail_the_first_check(configs: dict[bool, str]) -> None:
+    run = Run(configs[False])
+    experience, _ = run.experience()
+    with torch.no_grad():
+        run.engines.actor.module.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="before the first update"):
+        run.check(experience)
+
+
+# ---- rewards and advantages -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def scores_one_by_one(run: Run, experience: Experience) -> torch.Tensor:
+    """transformers' own reward model on each unpadded dialogue: its number at the last token."""
+    model = AutoModelForSequenceClassification.from_pretrained(run.settings.reward_path, dtype=torch.float32).eval()
+    sequences = experience.sequences
+    dialogues = [ids[mask] for ids, mask in zip(sequences.input_ids, sequences.attention_mask, strict=True)]
+    return torch.stack([model.score(model.model(ids[None]).last_hidden_state)[0, -1, 0] for ids in dialogues])
+
+
+@pytest.mark.parametrize("pad_is_eos", (False, True))
+def test_the_score_lands_on_the_eos_token(pad_is_eos: bool, configs: dict[bool, str]) -> None:
+    """Without KL and with lambda 1, returns are the discounted score: whole on the last real token, half before it."""
+    run = Run(configs[pad_is_eos], "ppo.kl_coef=0", "ppo.gamma=0.5", "ppo.lam=1", "ppo.reward_clip=1.0")
+    assert (run.tokenizer.pad_token_id == run.tokenizer.eos_token_id) is pad_is_eos
+    experience, metrics = run.experience()
+    scores = scores_one_by_one(run, experience)
+    assert metrics["objective/score"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert metrics["objective/score_clipfrac"] == pytest.approx((scores.abs() > 1).float().mean().item())
+    ended = 0
+    for row, score in enumerate(scores.clamp(-1, 1).tolist()):
+        length = int(experience.mask[row].sum())
+        expected = [score * 0.5 ** (length - 1 - t) for t in range(length)] + [0.0] * (RESPONSE - length)
+        assert experience.returns[row].tolist() == pytest.approx(expected, abs=1e-5)
+        responses = experience.sequences.responses[row].tolist()
+        if run.tokenizer.eos_token_id in responses:
+            assert responses.index(run.tokenizer.eos_token_id) == length - 1
+            ended += 1
+    assert ended == round(metrics["rollout/eos_rate"] * len(scores)) > 0
+
+
+def test_the_kl_penalty_is_on_every_real_token(configs: dict[bool, str]) -> None:
+    run = Run(configs[False], "ppo.kl_coef=0.3", "ppo.gamma=1.0", "ppo.lam=1", "ppo.epochs=1")
+    run.update(run.experience()[0])
+    experience, metrics = run.experience(2)
+    kl = (experience.logprobs - experience.ref_logprobs) * experience.mask
+    scores = scores_one_by_one(run, experience).clamp(-5, 5)
+    to_come = kl.flip(1).cumsum(1).flip(1)  # of this token and those after it
+    expected = (scores.unsqueeze(1) - 0.3 * to_come) * experience.mask
+    torch.testing.assert_close(experience.returns, expected, rtol=0, atol=2e-5)
+    assert metrics["objective/kl"] == pytest.approx(kl.sum(1).mean().item(), abs=1e-5)
+    assert kl.abs().sum() > 0.01
+
+
+def test_values_are_those_of_the_state_before_each_token(fresh: Run) -> None:
+    experience, _ = fresh.experience()
+    model, sequences = fresh.engines.critic.module.model, experience.sequences
+    with torch.no_grad():
+        for row in range(4):
+            ids = sequences.input_ids[row][sequences.attention_mask[row]][None]
+            start = int(sequences.prompt_mask[row].sum())
+            values = model.score(model.model(ids).last_hidden_state)[0, start - 1 : -1, 0]
+            torch.testing.assert_close(experience.values[row][experience.mask[row]], values, rtol=0, atol=1e-5)
+
+
+def test_experience_does_not_depend_on_the_micro_batch(fresh: Run, configs: dict[bool, str]) -> None:
+    expected, _ = fresh.experience()
+    found, _ = Run(configs[False], "ppo.micro_batch=8", "rollout.rows_at_once=3").experience()
+    assert torch.equal(found.sequences.input_ids, expected.sequences.input_ids)
+    assert torch.equal(found.mask, expected.mask)
+    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+        ours, theirs = getattr(found, name)[found.mask], getattr(expected, name)[found.mask]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+# ---- awkward responses ----------------------------------------------------------------------------------------------
+
+
+def answer_with(run: Run, monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
+    """Rollouts whose row b has lengths[b % n] tokens, the last one EOS; a length above RESPONSE has no EOS at all."""
+    generate, eos, pad = run.rollouts.generate, run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
+
+    def generate_lengths(request: Any, sampling: Any) -> Any:
+        batch = generate(request, sampling)
+        start = batch.input_ids.shape[1] - RESPONSE
+        for row in range(len(batch.input_ids)):
+            length = lengths[row % len(lengths)]
+            ids = [10 + (row + t) % 50 for t in range(length - 1)] + [eos] if length else []
+            kept = min(length, RESPONSE)
+            batch.input_ids[row, start:] = torch.tensor((ids + [pad] * RESPONSE)[:RESPONSE])
+            batch.attention_mask[row, start:] = torch.arange(RESPONSE) < kept
+        return batch
+
+    monkeypatch.setattr(run.rollouts, "generate", generate_lengths)
+
+
+@pytest.mark.parametrize("pad_is_eos", (False, True))
+@pytest.mark.parametrize("lengths", [[1], [RESPONSE + 1], [1, RESPONSE, RESPONSE + 1, 2]])
+def test_shortest_and_longest_responses_survive_an_iteration(
+    lengths: list[int], pad_is_eos: bool, configs: dict[bool, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(configs[pad_is_eos])
+    answer_with(run, monkeypatch, lengths)
+    experience, metrics = run.experience()
+    kept = [min(length, RESPONSE) for length in lengths]
+    assert metrics["rollout/length"] == pytest.approx(sum(kept) / len(kept))
+    assert metrics["rollout/eos_rate"] == pytest.approx(sum(n <= RESPONSE for n in lengths) / len(lengths))
+    run.check(experience)
+    metrics |= run.update(experience)
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values()), metrics
+    assert metrics["policy/grad_norm"] > 0 and metrics["value/grad_norm"] > 0
+    for engine in (run.engines.actor, run.engines.critic):
+        assert all(parameter.isfinite().all() for parameter in engine.module.parameters())
+    again, _ = run.experience(2)
+    assert not torch.equal(again.logprobs, again.ref_logprobs)
+
+
+def test_one_response_token_is_enough_for_a_run(configs: dict[bool, str]) -> None:
+    run = Run(configs[False], "rollout.max_response_tokens=1")
+    experience, metrics = run.experience()
+    assert experience.mask.all() and experience.mask.shape == (16, 1)
+    run.check(experience)
+    metrics |= run.update(experience)
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values()), metrics
+
+
+# ---- epochs ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_epoch_sees_other_ratios_than_one(configs: dict[bool, str]) -> None:
+    found = {}
+    for epochs in (1, 2):
+        run = Run(configs[False], f"ppo.epochs={epochs}", "ppo.minibatch=16")
+        found[epochs] = run.update(run.experience()[0])
+    assert found[1]["policy/approx_kl"] < 1e-9  # its one step starts from the weights that sampled
+    assert found[2]["policy/approx_kl"] > 1e-6
+    assert abs(found[2]["policy/ratio"] - 1) > 1e-6
+
+
+# ---- two ranks ------------------------------------------------------------------------------------------------------
+
+
+def on_two_ranks(rank: int, config: str) -> dict[str, Any]:
+    run = Run(config, *ODD)
+    experience, metrics = run.experience()
+    run.check(experience)
+    metrics, samples = run.evaluate()
+    own = rows_of_all_ranks(run.batch())(torch.full((len(run.batch().row_index),), rank))
+    return {
+        "advantages": experience.advantages.numpy(),
+        "mask": experience.mask.numpy(),
+        "rank_of_row": own.numpy(),
+        "metrics": metrics,
+        "samples": samples,
+        "update": run.update(experience),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(configs: dict[bool, str]) -> list[dict[str, Any]]:
+    return run_ranks(2, on_two_ranks, configs[False], timeout=150)
+
+
+def test_advantages_are_white_over_the_real_tokens_of_all_ranks(
+    two_ranks: list[dict[str, Any]], fresh: Run
+) -> None:
+    first, second = two_ranks
+    assert (first["advantages"] == second["advantages"]).all()
+    advantages, mask = first["advantages"].astype("float64"), first["mask"]
+    assert advantages[mask].mean() == pytest.approx(0, abs=1e-6)
+    assert advantages[mask].var() == pytest.approx(1, abs=1e-5)
+    assert (advantages[~mask] == 0).all() and (~mask).any()
+    by_rank = [advantages[first["rank_of_row"] == rank][mask[first["rank_of_row"] == rank]] for rank in (0, 1)]
+    assert [len(own) > 0 for own in by_rank] == [True, True]
+    assert max(abs(own.mean()) for own in by_rank) > 0.01  # whitening on each rank would be something else
+    alone, _ = fresh.experience()
+    torch.testing.assert_close(torch.from_numpy(first["advantages"]), alone.advantages, rtol=0, atol=2e-5)
+
+
+def test_every_heldout_prompt_counts_once_on_any_number_of_ranks(
+    two_ranks: list[dict[str, Any]], configs: dict[bool, str]
+) -> None:
+    run = Run(configs[False], *ODD)
+    assert len(run.heldout) == 7
+    metrics, samples = run.evaluate()
+    found = two_ranks[0]
+    prompts = [sample["prompt"] for sample in found["samples"]]
+    assert len(prompts) == len(set(prompts)) == len(run.heldout)
+    assert [sample["response"] for sample in samples] == [sample["response"] for sample in found["samples"]]
+    assert found["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    scores = torch.tensor([sample["score"] for sample in found["samples"]])
+    assert found["metrics"]["objective/score"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert found["metrics"]["objective/score_std"] == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
+
+
+def test_all_ranks_report_the_same_update(two_ranks: list[dict[str, Any]]) -> None:
+    assert two_ranks[0]["update"] == two_ranks[1]["update"]

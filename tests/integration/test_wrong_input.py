@@ -1,0 +1,311 @@
+"""Whatever a user gets wrong stops the run before a model loads: one sentence on stderr, exit code 2.
+
+The model folders here have no weights: a run that went on to load some would end in another error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+import step1_sft.evaluate
+import step1_sft.train
+import step2_reward_model.train
+import step3_ppo.train
+from tests.helpers.tiny import (
+    REPO,
+    deepspeed_json,
+    ppo_config,
+    reward_model_config,
+    sft_config,
+    write_model,
+    write_rows,
+)
+from tristage import run
+from tristage.quickstart.network import make_tokenizer
+
+STEP1, STEP2, STEP3 = step1_sft.train, step2_reward_model.train, step3_ppo.train
+
+
+class World(NamedTuple):
+    """A folder with models, rows and one good config a step."""
+
+    folder: Path
+    configs: dict[ModuleType, str]
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    model = write_model(folder / "model")
+    (folder / "model" / "model.safetensors").unlink()
+    rows = write_rows(folder / "rows", num_rows=48)
+    for name in ("no_eos", "other_eos", "other_template", "other_vocabulary", "small_vocabulary"):
+        shutil.copytree(model, folder / name)
+    edit_json(folder / "no_eos/tokenizer_config.json", eos_token=None)
+    edit_json(folder / "other_eos/tokenizer_config.json", eos_token="<bos>")
+    edit_json(folder / "small_vocabulary/config.json", vocab_size=10)
+    template = folder / "other_template/chat_template.jinja"
+    template.write_text(template.read_text().replace("Human", "Person"))
+    make_tokenizer(["other words"]).save_pretrained(folder / "other_vocabulary")
+    return World(
+        folder,
+        {
+            STEP1: sft_config(folder, model, rows["sft"]).file,
+            STEP2: reward_model_config(folder, model, rows["ranking"]).file,
+            STEP3: ppo_config(folder, model, model, rows["prompts"]).file,
+            step1_sft.evaluate: str(folder / "sft.yaml"),
+        },
+    )
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def sentence_of(world: World, module: ModuleType, words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """What `python -m MODULE --config ... WORDS` says on stderr, after checking that it is one sentence and code 2."""
+    argv = [module.__name__, "--config", world.configs[module], f"output={world.path('out')}", *words]
+    # patch.dict: a run that gets as far as joining a process group sets variables, which are taken back here.
+    with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
+        with pytest.raises(SystemExit) as stopped:
+            run.entry_point(module.main)
+    assert stopped.value.code == 2
+    return one_sentence(capfd.readouterr().err)
+
+
+def one_sentence(stderr: str) -> str:
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ") and "Traceback" not in stderr
+    return lines[0].removeprefix("error: ")
+
+
+# What is wrong: (steps, words that spoil their good config, how the sentence starts). {name} is a path of the world,
+# {config} the step's YAML, ... any text.
+CASES = {
+    "missing model folder": (
+        [STEP1, STEP2], ["model=./none"],
+        "{config}: key `model`: there is no folder ./none; give a Hugging Face folder, or run the step that writes it",
+    ),
+    "missing folder of step 1": (
+        [STEP3], ["actor.model={none}"], "{config}: key `actor.model`: there is no folder {none}; give",
+    ),
+    "missing folder of step 2": (
+        [STEP3], ["reward.model={none}"], "{config}: key `reward.model`: there is no folder {none}; give",
+    ),
+    "a folder without a model": (
+        [STEP1, STEP2], ["model={rows}"], "{config}: key `model`: {rows} has no config.json; give a model folder",
+    ),
+    "unknown key": (
+        [STEP1, STEP2], ["optimizer.lerning_rate=1"],
+        "{config}: unknown key `optimizer.lerning_rate`; did you mean `optimizer.learning_rate`?",
+    ),
+    "unknown key of step 3": (
+        [STEP3], ["ppo.kl_coeff=1"], "{config}: unknown key `ppo.kl_coeff`; did you mean `ppo.kl_coef`?",
+    ),
+    "batches that don't divide": (
+        [STEP1, STEP2], ["global_batch=7"],
+        "{config}: global_batch, micro_batch: 7 rows don't divide into micro-batches of 2 on 1 ranks (2 x 1 = 2); "
+        "use for instance 6 rows a step",
+    ),
+    "minibatches that don't divide": (
+        [STEP3], ["ppo.micro_batch=3"],
+        "{config}: ppo.minibatch, ppo.micro_batch: 8 rows don't divide into micro-batches of 3 on 1 ranks",
+    ),
+    "prompts that are no whole minibatches": (
+        [STEP3], ["rollout.prompts=12"], "{config}: rollout.prompts 12 is not a multiple of ppo.minibatch 8;",
+    ),
+    "tokenizer without EOS": (
+        [STEP1, STEP2], ["model={no_eos}"],
+        "{no_eos}: the tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json",
+    ),
+    "tokenizer without EOS in step 3": (
+        [STEP3], ["actor.model={no_eos}"], "{no_eos}: the tokenizer has no EOS token; set `eos_token` in",
+    ),
+    "another template": (
+        [STEP3], ["reward.model={other_template}"],
+        "actor.model ({model}) and reward.model ({other_template}) disagree on the chat template; train both steps",
+    ),
+    "another EOS": (
+        [STEP3], ["reward.model={other_eos}"],
+        "actor.model ({model}) and reward.model ({other_eos}) disagree on the EOS token ('<eos>' and '<bos>'); train",
+    ),
+    "another vocabulary": (
+        [STEP3], ["reward.model={other_vocabulary}"],
+        "actor.model ({model}) and reward.model ({other_vocabulary}) disagree on the vocabulary; train both steps",
+    ),
+    "another reference": (
+        [STEP3], ["reference.model={other_template}"],
+        "actor.model ({model}) and reference.model ({other_template}) disagree on the chat template; train both steps",
+    ),
+    "too few prompts": (
+        [STEP3], ["rollout.prompts=64"],
+        "{config}: rollout.prompts is 64 but {rows}/prompts.jsonl gives only ... prompts; lower it or give more",
+    ),
+    "missing data file": (
+        [STEP1, STEP2, STEP3], ["data.train={none}.jsonl"],
+        "{none}.jsonl: there is no such file or folder, correct the path",
+    ),
+    "missing held-out file": (
+        [STEP1, STEP2, STEP3], ["data.heldout={none}.jsonl"],
+        "{none}.jsonl: there is no such file or folder, correct the path",
+    ),
+    "rows of another step": (
+        [STEP2], ["data.train={rows}/sft.jsonl"],
+        "{rows}/sft.jsonl:1: ... ranked answers (prompt + chosen + rejected)",
+    ),
+    "rows all too long": (
+        [STEP1, STEP2], ["max_tokens=3"],
+        "{rows}/....jsonl: training set is empty (... longer than 3 tokens); give more rows or a larger token limit",
+    ),
+    "prompts all too long": (
+        [STEP3], ["max_prompt_tokens=3"],
+        "{rows}/prompts.jsonl: training set is empty (... longer than 3 tokens); give more rows or a larger",
+    ),
+    "missing DeepSpeed JSON": (
+        [STEP1, STEP2], ["deepspeed=none.json"],
+        "{config}: key `deepspeed`: no file none.json, here or beside the config; give its path",
+    ),
+    "frozen engine at ZeRO 2": (
+        [STEP3], ["reference.deepspeed=" + deepspeed_json(2)],
+        "{config}: key `reference.deepspeed`: ZeRO stage 2 shards gradients and optimizer, which a frozen model has "
+        "not; use stage 0 or 3",
+    ),
+    "frozen engine at ZeRO 1": (
+        [STEP3], ["reward.deepspeed=" + deepspeed_json(1)],
+        "{config}: key `reward.deepspeed`: ZeRO stage 1 shards gradients and optimizer, which a frozen model has",
+    ),
+    "grader of no module": (
+        [STEP3], ["grader=no_such_module:f"],
+        "{config}: key `grader`: no_such_module:f cannot be imported (No module named 'no_such_module'); write module:",
+    ),
+    "grader of no function": (
+        [STEP3], ["grader=tristage.quickstart.task:none"],
+        "{config}: key `grader`: tristage.quickstart.task:none cannot be imported (...); write module:function",
+    ),
+    "wrong model of an evaluation": (
+        [step1_sft.evaluate], ["model=./none"], "{config}: key `model`: there is no folder ./none; give a Hugging",
+    ),
+}  # fmt: skip
+
+
+EVERY_CASE = [(module, case) for case, (modules, *_) in CASES.items() for module in modules]
+
+
+@pytest.mark.parametrize("module, case", EVERY_CASE, ids=lambda part: getattr(part, "__name__", part))
+def test_wrong_input_is_one_sentence_and_nothing_is_written(world, capfd, module, case):
+    _, words, expected = CASES[case]
+    names = {path.name: str(path) for path in world.folder.iterdir()}
+    names |= {"none": world.path("none"), "config": world.configs[module]}
+    said = sentence_of(world, module, [word.format(**names) for word in words], capfd)
+    pattern = re.escape(expected.format(**names)).replace(re.escape("..."), ".+")
+    assert re.match(pattern, said), f"\n{said}\nis not\n{expected}"
+    assert not Path(world.path("out")).exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(world, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in (STEP1, STEP2, STEP3):
+        assert sentence_of(world, module, ["device=cuda"], capfd) == (
+            f"{world.configs[module]}: key `device` is cuda but this machine shows no GPU; use `device: auto` or `cpu`"
+        )
+
+
+def test_prompts_that_ranks_cannot_share_are_refused(world, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert sentence_of(world, STEP3, [], capfd) == (
+        f"{world.configs[STEP3]}: rollout.prompts 16 is not a multiple of 3 ranks; change it or the number of ranks"
+    )
+
+
+def test_a_checkpoint_of_other_ranks_is_refused(world, capfd, tmp_path):
+    folder = tmp_path / "checkpoints/step_000004"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": 4, "ranks": 8, "zero_stages": {"model": 0}}))
+    (tmp_path / "checkpoints/latest").write_text("step_000004")
+    said = sentence_of(world, STEP1, [f"output={tmp_path}"], capfd)
+    assert said == (
+        f"{folder}: was written by 8 ranks, this run has 1; start as many, or start again with resume=never"
+    )
+
+
+@pytest.mark.parametrize(
+    "module, words, positions, tokens",
+    [
+        (STEP1, ["max_tokens=129"], 128, 129),
+        (STEP2, ["max_tokens=129"], 128, 129),
+        (STEP3, ["max_prompt_tokens=100", "rollout.max_response_tokens=29"], 128, 129),
+    ],
+)
+def test_a_model_with_too_few_positions_is_refused_before_its_weights(world, capfd, module, words, positions, tokens):
+    said = sentence_of(world, module, words, capfd)
+    assert said == (
+        f"{world.path('model')}: the model has {positions} positions but rows may have {tokens} tokens; lower that"
+    )
+
+
+def test_a_model_with_fewer_tokens_than_its_tokenizer_is_refused_before_its_weights(world, capfd):
+    said = sentence_of(world, STEP1, [f"model={world.path('small_vocabulary')}"], capfd)
+    assert re.fullmatch(
+        r".*small_vocabulary: the tokenizer has \d+ tokens but the model only 10; "
+        "use the tokenizer that belongs to the model",
+        said,
+    )
+
+
+def test_without_weights_a_good_config_does_get_as_far_as_the_model(world, capfd):
+    """The claim that the others rest on: nothing stops this run but the missing weights."""
+    for module in (STEP1, STEP2, STEP3):
+        assert "cannot be opened as a model" in sentence_of(world, module, [], capfd)
+    shutil.rmtree(world.path("out"))
+
+
+# -- as a user starts it -----------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """This interpreter's commands first on PATH, a CPU, no ranks of an outer launch."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {
+        "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+        "PYTHONPATH": str(REPO),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.mark.parametrize("module", [STEP1, STEP2, STEP3], ids=lambda module: module.__name__)
+def test_a_step_started_by_itself_says_the_sentence_and_ends_with_2(world, module):
+    command = [sys.executable, "-m", module.__name__, "--config", world.configs[module], "sed=1"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert one_sentence(ended.stderr) == f"{world.configs[module]}: unknown key `sed`; did you mean `seed`?"
+
+
+def test_the_launcher_says_the_sentence_once_and_ends_with_2(world, tmp_path):
+    missing = f'{tmp_path}/a  "model" $(touch {tmp_path}/executed)'
+    command = ["bash", str(REPO / "launch/step1_sft.sh"), world.configs[STEP1], f"model={missing}", "--num_gpus", "2"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    said = [line for line in (ended.stdout + ended.stderr).splitlines() if line.startswith("error: ")]
+    assert said == [
+        f"error: {world.configs[STEP1]}: key `model`: there is no folder {missing}; "
+        "give a Hugging Face folder, or run the step that writes it first"
+    ]
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert not (tmp_path / "executed").exists()

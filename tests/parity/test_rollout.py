@@ -1,0 +1,320 @@
+"""Responses are drawn from the policy's own distribution, row by row, whatever a row is sampled beside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from step1_sft.train import sft_step
+from tests.helpers import tiny
+from tests.helpers.ranks import run_ranks
+from tristage import dist, engine
+from tristage.batches import PromptBatch, Sequences
+from tristage.config import BatchPlan, OptimizerSettings
+from tristage.data.collate import collate_prompts, collate_sft
+from tristage.data.tokenize import Example
+from tristage.models import load_causal_lm, load_tokenizer
+from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
+from tristage.rollout import padded as padded_module
+from tristage.rollout.sampling import InverseTransformSampler
+
+ROWS, TOKENS = 24, 12
+PROMPT_LENGTHS = [2 + 3 * row % 17 for row in range(ROWS)]
+CPU = torch.device("cpu")
+
+
+# ---- the sampler ----------------------------------------------------------------------------------------------------
+
+
+def filtered_law(logits: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:
+    """softmax(logits / T) cut to the top_k likeliest, then to the fewest that hold top_p of what is left."""
+    law = torch.softmax(logits.double() / temperature, -1)
+    order = law.argsort(descending=True)
+    kept = order[: top_k or len(order)]
+    share = law[kept] / law[kept].sum()
+    kept = kept[: int((share.cumsum(0) - share < top_p).sum())]
+    result = torch.zeros_like(law)
+    result[kept] = law[kept] / law[kept].sum()
+    return result
+
+
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 0.8, 0), (1.0, 1.0, 5), (0.7, 0.6, 9)]
+)
+def test_sampled_frequencies_are_the_filtered_softmax(temperature: float, top_p: float, top_k: int) -> None:
+    draws, vocabulary = 20_000, 30
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1)) * 2
+    uniforms = row_uniforms(0, 1, torch.arange(draws), 2)
+    sampler = InverseTransformSampler(uniforms, temperature, top_p, top_k)
+    law = filtered_law(logits, temperature, top_p, top_k)
+    for _ in range(2):  # two positions, each with its own numbers
+        chosen = sampler(torch.zeros(draws, 1, dtype=torch.long), logits.expand(draws, -1)).argmax(-1)
+        found = torch.bincount(chosen, minlength=vocabulary) / draws
+        assert found[law == 0].sum() == 0
+        often = law * draws > 10  # the rare ones together
+        found, expected = (torch.cat([x[often], x[~often].sum()[None]]) for x in (found, law))
+        error = (expected * (1 - expected) / draws).sqrt() + 1e-4
+        assert ((found - expected).abs() / error).max() < 4.5  # standard errors
+        chi_square = (draws * (found - expected)[:-1] ** 2 / expected[:-1]).sum()
+        freedom = int(often.sum())
+        assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_extreme_uniform_numbers_never_choose_an_impossible_token() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
+    for uniform, expected in ((0.0, 1), (1 - 2**-53, 2)):
+        sampler = InverseTransformSampler(torch.tensor([[uniform]], dtype=torch.float64), 1.0)
+        assert sampler(torch.zeros(1, 1, dtype=torch.long), logits).argmax(-1).item() == expected
+
+
+def test_a_rows_numbers_depend_on_seed_iteration_and_row_alone() -> None:
+    numbers = row_uniforms(3, 5, torch.tensor([7, 0, -1]), 4)
+    assert torch.equal(numbers[0], row_uniforms(3, 5, torch.tensor([7]), 4)[0])
+    assert torch.equal(numbers[:, :2], row_uniforms(3, 5, torch.tensor([7, 0, -1]), 2))
+    others = [row_uniforms(*key, 4)[0] for key in ((3, 5, torch.tensor([8])), (3, 6, torch.tensor([7])),
+                                                    (4, 5, torch.tensor([7])))]  # fmt: skip
+    assert all(not torch.equal(numbers[0], other) for other in others)
+
+
+# ---- one rank -------------------------------------------------------------------------------------------------------
+
+
+def make_engine(path: str, stage: int = 0) -> Any:
+    template = json.loads(Path(tiny.deepspeed_json(stage)).read_text())
+    config = engine.engine_config(template, "float32", BatchPlan.make(4 * dist.world_size(), 4, dist.world_size()))
+    model = load_causal_lm(path, load_tokenizer(path), dtype=torch.float32, engine_config=config)
+    settings = OptimizerSettings(learning_rate=1e-3, schedule="constant", eps=1e-5)
+    return engine.train_engine(model, config, settings, total_steps=10)
+
+
+def make_prompts(tokenizer: Any, rows: list[int] | None = None, width: int | None = None) -> PromptBatch:
+    examples = tiny.random_examples([(n, 1) for n in PROMPT_LENGTHS], tokenizer, seed=4)
+    rows = list(range(ROWS)) if rows is None else rows
+    prompts = [Example(examples[row].ids[:-1], PROMPT_LENGTHS[row]) for row in rows]
+    return collate_prompts(prompts, rows, tokenizer.pad_token_id, width)
+
+
+def sample(rollout: PaddedRollout, prompts: PromptBatch, sampling: SamplingConfig | None = None) -> Sequences:
+    sampling = sampling or SamplingConfig(TOKENS, 1.0, 1.0, 0)
+    uniforms = row_uniforms(0, 1, prompts.row_index, sampling.max_new_tokens)
+    batch = rollout.generate(SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms), sampling)
+    return Sequences(batch.input_ids, batch.attention_mask, rollout.eos_id, prompts.input_ids.shape[1])
+
+
+class Policy:
+    """A one-rank engine on a model that has learned to end its answers."""
+
+    def __init__(self, path: str):
+        self.path, self.tokenizer, self.engine = path, load_tokenizer(path), make_engine(path)
+
+    def rollout(self, rows_at_once: int = 64) -> PaddedRollout:
+        return PaddedRollout(self.engine, self.tokenizer, rows_at_once)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
+    """{pad is EOS: model folder}."""
+    folder = tmp_path_factory.mktemp("rollout")
+    rows = tiny.write_rows(folder / "rows")
+    plain = tiny.teach(tiny.write_model(folder / "plain"), rows["sft"])
+    return {False: plain, True: tiny.copy_with_pad_as_eos(plain, folder / "pad_is_eos")}
+
+
+@pytest.fixture(scope="module")
+def policies(taught: dict[bool, str]) -> Any:
+    with tiny.one_rank():
+        yield {pad_is_eos: Policy(path) for pad_is_eos, path in taught.items()}
+
+
+@pytest.fixture(scope="module")
+def policy(policies: dict[bool, Policy]) -> Policy:
+    return policies[False]
+
+
+@pytest.mark.parametrize("pad_is_eos", (False, True))
+def test_responses_end_with_eos_inside_the_mask_and_padding_after_it(
+    pad_is_eos: bool, policies: dict[bool, Policy]
+) -> None:
+    policy = policies[pad_is_eos]
+    tokenizer = policy.tokenizer
+    assert (tokenizer.pad_token_id == tokenizer.eos_token_id) is pad_is_eos
+    prompts = make_prompts(tokenizer)
+    sequences = sample(policy.rollout(), prompts)
+    assert sequences.responses.shape == (ROWS, TOKENS)
+    assert torch.equal(sequences.input_ids[:, : sequences.prompt_columns], prompts.input_ids)
+    assert torch.equal(sequences.prompt_mask, prompts.attention_mask)
+    ended = 0
+    for ids, mask in zip(sequences.responses.tolist(), sequences.response_mask.tolist(), strict=True):
+        length = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else TOKENS
+        ended += tokenizer.eos_token_id in ids[:length]
+        assert mask == [True] * length + [False] * (TOKENS - length)
+        assert ids[length:] == [tokenizer.pad_token_id] * (TOKENS - length)
+    assert sequences.response_mask.sum(dim=1).unique().numel() > 3 and 0 < ended
+    assert sequences.ended.sum() == ended
+
+
+def test_pad_that_is_eos_samples_the_same_tokens(policies: dict[bool, Policy]) -> None:
+    found = [sample(policies[pad].rollout(), make_prompts(policies[pad].tokenizer)) for pad in (False, True)]
+    assert torch.equal(found[0].response_mask, found[1].response_mask)
+    mask = found[0].response_mask
+    assert torch.equal(found[0].responses[mask], found[1].responses[mask])
+
+
+def test_sampled_tokens_do_not_depend_on_chunks_order_or_padding(policy: Policy) -> None:
+    expected = sample(policy.rollout(), make_prompts(policy.tokenizer)).responses
+    assert len({tuple(row) for row in expected.tolist()}) > ROWS // 2
+    for rows_at_once in (1, 5, 7):
+        assert torch.equal(sample(policy.rollout(rows_at_once), make_prompts(policy.tokenizer)).responses, expected)
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.equal(sample(policy.rollout(5), make_prompts(policy.tokenizer, order)).responses, expected[order])
+    wide = make_prompts(policy.tokenizer, width=60)
+    assert torch.equal(sample(policy.rollout(5), wide).responses, expected)
+    few = make_prompts(policy.tokenizer, [3, 20])
+    assert torch.equal(sample(policy.rollout(), few).responses, expected[[3, 20]])
+
+
+def test_prompt_columns_that_are_padding_in_every_row_of_a_call_are_cut(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    model = policy.engine.module.model
+    generate = model.generate
+
+    def spy(**arguments: Any) -> Any:
+        seen.append(tuple(arguments["input_ids"].shape))
+        return generate(**arguments)
+
+    monkeypatch.setattr(model, "generate", spy)
+    sample(policy.rollout(rows_at_once=8), make_prompts(policy.tokenizer, width=60))
+    longest_first = sorted(PROMPT_LENGTHS, reverse=True)
+    assert seen == [(8, longest_first[start]) for start in (0, 8, 16)]
+
+
+def test_defaults_of_the_model_folder_do_not_leak_into_sampling(policy: Policy, tmp_path: Path) -> None:
+    nasty = {
+        "do_sample": True, "temperature": 0.1, "top_k": 2, "top_p": 0.3, "repetition_penalty": 5.0,
+        "suppress_tokens": list(range(5, 100)), "no_repeat_ngram_size": 1, "min_new_tokens": 10, "max_length": 7,
+        "eos_token_id": 9, "num_beams": 3, "bad_words_ids": [[6]], "forced_eos_token_id": 1,
+    }  # fmt: skip
+    path = tiny.copy_model(policy.path, tmp_path / "nasty")
+    (Path(path) / "generation_config.json").write_text(json.dumps(nasty))
+    other = PaddedRollout(make_engine(path), policy.tokenizer, rows_at_once=64)
+    prompts = make_prompts(policy.tokenizer)
+    for sampling in (SamplingConfig(TOKENS, 1.0, 1.0, 0), SamplingConfig(TOKENS, 0.7, 0.9, 0)):
+        expected = sample(policy.rollout(), prompts, sampling).responses
+        assert torch.equal(sample(other, prompts, sampling).responses, expected)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.7))
+@pytest.mark.parametrize("pad_is_eos", (False, True))
+def test_training_scores_the_tokens_with_the_probabilities_they_were_sampled_with(
+    pad_is_eos: bool, temperature: float, policies: dict[bool, Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policies[pad_is_eos]
+    steps: list[torch.Tensor] = []
+
+    class Recorder(InverseTransformSampler):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            choice = super().__call__(input_ids, scores)
+            law = torch.log_softmax(scores.float() / temperature, -1)
+            steps.append(law.gather(1, choice.argmax(-1, keepdim=True)))
+            return choice
+
+    monkeypatch.setattr(padded_module, "InverseTransformSampler", Recorder)
+    prompts = make_prompts(policy.tokenizer)
+    sequences = sample(policy.rollout(), prompts, SamplingConfig(TOKENS, temperature, 1.0, 0))
+    order = prompts.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
+    sampled_with = torch.empty(ROWS, len(steps))
+    sampled_with[order] = torch.cat(steps, dim=1)
+    policy.engine.train()
+    with torch.no_grad():
+        for rows in torch.arange(ROWS).split(5):
+            micro = sequences.micro_batch(rows)
+            found = micro.align(policy.engine(micro.ids, micro.mask, micro.score_mask, temperature)[0])
+            mask = sequences.response_mask[rows]
+            expected = F.pad(sampled_with[rows], (0, TOKENS - len(steps)))
+            torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+def test_a_rollout_leaves_the_engine_as_it_was(policy: Policy) -> None:
+    model = policy.engine.module.model
+    config = model.generation_config
+    for training in (True, False):
+        policy.engine.module.train(training)
+        sample(policy.rollout(), make_prompts(policy.tokenizer))
+        assert policy.engine.module.training is training
+        assert model.generation_config is config
+
+
+# ---- two ranks, ZeRO-3 ----------------------------------------------------------------------------------------------
+
+
+def rollouts_between_steps(rank: int, path: str, shares: list[list[int]]) -> dict[str, Any]:
+    """Sample this rank's share of the rows and train, for each way of keeping the weights."""
+    dist.init("cpu")
+    tokenizer = load_tokenizer(path)
+    rows = tiny.random_examples([(6, 5), (3, 9), (9, 2), (4, 14)], tokenizer, seed=rank)
+    found: dict[str, Any] = {}
+    for name, stage, gather in (
+        ("zero0", 0, "auto"),
+        ("whole", 3, "auto"),
+        ("partitioned", 3, "never"),
+        ("without", 3, None),
+        ("raised", 3, None),
+    ):
+        made = make_engine(path, stage)
+        responses, losses = [], []
+        for step in range(3):
+            if gather is not None:
+                rollout = PaddedRollout(made, tokenizer, rows_at_once=5, gather=gather)
+                assert rollout._agree_to_gather() is (name == "whole")
+                sequences = sample(rollout, make_prompts(tokenizer, shares[rank]))
+                responses.append(sequences.responses.numpy())
+            if name == "raised" and step == 1:  # an error inside a rollout puts the hooks back, too
+                with pytest.raises(ZeroDivisionError), engine.generation_mode(made):
+                    raise ZeroDivisionError
+            batch = collate_sft(rows, tokenizer.pad_token_id)
+            losses.append(sft_step(made, [batch], CPU)["sft/loss"])
+        found[name] = {"responses": responses, "losses": losses}
+    return found
+
+
+@pytest.fixture(scope="module")
+def shares(policy: Policy) -> list[list[int]]:
+    """Rank 0's rows are those whose responses end first, so that the ranks stop decoding at different lengths."""
+    lengths = sample(policy.rollout(), make_prompts(policy.tokenizer)).response_mask.sum(dim=1)
+    order = lengths.argsort(stable=True).tolist()
+    shares = [order[: ROWS // 2], order[ROWS // 2 :]]
+    assert lengths[shares[0]].max() < lengths[shares[1]].max()
+    return shares
+
+
+@pytest.fixture(scope="module")
+def two_ranks(taught: dict[bool, str], shares: list[list[int]]) -> list[dict[str, Any]]:
+    return run_ranks(2, rollouts_between_steps, taught[False], shares, timeout=150)
+
+
+@pytest.mark.parametrize("name", ["zero0", "whole", "partitioned"])
+def test_ranks_that_finish_at_different_lengths_sample_what_one_rank_does(
+    name: str, two_ranks: list[dict[str, Any]], shares: list[list[int]], policy: Policy
+) -> None:
+    expected = sample(policy.rollout(), make_prompts(policy.tokenizer)).responses
+    for rank, share in enumerate(shares):
+        assert two_ranks[rank][name]["responses"][0].tolist() == expected[share].tolist()
+        for step in (1, 2):  # the weights have moved; ZeRO stages still agree
+            zero0, own = (two_ranks[rank][which]["responses"][step] for which in ("zero0", name))
+            assert own.tolist() == zero0.tolist()
+
+
+@pytest.mark.parametrize("name", ["zero0", "whole", "partitioned", "raised"])
+def test_training_goes_on_after_a_rollout_as_if_there_had_been_none(
+    name: str, two_ranks: list[dict[str, Any]]
+) -> None:
+    expected = two_ranks[0]["without"]["losses"]
+    assert expected[2] < expected[0]
+    assert two_ranks[0][name]["losses"] == pytest.approx(expected, rel=1e-6)
