@@ -51,7 +51,8 @@ def train(
         gradient_checkpointing=settings.gradient_checkpointing,
         max_tokens=settings.max_tokens,
     )
-    loader = Loader([len(row.ids) for row in rows], plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps)
+    lengths = [len(row.ids) for row in rows]
+    loader = Loader(lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first = load_checkpoint(settings, {"model": engine})
     watch = Stopwatch(device)

@@ -28,7 +28,14 @@ from tristage.data.sets import load_sets
 from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine, zero_stage
 from tristage.errors import UserError
 from tristage.metrics import RunLog, Stopwatch
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer, require_same_tokenizer, save_model
+from tristage.models import (
+    check_model,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    require_same_tokenizer,
+    save_model,
+)
 from tristage.rollout import PaddedRollout
 
 SHOWN = {
@@ -83,7 +90,7 @@ def engine_configs(settings: PPOConfig, plan: BatchPlan) -> EngineConfigs:
 
 
 def check_models(settings: PPOConfig) -> Any:
-    """The actor's tokenizer, after making sure that all four folders are there and agree."""
+    """The actor's tokenizer, after making sure that all four folders are there, agree and hold what they should."""
     paths = {
         "actor.model": settings.actor_path,
         "reference.model": settings.reference_path,
@@ -92,6 +99,7 @@ def check_models(settings: PPOConfig) -> Any:
     }
     for key, path in paths.items():
         require_folder_or_hub_id(path, settings, key)
+        check_model(path, settings.max_tokens, reward_model=key in ("reward.model", "critic.model"))
     tokenizers = {f"{key} ({path})": load_tokenizer(path) for key, path in paths.items()}
     require_same_tokenizer(tokenizers)
     return next(iter(tokenizers.values()))

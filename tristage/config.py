@@ -40,7 +40,7 @@ OWNED_BY_YAML = {
 class Settings(BaseModel):
     """Base of every group of settings: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class OptimizerSettings(Settings):

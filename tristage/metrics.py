@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -71,7 +72,8 @@ class RunLog:
         """One line of metrics.jsonl, the same numbers to TensorBoard; training lines move the bar."""
         if not dist.is_main():
             return
-        line: dict[str, Any] = {"step": step, "split": split, **metrics}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
+        line: dict[str, Any] = {"step": step, "split": split, **finite}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in metrics.items():

@@ -28,7 +28,7 @@ from tristage.config import (
 )
 from tristage.engine import engine_config
 from tristage.errors import UserError
-from tristage.models import load_tokenizer
+from tristage.models import check_model, load_tokenizer
 
 EXIT_USER_ERROR = 2
 # torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
@@ -48,8 +48,7 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
-    finally:
-        dist.shutdown()
+    dist.shutdown()  # not after an error: the others may sit in a collective, and the launcher ends them
 
 
 def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], Any]:
@@ -65,6 +64,7 @@ def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], 
     template = read_deepspeed_json(settings.deepspeed, settings)
     config = engine_config(template, settings.precision, plan, settings.optimizer.clip_norm)
     require_folder_or_hub_id(settings.model, settings, "model")
+    check_model(settings.model, settings.max_tokens, reward_model=False)
     return plan, config, load_tokenizer(settings.model)
 
 
@@ -76,7 +76,9 @@ def start(settings: RunSettings) -> torch.device:
     if dist.is_main():
         output = Path(settings.output)
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        origin = f"# What {settings.file} came to with its overrides; relative deepspeed paths start from its folder.\n"
+        values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        (output / "config.yaml").write_text(origin + values)
         (output / "environment.json").write_text(json.dumps(_environment(device), indent=2))
     dist.barrier()
     return device

@@ -255,7 +255,7 @@ def test_a_checkpoint_of_other_ranks_is_refused(world, capfd, tmp_path):
 def test_a_model_with_too_few_positions_is_refused_before_its_weights(world, capfd, module, words, positions, tokens):
     said = sentence_of(world, module, words, capfd)
     assert said == (
-        f"{world.path('model')}: the model has {positions} positions but rows may have {tokens} tokens; lower that"
+        f"{world.path('model')}: the model has {positions} positions, rows up to {tokens}; lower the limits"
     )
 
 

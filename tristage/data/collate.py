@@ -24,6 +24,7 @@ def pick(items: Sequence[Item], rows: Sequence[int | None]) -> list[Item | None]
 
 
 def collate_sft(examples: Sequence[Example | None], pad_id: int) -> SFTBatch:
+    """Right padded; the loss mask is True on the answer and its EOS."""
     filled = _fill(examples, Example([pad_id], prompt_length=1))
     input_ids, attention_mask = _pad([example.ids for example in filled], pad_id)
     prompt_lengths = torch.tensor([example.prompt_length for example in filled])
@@ -33,6 +34,7 @@ def collate_sft(examples: Sequence[Example | None], pad_id: int) -> SFTBatch:
 
 
 def collate_ranking(items: Sequence[RankedExamples | None], pad_id: int) -> PreferenceBatch:
+    """All answers of all prompts, one a row, right padded; K may differ by prompt."""
     pad_answer = Example([pad_id], prompt_length=1)
     filled = _fill(items, ([pad_answer, pad_answer], (0.0, 1.0)))
     input_ids, attention_mask = _pad([example.ids for examples, _ in filled for example in examples], pad_id)

@@ -36,12 +36,16 @@ _FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".csv", ".tsv"
 
 @dataclass(frozen=True)
 class PromptRow:
+    """A dialogue that waits for the assistant's turn."""
+
     prompt: tuple[Turn, ...]
     where: str  # "file:line", or "id[split]:index" for a hub set
 
 
 @dataclass(frozen=True)
 class SFTRow:
+    """A prompt and the answer to imitate."""
+
     prompt: tuple[Turn, ...]
     response: str
     where: str
@@ -49,6 +53,8 @@ class SFTRow:
 
 @dataclass(frozen=True)
 class RankingRow:
+    """A prompt and two or more answers, ranks[i] of answers[i]; 0 is best."""
+
     prompt: tuple[Turn, ...]
     answers: tuple[str, ...]
     ranks: tuple[float, ...]  # one an answer, 0 is the best

@@ -21,6 +21,8 @@ _TEXTS_A_CALL = 1024  # a list is fast, but a whole set at once would hold all i
 
 @dataclass(frozen=True)
 class Example:
+    """One tokenised row: a prompt, and its answer if it has one."""
+
     ids: list[int]
     prompt_length: int  # ids[:prompt_length] is the prompt, the rest is the answer with its EOS
 

@@ -15,13 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from tristage.algo.logprobs import entropy as logits_entropy
 from tristage.algo.logprobs import linear_token_logprobs, token_logprobs
 from tristage.algo.masking import position_ids
-from tristage.models.loading import (
-    align_special_tokens,
-    backbone_hidden,
-    check_length,
-    from_pretrained,
-    load_config_without_dropout,
-)
+from tristage.models.loading import align_special_tokens, backbone_hidden, check_model, from_pretrained
 
 # Config keys of families whose logits are more than weight @ hidden (Gemma 2, Cohere, Granite, ...).
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -95,8 +89,7 @@ def load_causal_lm(
         UserError: no such model, one whose vocabulary is smaller than the tokenizer's, or with fewer positions
             than `max_tokens`.
     """
-    config = load_config_without_dropout(path)
-    check_length(config, max_tokens, path)
+    config = check_model(path, max_tokens, reward_model=False)
     align_special_tokens(config, tokenizer)
     model = from_pretrained(AutoModelForCausalLM, path, config, dtype, engine_config)
     model.generation_config = GenerationConfig(

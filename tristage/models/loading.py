@@ -69,8 +69,16 @@ def backbone_hidden(backbone: nn.Module, input_ids: torch.Tensor, attention_mask
     return backbone(**inputs).last_hidden_state
 
 
-def check_length(config: PretrainedConfig, tokens: int, path: str) -> None:
-    """Rows of `tokens` must fit the model's positions."""
+def check_model(path: str, max_tokens: int, reward_model: bool) -> PretrainedConfig:
+    """The model's config, once it fits: read before any weights are.
+
+    Raises:
+        UserError: no config, fewer positions than `max_tokens`, or no trained reward model where one is expected.
+    """
+    config = load_config_without_dropout(path)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise UserError(f"{path}: the model has {positions} positions but rows may have {tokens} tokens; lower that")
+    if positions is not None and max_tokens > positions:
+        raise UserError(f"{path}: the model has {positions} positions, rows up to {max_tokens}; lower the limits")
+    if reward_model and not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        raise UserError(f"{path}: holds no reward model but a {config.architectures}; give step 2's final folder")
+    return config

@@ -14,9 +14,8 @@ from tristage.errors import UserError
 from tristage.models.loading import (
     align_special_tokens,
     backbone_hidden,
-    check_length,
+    check_model,
     from_pretrained,
-    load_config_without_dropout,
 )
 
 
@@ -71,12 +70,8 @@ def load_reward_model(
     Raises:
         UserError: no such model, or a head was expected and is not there.
     """
-    config = load_config_without_dropout(path)
-    check_length(config, max_tokens, path)
+    config = check_model(path, max_tokens, reward_model=new_head_seed is None)
     align_special_tokens(config, tokenizer)
-    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if new_head_seed is None and not trained:
-        raise UserError(f"{path}: holds no reward model but a {config.architectures}; give step 2's final folder")
     config.num_labels = 1
     model = from_pretrained(AutoModelForSequenceClassification, path, config, dtype, engine_config)
     reward_model = RewardModel(model)

@@ -1,12 +1,12 @@
 """The quickstart's tokenizer and networks: ordinary Hugging Face objects, small enough to train on one core.
 
-A token is a word with the space after it ("Name ", "four "), a list separator (", "), a full stop or a line break, so that an
-item is one and the same token in the prompt and anywhere in an answer, and joining the tokens gives the text back:
+A token is a word with the space after it ("Name ", "four "), a list separator (", "), a full stop or a line break, so
+that an item is one and the same token anywhere in an answer, and joining the tokens gives the text back:
 
-    "Human: " "Name " "four " "fruits" ", " "but " "not " "apple" "." "\\n" "Assistant: " | "fig" ", " "pear" "." "<eos>"
+    "Human: " "Name " "four " "fruits" "." "\\n" "Assistant: " | "fig" ", " "pear" "." "<eos>"
 
-The bar is where the prompt ends. No token reaches across it, so a prompt and an answer tokenised apart and concatenated
-equal the whole conversation tokenised at once.
+The bar is where the prompt ends. No token reaches across it, so a prompt and an answer tokenised apart and
+concatenated equal the whole conversation tokenised at once.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ CHAT_TEMPLATE = (
 def make_tokenizer(texts: Iterable[str], pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with the chat template set, knowing the tokens of `texts` and of the template.
 
-    Text made of those tokens survives decode(encode(text)) unchanged; any other piece becomes <unk>. <bos> exists because
-    some tools ask for it; the template does not use it. pad_is_eos makes EOS the pad token too, as many published models do.
+    Text made of those tokens survives decode(encode(text)) unchanged; any other piece becomes <unk>. <bos> exists
+    because some tools ask for it; the template does not use it. pad_is_eos makes EOS the pad token too, as many
+    published models do.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
@@ -70,9 +71,9 @@ def make_network(
 ) -> PreTrainedModel:
     """An untrained causal language model in float32: about 0.7 million parameters ("small") or 136 thousand ("tiny").
 
-    "llama" has rotary positions, RMSNorm and an output layer of its own; "opt" and "gpt2" have learned absolute positions,
-    LayerNorm and tied embeddings. No network has dropout. The same seed gives the same weights and leaves the global
-    generator as it was.
+    "llama" has rotary positions, RMSNorm and an output layer of its own; "opt" and "gpt2" have learned absolute
+    positions, LayerNorm and tied embeddings. No network has dropout. The same seed gives the same weights and leaves
+    the global generator as it was.
     """
     config = _network_config(tokenizer, architecture, size)
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,7 @@
 """Make the quickstart's data and its untrained model.
 
-    python -m tristage.quickstart.prepare OUT [--seed 0] [--size small|tiny] [--architecture llama|opt|gpt2] [--pad-is-eos]
+    python -m tristage.quickstart.prepare OUT [--seed 0] [--size small|tiny]
+        [--architecture llama|opt|gpt2] [--pad-is-eos]
 
 Writes OUT/data/{sft,preference,ranking,prompts}.{train,heldout}.jsonl and OUT/model (an ordinary Hugging Face folder),
 then OUT/prepared.json with the arguments. When that file already says the same, nothing is done.

@@ -1,0 +1,41 @@
+"""Every command of README.md is run: as it stands where it is small, with its sizes cut where it is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from tests.helpers.tiny import REPO
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.S)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+# Run at length by a test of their own; the test command would run itself.
+ELSEWHERE = {
+    "bash launch/quickstart.sh": "test_quickstart.py",
+    "bash launch/test.sh": "this very run",
+}
+
+
+def test_the_readme_has_its_two_commands():
+    assert set(ELSEWHERE) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
+def test_a_command_reaches_its_step_with_its_settings(command, tmp_path):
+    """With stand-ins for the launcher and torch's view of GPUs: the command as printed gives a run of that config."""
+    seen = tmp_path / "seen"
+    stand_in = tmp_path / "deepspeed"
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{seen}"\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HAS_GPU": "yes"}
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = seen.read_text().splitlines()
+    assert words[words.index("--num_gpus") + 1] == "8"
+    for position in [place for place, word in enumerate(words) if word == "--config"]:
+        assert (REPO / words[position + 1]).is_file()
+    modules = [words[place + 1] for place, word in enumerate(words) if word == "--module"]
+    assert modules and all((REPO / (module.replace(".", "/") + ".py")).is_file() for module in modules)
