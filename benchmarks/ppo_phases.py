@@ -5,9 +5,9 @@ From the repository's root, on two CPU ranks:
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu deepspeed --no_local_rank --num_gpus 2 \\
         --module benchmarks.ppo_phases [OUT.json]
 
-Weights are random (the quickstart's 0.7 million parameter network and task): speed does not depend on them, response
-lengths do, so every response runs to the limit unless it happens to end. Variants take turns, iteration by iteration, on the same
-prompts, so that a machine that slows down slows all of them; a figure is the median of its repetitions.
+Weights are random (the quickstart's 0.7 million parameter network and task), so nearly every response runs to the
+limit of 24 tokens. Variants take turns, iteration by iteration, on the same prompts, so that a machine that slows down
+slows all of them; a figure is the median of its repetitions.
 
     zero2            the quickstart's engines
     zero3            all four engines at ZeRO-3, actor gathered once a rollout

@@ -60,8 +60,8 @@ def collect(
     with watch("score"):
         for engine in engines:
             engine.eval()
-        logprobs, entropy = _score_policy(engines.actor, sequences, settings)
-        ref_logprobs, _ = _score_policy(engines.reference, sequences, settings)
+        logprobs, entropy = _score_policy(engines.actor, sequences, settings, with_entropy=True)
+        ref_logprobs, _ = _score_policy(engines.reference, sequences, settings, with_entropy=False)
         (scores,) = _in_micro_batches(
             sequences, settings, lambda micro: (last_token_scores(engines.reward(micro.ids, micro.mask), micro.mask),)
         )
@@ -149,11 +149,13 @@ def response_metrics(
     }
 
 
-def _score_policy(engine: Any, sequences: Sequences, settings: PPOConfig) -> list[torch.Tensor]:
+def _score_policy(
+    engine: Any, sequences: Sequences, settings: PPOConfig, with_entropy: bool
+) -> list[torch.Tensor]:
     """(logprobs [B,R], entropy [B,R]) of the responses at the sampling temperature."""
 
     def score(micro: Any) -> tuple[torch.Tensor, ...]:
-        found = engine(micro.ids, micro.mask, micro.score_mask, settings.rollout.temperature)
+        found = engine(micro.ids, micro.mask, micro.score_mask, settings.rollout.temperature, with_entropy)
         return tuple(micro.align(x) for x in found)
 
     return _in_micro_batches(sequences, settings, score)

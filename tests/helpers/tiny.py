@@ -47,12 +47,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[torch.device]:
-    """This process as a group of one rank. Afterwards the environment is what it was; the group stays for the next."""
+    """This process as a group of one rank, on one thread as in run_ranks: others on the machine cost it little then.
+
+    Afterwards the environment is what it was; the group stays for the next.
+    """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield dist.init("cpu")
     finally:
+        torch.set_num_threads(threads)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

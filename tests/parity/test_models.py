@@ -106,7 +106,7 @@ def test_logprobs_and_entropy_are_those_of_transformers_own_logits(
     policy, theirs = open_policy(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     assert policy.plain_head is (family != "gemma2")
     ids, mask, wanted = pad(rows_of(path), policy.model.config.eos_token_id, "right")
-    logprobs, entropy = policy(ids, mask, wanted, temperature)
+    logprobs, entropy = policy(ids, mask, wanted, temperature, with_entropy=True)
     spread = []
     for row, example in enumerate(rows_of(path)):
         expected = torch.log_softmax(theirs(torch.tensor([example.ids])).logits[0].double() / temperature, -1)
@@ -124,10 +124,10 @@ def test_logprobs_and_entropy_are_those_of_transformers_own_logits(
 def test_policy_rows_do_not_depend_on_their_neighbours_or_padding(family: str, folders: Folders) -> None:
     path = folders(family)
     policy, rows = open_policy(path), rows_of(path)
-    single = [[answers(x, alone(row)[2])[0] for x in policy(*alone(row))] for row in rows]
+    single = [[answers(x, alone(row)[2])[0] for x in policy(*alone(row), with_entropy=True)] for row in rows]
     for side in ("right", "left"):
         ids, mask, wanted = pad(rows, policy.model.config.eos_token_id, side)
-        for which, found in enumerate(policy(ids, mask, wanted)):
+        for which, found in enumerate(policy(ids, mask, wanted, with_entropy=True)):
             for row, values in enumerate(answers(found, wanted)):
                 torch.testing.assert_close(values, single[row][which], rtol=0, atol=1e-5)
 

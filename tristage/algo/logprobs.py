@@ -39,20 +39,25 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     entropy_grad: bool = False,
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """hidden [...,H], weight [V,H], ids [...], bias [V] -> (logprobs [...], entropy [...]), both float32.
 
     What token_logprobs and entropy give for (hidden @ weight.T + bias) / temperature, in chunks of
     `chunk_tokens` rows. Backward computes a chunk's logits again, so only one chunk's logits live at a time.
     The product is in the dtype of hidden and weight. `weight` is used as it is, never copied or cast, for it
-    may be a parameter that ZeRO-3 has gathered. The entropy carries a gradient only if `entropy_grad`.
+    may be a parameter that ZeRO-3 has gathered. The entropy carries a gradient only if `entropy_grad`;
+    with_entropy=False saves the passes over [chunk,V] that it costs and gives nan in its place.
     No rows are allowed and still join hidden and weight to the graph: a rank with nothing to score must run
     backward like the others.
     """
 
     def score(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight, bias).float() / temperature  # [chunk,V]
-        return token_logprobs(logits, ids), entropy(logits if entropy_grad else logits.detach())
+        found = token_logprobs(logits, ids)
+        if not with_entropy:
+            return found, torch.full_like(found, torch.nan, requires_grad=False)
+        return found, entropy(logits if entropy_grad else logits.detach())
 
     # Without rows, split gives one chunk of no rows, so that case needs no branch.
     hidden_chunks = torch.split(hidden.reshape(-1, hidden.shape[-1]), chunk_tokens)

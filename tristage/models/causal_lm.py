@@ -25,7 +25,8 @@ class CausalLM(nn.Module):
     """(input_ids [B,T], attention_mask [B,T], score_mask [B,T]) -> (logprobs [B,T-1], entropy [B,T-1]).
 
     logprobs[b,t] is log p(input_ids[b,t+1] | the tokens before it) where score_mask[b,t+1], else 0; float32, at
-    `temperature`. entropy likewise, of the whole distribution, without gradient.
+    `temperature`. entropy likewise, of the whole distribution, without gradient; all 0 unless `with_entropy`, since
+    only metrics want it and it costs several passes over the logits.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -45,6 +46,7 @@ class CausalLM(nn.Module):
         attention_mask: torch.Tensor,
         score_mask: torch.Tensor,
         temperature: float = 1.0,
+        with_entropy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The only shift in the project: position t predicts token t+1.
         targets, wanted = input_ids[:, 1:], score_mask[:, 1:]
@@ -53,12 +55,18 @@ class CausalLM(nn.Module):
             hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask)[:, :-1][wanted]
             head = self.model.get_output_embeddings()
             found, entropy = linear_token_logprobs(
-                hidden, head.weight, ids, bias=getattr(head, "bias", None), temperature=temperature
+                hidden,
+                head.weight,
+                ids,
+                bias=getattr(head, "bias", None),
+                temperature=temperature,
+                with_entropy=with_entropy,
             )
         else:
             logits = backbone_logits(self.model, input_ids, attention_mask)[:, :-1][wanted].float() / temperature
             found, entropy = token_logprobs(logits, ids), logits_entropy(logits.detach())
-        return _scatter(found, wanted), _scatter(entropy, wanted)
+        nothing = found.new_zeros(wanted.shape)
+        return _scatter(found, wanted), _scatter(entropy, wanted) if with_entropy else nothing
 
 
 def backbone_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
