@@ -117,7 +117,11 @@ def test_scoring_at_another_temperature_fails_the_first_check(fresh: Run, monkey
     warmer = fresh.settings.model_copy(
         update={"rollout": fresh.settings.rollout.model_copy(update={"temperature": 1.1})}
     )
-    monkeypatch.setattr(step3_ppo.rollout, "_score_policy", lambda engine, rows, _: score(engine, rows, warmer))
+
+    def score_warmer(engine: Any, sequences: Any, _: PPOConfig, **options: Any) -> Any:
+        return score(engine, sequences, warmer, **options)
+
+    monkeypatch.setattr(step3_ppo.rollout, "_score_policy", score_warmer)
     experience, metrics = fresh.experience()
     assert metrics["objective/kl"] == 0  # actor and reference are wrong alike
     with pytest.raises(RuntimeError, match="before the first update"):
