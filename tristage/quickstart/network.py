@@ -71,9 +71,9 @@ def make_network(
 ) -> PreTrainedModel:
     """An untrained causal language model in float32: about 0.7 million parameters ("small") or 136 thousand ("tiny").
 
-    "llama" has rotary positions, RMSNorm and an output layer of its own; "opt" and "gpt2" have learned absolute
-    positions, LayerNorm and tied embeddings. No network has dropout. The same seed gives the same weights and leaves
-    the global generator as it was.
+    "llama" has rotary positions and RMSNorm; "opt" and "gpt2" have learned absolute positions and LayerNorm. All tie
+    their embeddings and have no dropout. The same seed gives the same weights and leaves the global generator as it
+    was.
     """
     config = _network_config(tokenizer, architecture, size)
     with torch.random.fork_rng(devices=[]):
