@@ -161,7 +161,7 @@ def test_a_missing_key_of_a_group_is_named_with_its_group(tmp_path):
         ("model=[a]", "model", "valid string", '["a"]'),
         ("optimizer=7", "optimizer", "valid dictionary", "7"),
         ("optimizer.learning_rate=-1e-5", "optimizer.learning_rate", "greater than 0", '"-1e-5"'),
-        ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "greater than 0", "NaN"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "finite number", "NaN"),
         ("optimizer.schedule=step", "optimizer.schedule", "'cosine', 'linear' or 'constant'", '"step"'),
         ("data.heldout_fraction=1", "data.heldout_fraction", "less than 1", "1"),
         ("device=gpu", "device", "'auto', 'cpu' or 'cuda'", '"gpu"'),
