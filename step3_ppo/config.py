@@ -10,12 +10,18 @@ from tristage.config import BatchPlan, DataSettings, OptimizerSettings, RunSetti
 from tristage.errors import UserError
 
 
+class PPOOptimizerSettings(OptimizerSettings):
+    """As elsewhere, but for the epsilon that PPO wants ("The 37 Implementation Details of PPO", detail 3)."""
+
+    eps: float = Field(1e-5, gt=0, description="Adam's epsilon.")
+
+
 class TrainedModel(Settings):
     """Actor or critic: where it starts, how it is sharded and trained."""
 
     model: str | None = Field(None, description="Folder or id; the critic's default is the reward model's.")
     deepspeed: str = Field(description="DeepSpeed JSON of this engine, any ZeRO stage.")
-    optimizer: OptimizerSettings
+    optimizer: PPOOptimizerSettings
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
 
 

@@ -99,9 +99,10 @@ def check_models(settings: PPOConfig) -> Any:
     }
     for key, path in paths.items():
         require_folder_or_hub_id(path, settings, key)
-        check_model(path, settings.max_tokens, reward_model=key in ("reward.model", "critic.model"))
     tokenizers = {f"{key} ({path})": load_tokenizer(path) for key, path in paths.items()}
     require_same_tokenizer(tokenizers)
+    for key, path in paths.items():
+        check_model(path, settings.max_tokens, reward_model=key in ("reward.model", "critic.model"))
     return next(iter(tokenizers.values()))
 
 

@@ -222,6 +222,8 @@ def _whole_parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         offload._remove_module_hooks()
+        offload.forward_hooks.clear()  # it keeps the handles of removed hooks: a list that grew with every rollout
+        offload.backward_hooks.clear()
         try:
             yield
         finally:

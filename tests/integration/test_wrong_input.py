@@ -54,8 +54,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     model = write_model(folder / "model")
     (folder / "model" / "model.safetensors").unlink()
     rows = write_rows(folder / "rows", num_rows=48)
-    for name in ("no_eos", "other_eos", "other_template", "other_vocabulary", "small_vocabulary"):
+    for name in ("no_eos", "other_eos", "other_template", "other_vocabulary", "small_vocabulary", "reward"):
         shutil.copytree(model, folder / name)
+    edit_json(folder / "reward/config.json", architectures=["LlamaForSequenceClassification"])
     edit_json(folder / "no_eos/tokenizer_config.json", eos_token=None)
     edit_json(folder / "other_eos/tokenizer_config.json", eos_token="<bos>")
     edit_json(folder / "small_vocabulary/config.json", vocab_size=10)
@@ -67,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         {
             STEP1: sft_config(folder, model, rows["sft"]).file,
             STEP2: reward_model_config(folder, model, rows["ranking"]).file,
-            STEP3: ppo_config(folder, model, model, rows["prompts"]).file,
+            STEP3: ppo_config(folder, model, str(folder / "reward"), rows["prompts"]).file,
             step1_sft.evaluate: str(folder / "sft.yaml"),
         },
     )
@@ -185,6 +186,10 @@ CASES = {
         [STEP3], ["reference.deepspeed=" + deepspeed_json(2)],
         "{config}: key `reference.deepspeed`: ZeRO stage 2 shards gradients and optimizer, which a frozen model has "
         "not; use stage 0 or 3",
+    ),
+    "step 1's folder as reward model": (
+        [STEP3], ["reward.model={model}"],
+        "{model}: holds no reward model but a ['LlamaForCausalLM']; give step 2's final folder",
     ),
     "frozen engine at ZeRO 1": (
         [STEP3], ["reward.deepspeed=" + deepspeed_json(1)],

@@ -492,3 +492,11 @@ def test_a_device_that_the_machine_has_not_is_refused(monkeypatch, device, num_g
     with pytest.raises(UserError) as caught:
         dist.check_device(device, "a.yaml")
     assert str(caught.value) == f"a.yaml: {message}"
+
+
+def test_step_3_has_the_epsilon_of_ppo_unless_told_otherwise(tmp_path):
+    values = ppo_values(tmp_path, "actor", "reward", "prompts.jsonl")
+    del values["actor"]["optimizer"]["eps"]
+    settings = PPOConfig.model_validate(values)
+    assert settings.actor.optimizer.eps == 1e-5
+    assert OptimizerSettings(learning_rate=1.0).eps == 1e-8
