@@ -3,7 +3,7 @@
 From the repository's root, on two CPU ranks:
 
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu deepspeed --no_local_rank --num_gpus 2 \\
-        --module benchmarks.ppo_phases [OUT.json]
+        --module benchmarks.ppo_phases [OUT.json [REPETITIONS]]
 
 Weights are random (the quickstart's 0.7 million parameter network and task), so nearly every response runs to the
 limit of 24 tokens. Variants take turns, iteration by iteration, on the same prompts, so that a machine that slows down
@@ -41,7 +41,7 @@ from tristage.quickstart import prepare
 from tristage.rollout import PaddedRollout
 
 ROOT = Path(__file__).parents[1]
-REPETITIONS = 7
+REPETITIONS = 5
 PHASES = ("time/rollout", "time/score", "time/update")
 
 
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
         "few-rows": lambda n: zero2.rollout(batch, n, settings.ppo.micro_batch, "auto"),
     }
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    for repetition in range(REPETITIONS + 1):
+    for repetition in range(int(argv[1]) + 1 if len(argv) > 1 else REPETITIONS + 1):
         for name, run in runs.items():
             found = run(repetition + 1)
             if repetition:  # the first is the warm-up
