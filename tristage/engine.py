@@ -15,17 +15,16 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
+import psutil
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero import register_external_parameter
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-import deepspeed  # noqa: E402
-from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
-from deepspeed.runtime.zero import register_external_parameter  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
-
-from tristage import dist  # noqa: E402
-from tristage.config import BatchPlan, OptimizerSettings  # noqa: E402
+from tristage import dist
+from tristage.config import BatchPlan, OptimizerSettings
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
@@ -237,5 +236,6 @@ def parameters_fit(engine: deepspeed.DeepSpeedEngine, device: torch.device, head
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // dist.world_size()
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+        free = psutil.virtual_memory().available // ranks_here
     return size <= headroom * free
