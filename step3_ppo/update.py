@@ -32,21 +32,27 @@ def ppo_update(
     """
     device = experience.logprobs.device
     averages = Averages()
+    lengths = experience.sequences.attention_mask.sum(dim=1).tolist()
     engines.actor.train()
     engines.critic.train()
     for epoch in range(settings.ppo.epochs):
         order = np.random.default_rng([settings.seed, iteration, epoch]).permutation(len(experience.logprobs))
         for minibatch in np.split(order, len(order) // plan.global_batch):
-            _minibatch_step(engines, experience, minibatch.tolist(), settings, plan, averages)
+            _minibatch_step(engines, experience, minibatch.tolist(), lengths, settings, plan, averages)
     return averages.reduce(device)
 
 
 def _minibatch_step(
-    engines: Engines, experience: Experience, rows: list[int], settings: PPOConfig, plan: BatchPlan, averages: Averages
+    engines: Engines,
+    experience: Experience,
+    rows: list[int],
+    lengths: list[int],
+    settings: PPOConfig,
+    plan: BatchPlan,
+    averages: Averages,
 ) -> None:
     """One optimizer step of actor and critic: losses summed over micro-batches, divided by the real tokens of all."""
     global_tokens = float(experience.mask[rows].sum())
-    lengths = experience.sequences.attention_mask.sum(dim=1).tolist()
     for micro in deal(rows, lengths, plan, dist.rank()):
         _backward(engines, experience, torch.tensor(micro), global_tokens, settings, averages)
     for name, engine in (("policy", engines.actor), ("value", engines.critic)):

@@ -64,9 +64,9 @@ class CausalLM(nn.Module):
             )
         else:
             logits = backbone_logits(self.model, input_ids, attention_mask)[:, :-1][wanted].float() / temperature
-            found, entropy = token_logprobs(logits, ids), logits_entropy(logits.detach())
-        nothing = found.new_zeros(wanted.shape)
-        return _scatter(found, wanted), _scatter(entropy, wanted) if with_entropy else nothing
+            found = token_logprobs(logits, ids)
+            entropy = logits_entropy(logits.detach()) if with_entropy else found
+        return _scatter(found, wanted), _scatter(entropy, wanted) if with_entropy else found.new_zeros(wanted.shape)
 
 
 def backbone_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
