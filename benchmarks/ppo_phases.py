@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(str(folder / "model"))
     zero2, zero3 = (Variant(folder, stage, tokenizer, device) for stage in (2, 3))
     settings = zero2.settings
-    prompts, _ = load_sets(settings.data, "prompt", tokenizer, settings.max_prompt_tokens, 0)
+    prompts, _ = load_sets(settings, tokenizer)
     rows = settings.rollout.prompts // dist.world_size()
     batch = prompt_batch(prompts, list(range(dist.rank() * rows, (dist.rank() + 1) * rows)), settings, tokenizer)
     batch = batch.to(device)

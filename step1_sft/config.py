@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from tristage.config import TrainSettings
+from typing import ClassVar
+
+from pydantic import Field
+
+from tristage.config import Kind, TrainSettings
 
 
 class SFTConfig(TrainSettings):
-    """Supervised fine-tuning: everything it needs is what every training step has."""
+    """Supervised fine-tuning: prompts with the answers to imitate."""
+
+    kind: ClassVar[Kind] = "sft"
+    step: ClassVar[int] = 1
+    packing: bool = Field(
+        False,
+        description="Fill sequences of max_tokens with several rows, without attention across them; batches then "
+        "count sequences.",
+    )

@@ -16,18 +16,18 @@ from tristage.config import load_config
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_sets
+from tristage.data.store import Rows
 from tristage.engine import DTYPES, frozen_engine
 from tristage.metrics import Averages
 from tristage.models import load_causal_lm
 
 
 @torch.no_grad()
-def evaluate(engine: Any, rows: list[Any], micro_batch: int, tokenizer: Any, device: torch.device) -> dict[str, float]:
+def evaluate(engine: Any, rows: Rows, micro_batch: int, tokenizer: Any, device: torch.device) -> dict[str, float]:
     """{"sft/loss", "sft/perplexity"} over every answer token of `rows` once, over all ranks. A collective."""
     engine.eval()
     averages = Averages()
-    lengths = [len(row.ids) for row in rows]
-    for micro in evaluation_rows(lengths, micro_batch, dist.world_size(), dist.rank()):
+    for micro in evaluation_rows(rows.lengths, micro_batch, dist.world_size(), dist.rank()):
         batch = collate_sft(pick(rows, micro), tokenizer.pad_token_id).to(device)
         logprobs, _ = engine(batch.input_ids, batch.attention_mask, batch.loss_mask)
         averages.add("sft/loss", -logprobs.sum(), batch.loss_mask[:, 1:].sum())
@@ -38,7 +38,7 @@ def evaluate(engine: Any, rows: list[Any], micro_batch: int, tokenizer: Any, dev
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
     _, config, tokenizer = run.check_training(settings)
-    _, heldout = load_sets(settings.data, "sft", tokenizer, settings.max_tokens, settings.seed)
+    _, heldout = load_sets(settings, tokenizer)
     device = dist.init(settings.device)
     model = load_causal_lm(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
     metrics = evaluate(frozen_engine(model, config), heldout, settings.micro_batch, tokenizer, device)

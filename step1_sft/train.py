@@ -19,12 +19,14 @@ from tristage import dist, run
 from tristage.batches import SFTBatch
 from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, load_config
-from tristage.data.collate import collate_sft, pick
+from tristage.data.collate import collate_packed, collate_sft, pick
 from tristage.data.loader import Loader
-from tristage.data.sets import load_sets
+from tristage.data.packing import PackedRows
+from tristage.data.sets import fingerprint, load_sets
+from tristage.data.store import Rows
 from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import load_causal_lm, save_model
+from tristage.models import check_packable, load_causal_lm, save_model
 
 SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
 
@@ -32,16 +34,18 @@ SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
+    if settings.packing:
+        check_packable(settings.model)
     check_resumable(settings, {"model": zero_stage(config)})
-    sets = load_sets(settings.data, "sft", tokenizer, settings.max_tokens, settings.seed)
+    sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
 
 
 def train(
-    settings: SFTConfig, plan: BatchPlan, config: dict[str, Any], tokenizer: Any, rows: list[Any], heldout: list[Any]
+    settings: SFTConfig, plan: BatchPlan, config: dict[str, Any], tokenizer: Any, rows: Rows, heldout: Rows
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
-    device, output = run.start(settings), Path(settings.output)
+    device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
     dist.print0(f"step 1, supervised fine-tuning: {plan}")
     model = load_causal_lm(
         settings.model,
@@ -51,8 +55,11 @@ def train(
         gradient_checkpointing=settings.gradient_checkpointing,
         max_tokens=settings.max_tokens,
     )
-    lengths = [len(row.ids) for row in rows]
-    loader = Loader(lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps)
+    collate: Any = collate_packed if settings.packing else collate_sft
+    trained = PackedRows(rows, settings.max_tokens, settings.seed) if settings.packing else rows
+    loader = Loader(
+        trained.lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
+    )
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first = load_checkpoint(settings, {"model": engine})
     watch = Stopwatch(device)
@@ -62,7 +69,7 @@ def train(
         for step in range(first + 1, loader.total_steps + 1):
             with watch("step"):
                 micro_batches = [
-                    collate_sft(pick(rows, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
+                    collate(pick(trained, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
                 ]
                 metrics = sft_step(engine, micro_batches, device)
             log.write(step, "train", metrics | watch.take())
@@ -83,7 +90,9 @@ def sft_step(engine: Any, micro_batches: list[SFTBatch], device: torch.device) -
     averages = Averages()
     for batch in micro_batches:
         batch = batch.to(device)
-        logprobs, _ = engine(batch.input_ids, batch.attention_mask, batch.loss_mask)
+        logprobs, _ = engine(
+            batch.input_ids, batch.attention_mask, batch.loss_mask, position_ids=batch.position_ids
+        )
         loss_sum = -logprobs.sum()  # logprobs are 0 outside the loss mask
         backward_mean(engine, loss_sum, global_tokens)
         averages.add("sft/loss", loss_sum.detach(), batch.loss_mask[:, 1:].sum())

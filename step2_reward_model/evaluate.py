@@ -17,6 +17,7 @@ from tristage.config import load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_sets
+from tristage.data.store import Rows
 from tristage.engine import DTYPES, frozen_engine
 from tristage.metrics import Averages
 from tristage.models import last_token_scores, load_reward_model
@@ -24,13 +25,12 @@ from tristage.models import last_token_scores, load_reward_model
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, rows: list[Any], settings: RewardModelConfig, tokenizer: Any, device: torch.device
+    engine: Any, rows: Rows, settings: RewardModelConfig, tokenizer: Any, device: torch.device
 ) -> dict[str, float]:
     """Loss, accuracy, margin and length baseline over every pair of `rows` once, over all ranks. A collective."""
     engine.eval()
     averages = Averages()
-    lengths = [max(len(example.ids) for example in examples) for examples, _ in rows]
-    for micro in evaluation_rows(lengths, settings.micro_batch, dist.world_size(), dist.rank()):
+    for micro in evaluation_rows(rows.lengths, settings.micro_batch, dist.world_size(), dist.rank()):
         batch = collate_ranking(pick(rows, micro), tokenizer.pad_token_id).to(device)
         scores = last_token_scores(engine(batch.input_ids, batch.attention_mask), batch.attention_mask)
         losses = ranking_loss(scores, batch.prompt_index, batch.ranks, form=settings.loss)
@@ -62,7 +62,7 @@ def pair_metrics(averages: Averages, scores: torch.Tensor, batch: PreferenceBatc
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
     _, config, tokenizer = run.check_training(settings)
-    _, heldout = load_sets(settings.data, "ranking", tokenizer, settings.max_tokens, settings.seed)
+    _, heldout = load_sets(settings, tokenizer)
     device = dist.init(settings.device)
     model = load_reward_model(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
     metrics = evaluate(frozen_engine(model, config), heldout, settings, tokenizer, device)

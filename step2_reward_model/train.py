@@ -22,7 +22,8 @@ from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoin
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import Loader
-from tristage.data.sets import load_sets
+from tristage.data.sets import fingerprint, load_sets
+from tristage.data.store import Rows
 from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import last_token_scores, load_reward_model, save_model
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
     check_resumable(settings, {"model": zero_stage(config)})
-    sets = load_sets(settings.data, "ranking", tokenizer, settings.max_tokens, settings.seed)
+    sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
 
 
@@ -48,11 +49,11 @@ def train(
     plan: BatchPlan,
     config: dict[str, Any],
     tokenizer: Any,
-    rows: list[Any],
-    heldout: list[Any],
+    rows: Rows,
+    heldout: Rows,
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
-    device, output = run.start(settings), Path(settings.output)
+    device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
     dist.print0(f"step 2, reward model: {plan}")
     model = load_reward_model(
         settings.model,
@@ -63,8 +64,9 @@ def train(
         new_head_seed=settings.seed,
         max_tokens=settings.max_tokens,
     )
-    lengths = [max(len(example.ids) for example in examples) for examples, _ in rows]
-    loader = Loader(lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps)
+    loader = Loader(
+        rows.lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
+    )
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first = load_checkpoint(settings, {"model": engine})
     watch = Stopwatch(device)

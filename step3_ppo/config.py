@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tristage.config import BatchPlan, DataSettings, OptimizerSettings, RunSettings, Settings
+from tristage.config import BatchPlan, Kind, OptimizerSettings, RunSettings, Settings
 from tristage.errors import UserError
 
 
@@ -64,12 +64,13 @@ class PPOSettings(Settings):
 class PPOConfig(RunSettings):
     """PPO with four engines."""
 
+    kind: ClassVar[Kind] = "prompt"
+    step: ClassVar[int] = 3
     actor: TrainedModel
     critic: TrainedModel
     reference: FrozenModel
     reward: FrozenModel
-    data: DataSettings
-    max_prompt_tokens: int = Field(256, gt=0, description="Longer prompts are dropped and counted.")
+    max_prompt_tokens: int = Field(256, gt=0, description="Tokens of a prompt; see `data.too_long`.")
     iterations: int = Field(gt=0, description="Rollouts, each followed by its updates.")
     rollout: RolloutSettings
     ppo: PPOSettings
@@ -108,6 +109,14 @@ class PPOConfig(RunSettings):
     @property
     def reference_path(self) -> str:
         return self.reference.model or self.actor_path
+
+    @property
+    def row_tokens(self) -> int:
+        return self.max_prompt_tokens
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.actor_path
 
     @property
     def max_tokens(self) -> int:

@@ -17,6 +17,7 @@ from tristage import dist
 from tristage.batches import PromptBatch
 from tristage.data.collate import collate_prompts, pick
 from tristage.data.loader import evaluation_rows
+from tristage.data.store import Rows
 from tristage.errors import UserError
 from tristage.metrics import Stopwatch
 from tristage.rollout import PaddedRollout
@@ -36,7 +37,7 @@ def load_grader(name: str | None, file: str) -> Grader | None:
         raise UserError(f"{file}: key `grader`: {name} cannot be imported ({error}); write module:function") from None
 
 
-def prompt_batch(rows: list[Any], indices: list[int | None], settings: PPOConfig, tokenizer: Any) -> PromptBatch:
+def prompt_batch(rows: Rows, indices: list[int | None], settings: PPOConfig, tokenizer: Any) -> PromptBatch:
     """Some prompts, left padded to max_prompt_tokens, so that all ranks have as many columns."""
     return collate_prompts(pick(rows, indices), indices, tokenizer.pad_token_id, settings.max_prompt_tokens)
 
@@ -44,15 +45,14 @@ def prompt_batch(rows: list[Any], indices: list[int | None], settings: PPOConfig
 def evaluate(
     engines: Engines,
     rollouts: PaddedRollout,
-    rows: list[Any],
+    rows: Rows,
     settings: PPOConfig,
     tokenizer: Any,
     grader: Grader | None,
     device: torch.device,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(metrics, samples) of one sampled response to every held-out prompt. A collective."""
-    lengths = [len(row.ids) for row in rows]
-    indices = [row for (row,) in evaluation_rows(lengths, 1, dist.world_size(), dist.rank())]
+    indices = [row for (row,) in evaluation_rows(rows.lengths, 1, dist.world_size(), dist.rank())]
     batch = prompt_batch(rows, indices, settings, tokenizer).to(device)
     own = collect(engines, rollouts, batch, EVALUATION_DRAW, settings, Stopwatch(device))
     gather = rows_of_all_ranks(batch)

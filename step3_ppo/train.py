@@ -24,7 +24,9 @@ from tristage.config import (
     world_size_from_environment,
 )
 from tristage.data.loader import Loader
-from tristage.data.sets import load_sets
+from tristage.data.sets import fingerprint, load_sets
+from tristage.data.store import Rows
+from tristage.data.template import read_template
 from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine, zero_stage
 from tristage.errors import UserError
 from tristage.metrics import RunLog, Stopwatch
@@ -64,10 +66,10 @@ def main(argv: list[str]) -> None:
     check_resumable(settings, {"actor": zero_stage(configs.actor), "critic": zero_stage(configs.critic)})
     tokenizer = check_models(settings)
     grader = load_grader(settings.grader, settings.file)
-    prompts, heldout = load_sets(settings.data, "prompt", tokenizer, settings.max_prompt_tokens, settings.seed)
+    prompts, heldout = load_sets(settings, tokenizer)
     if len(prompts) < settings.rollout.prompts:
         raise UserError(
-            f"{settings.file}: rollout.prompts is {settings.rollout.prompts} but {settings.data.train} gives only "
+            f"{settings.file}: rollout.prompts is {settings.rollout.prompts} but `data.train` gives only "
             f"{len(prompts)} prompts; lower it or give more prompts"
         )
     train(settings, plan, configs, tokenizer, prompts, heldout, grader)
@@ -100,6 +102,8 @@ def check_models(settings: PPOConfig) -> Any:
     for key, path in paths.items():
         require_folder_or_hub_id(path, settings, key)
     tokenizers = {f"{key} ({path})": load_tokenizer(path) for key, path in paths.items()}
+    if (template := read_template(settings)) is not None:
+        tokenizers[f"data.template ({settings.data.template})"] = load_tokenizer(settings.actor_path, template)
     require_same_tokenizer(tokenizers)
     for key, path in paths.items():
         check_model(path, settings.max_tokens, reward_model=key in ("reward.model", "critic.model"))
@@ -134,12 +138,12 @@ def train(
     plan: BatchPlan,
     configs: EngineConfigs,
     tokenizer: Any,
-    prompts: list[Any],
-    heldout: list[Any],
+    prompts: Rows,
+    heldout: Rows,
     grader: Grader | None,
 ) -> None:
     """Iterate from the latest checkpoint, or from the start, to the last iteration; export actor and critic."""
-    device, output = run.start(settings), Path(settings.output)
+    device, output = run.start(settings, fingerprint([prompts, heldout])), Path(settings.output)
     dist.print0(f"step 3, PPO: {settings.rollout.prompts} prompts an iteration, {settings.ppo.epochs} epochs, {plan}")
     if settings.rollout.top_p < 1 or settings.rollout.top_k:
         dist.print0("rollout.top_p or top_k filters sampling: the sampled law is not the scored one, KL is biased")
@@ -178,11 +182,11 @@ def train(
     dist.print0(f"step 3 is done: {output / 'final'}")
 
 
-def prompt_loader(prompts: list[Any], settings: PPOConfig) -> Loader:
+def prompt_loader(prompts: Rows, settings: PPOConfig) -> Loader:
     """Iteration after iteration rollout.prompts prompts, dealt one at a time so that ranks get like lengths."""
     plan = BatchPlan.make(settings.rollout.prompts, 1, dist.world_size())
     epochs = settings.iterations * settings.rollout.prompts / len(prompts)
-    return Loader([len(row.ids) for row in prompts], plan, dist.rank(), settings.seed, epochs)
+    return Loader(prompts.lengths, plan, dist.rank(), settings.seed, epochs)
 
 
 def throughput(experience: Any, watch: Stopwatch) -> dict[str, float]:

@@ -22,7 +22,8 @@ class _Batch:
 
     def to(self: BatchType, device: torch.device | str) -> BatchType:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass below is a dataclass
-        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields})
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return type(self)(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class SFTBatch(_Batch):
 
     input_ids: torch.Tensor  # [B,T] long
     attention_mask: torch.Tensor  # [B,T] bool
-    loss_mask: torch.Tensor  # [B,T] bool, True on the answer and its EOS; all False in a filler row
+    loss_mask: torch.Tensor  # [B,T] bool, True on answers and their EOS; all False in a filler row
+    position_ids: torch.Tensor | None = None  # [B,T] long where rows are packed: 0 where an example starts
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,14 +13,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from tristage.errors import UserError
 
 Precision = Literal["float32", "bf16", "fp16"]
+Kind = Literal["sft", "ranking", "prompt", "text"]  # what a step makes of a row
 
 # The step's YAML owns these; a DeepSpeed JSON that sets one would silently win or lose against it.
 OWNED_BY_YAML = {
@@ -57,25 +58,104 @@ class OptimizerSettings(Settings):
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
 
 
-class DataSettings(Settings):
-    """Where rows come from: a .json, .jsonl or .jsonl.gz file, a saved datasets folder, or a hub id."""
+class CleanRule(Settings):
+    """One regular expression over some text columns of a source, applied before a row is read."""
 
-    train: str = Field(description="Source of the training rows.")
-    split: str = Field("train", description="Split of `train`, for hub ids and saved folders.")
-    heldout: str | None = Field(None, description="Source of the held-out rows; null splits them off `train`.")
-    heldout_split: str = Field("test", description="Split of `heldout`, for hub ids and saved folders.")
+    columns: tuple[str, ...] = Field(description="Columns (after `columns` has renamed them) to clean.")
+    pattern: str = Field(description="Regular expression, as Python's re.")
+    replacement: str = Field("", description="What each match becomes.")
+
+
+class SourceSettings(Settings):
+    """One source of rows. A plain string in its place is its path."""
+
+    path: str | None = Field(
+        None, description="File, folder of files, datasets.save_to_disk folder, or hub id; a preset may give it."
+    )
+    preset: str | None = Field(
+        None, description="YAML of these same keys that fills those not given here, such as configs/datasets/*.yaml."
+    )
+    name: str | None = Field(None, description="Configuration of a hub data set (its `name`).")
+    subset: str | None = Field(None, description="Folder inside the data set (its `data_dir`).")
+    split: str = Field("train", description="Split, where the source has splits.")
+    columns: dict[str, str | tuple[str, ...]] = Field(
+        {},
+        description="Our column -> theirs, dots reach inside (`question.text`, `answers.0`), a list makes a list. "
+        "When given, only these columns are read.",
+    )
+    clean: tuple[CleanRule, ...] = Field((), description="Regular expressions over text columns, in order.")
+    best_first: bool = Field(False, description="`responses` without ranks or scores stand in order, best first.")
+    limit: int | None = Field(None, gt=0, description="Read at most this many usable rows.")
+    weight: float = Field(
+        1.0, gt=0, description="Copies of each row an epoch: 2 repeats all, 0.5 takes a fixed random half."
+    )
+    on_bad_row: Literal["error", "skip"] | None = Field(None, description="Null: as `data.on_bad_row`.")
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, one source or a list of either -> a list of sources."""
+    if value is None:
+        return ()
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return [{"path": source} if isinstance(source, str) else source for source in several]
+
+
+def _as_shares(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_as_sources)]
+
+
+class DataSettings(Settings):
+    """Which rows a step trains on, which are held out, and how they become tokens."""
+
+    train: Sources = Field(min_length=1, description="Training rows: a path, a source, or a list of them.")
+    heldout: Sources = Field((), description="Held-out rows, likewise; null splits them off `train` by prompt.")
     heldout_fraction: float = Field(
         0.05, gt=0, lt=1, description="Share of prompts held out of `train` when `heldout` is null."
     )
-    subset: str | None = Field(None, description="Folder inside a hub data set (its data_dir).")
-    limit: int | None = Field(None, gt=0, description="Read at most this many rows of each source.")
+    data_split: Annotated[tuple[float, ...], BeforeValidator(_as_shares)] | None = Field(
+        None, description="Shares of the training prompts for steps 1, 2 and 3, such as 2,4,4; null: all to each."
+    )
+    split_seed: int = Field(
+        0, ge=0, description="Seed of `heldout_fraction`, `data_split` and weights; the same in all steps of a recipe."
+    )
+    limit: int | None = Field(None, gt=0, description="As `limit` of each training source that sets none.")
     heldout_limit: int | None = Field(None, gt=0, description="Evaluate on at most this many held-out rows.")
+    template: str | None = Field(
+        None, description="Jinja file of a chat template to use instead of the model folder's own."
+    )
+    train_on: Literal["answers", "last_answer", "everything"] = Field(
+        "answers", description="SFT's loss: every assistant turn, the last one only, or prompts as well."
+    )
+    too_long: Literal["drop", "truncate_left", "truncate_right"] = Field(
+        "drop", description="Rows over the token limit: dropped, or cut at the prompt's start or the answer's end."
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="A malformed row ends the run, or is skipped, counted and listed in a file."
+    )
+    overlap: Literal["error", "drop", "allow"] = Field(
+        "error", description="Training rows whose prompt is held out: an error, dropped and counted, or kept."
+    )
+    cache: str | None = Field(
+        None, description="Folder of tokenised sets; null: $TRISTAGE_CACHE, else ~/.cache/tristage. Local to a node."
+    )
+    workers: int = Field(0, ge=0, description="Processes that tokenise; 0: as many as the set and the node call for.")
+
+    @field_validator("data_split")
+    @classmethod
+    def _three_shares(cls, shares: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if shares is not None and (len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0):
+            raise ValueError("give three shares, for steps 1, 2 and 3, such as 2,4,4")
+        return shares
 
 
 class RunSettings(Settings):
     """What every step has."""
 
     output: str = Field(description="Folder of this run: metrics, checkpoints, final model.")
+    data: DataSettings
     seed: int = Field(0, ge=0, description="Seed of data order, new weights and sampling.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs when there are any.")
     precision: Precision = Field("bf16", description="Weights and activations; losses are always float32.")
@@ -85,6 +165,8 @@ class RunSettings(Settings):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from output/checkpoints when there is one; never starts again."
     )
+    kind: ClassVar[Kind]  # what the step makes of a row
+    step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
     _folder: Path = PrivateAttr(default=Path("."))
     _file: str = PrivateAttr(default="settings")
 
@@ -98,13 +180,22 @@ class RunSettings(Settings):
         """The YAML file's name, for messages."""
         return self._file
 
+    @property
+    def row_tokens(self) -> int:
+        """The longest row, in tokens, that the step takes."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Folder or id of the model whose tokenizer and template the step uses."""
+        raise NotImplementedError
+
 
 class TrainSettings(RunSettings):
     """Steps 1 and 2: one model trained for some epochs over rows."""
 
     model: str = Field(description="Hugging Face folder or id to start from.")
-    data: DataSettings
-    max_tokens: int = Field(512, gt=1, description="Prompt and answer together; longer rows are dropped, counted.")
+    max_tokens: int = Field(512, gt=1, description="Prompt and answer together; see `data.too_long`.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; null: all epochs.")
     global_batch: int = Field(gt=0, description="Rows in one optimizer step, over all ranks.")
@@ -112,6 +203,17 @@ class TrainSettings(RunSettings):
     optimizer: OptimizerSettings
     deepspeed: str = Field(description="DeepSpeed JSON: ZeRO stage, offload, communication.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
+    group_by_length: bool = Field(
+        False, description="Steps of rows of like length: less padding, but rows of a step are then less mixed."
+    )
+
+    @property
+    def row_tokens(self) -> int:
+        return self.max_tokens
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.model
 
 
 @dataclass(frozen=True)
@@ -244,16 +346,21 @@ def _all_keys(settings_class: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def find_file(path: str, settings: RunSettings, key: str) -> Path:
+    """The file that `key` names, looked up from the working folder, then beside the YAML. Raises UserError."""
+    for file in (Path(path), settings.folder / path):
+        if file.is_file():
+            return file
+    raise UserError(f"{settings.file}: key `{key}`: no file {path}, here or beside the config; give its path")
+
+
 def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed") -> dict[str, Any]:
-    """The DeepSpeed JSON that `key` names: looked up from the working folder, then beside the YAML file.
+    """The DeepSpeed JSON that `key` names.
 
     Raises:
         UserError: no such file, not JSON, or it sets something that the YAML owns.
     """
-    candidates = [Path(path), settings.folder / path]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise UserError(f"{settings.file}: key `{key}`: no file {path}, here or beside the config; give its path")
+    file = find_file(path, settings, key)
     try:
         values = json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -288,13 +395,16 @@ def world_size_from_environment() -> int:
 
 __all__ = [
     "BatchPlan",
+    "CleanRule",
     "DataSettings",
+    "Kind",
     "OptimizerSettings",
     "RunSettings",
     "Settings",
+    "SourceSettings",
     "TrainSettings",
+    "find_file",
     "load_config",
-    "model_validator",
     "read_deepspeed_json",
     "require_folder_or_hub_id",
     "world_size_from_environment",

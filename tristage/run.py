@@ -26,6 +26,7 @@ from tristage.config import (
     require_folder_or_hub_id,
     world_size_from_environment,
 )
+from tristage.data.template import read_template
 from tristage.engine import engine_config
 from tristage.errors import UserError
 from tristage.models import check_model, load_tokenizer
@@ -65,12 +66,23 @@ def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], 
     config = engine_config(template, settings.precision, plan, settings.optimizer.clip_norm)
     require_folder_or_hub_id(settings.model, settings, "model")
     check_model(settings.model, settings.max_tokens, reward_model=False)
-    return plan, config, load_tokenizer(settings.model)
+    return plan, config, load_tokenizer(settings.model, read_template(settings))
 
 
-def start(settings: RunSettings) -> torch.device:
-    """Join the process group, seed, and make the run's folder with config.yaml and environment.json."""
+def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
+    """Join the process group, seed, and make the run's folder with config.yaml and environment.json.
+
+    Raises:
+        UserError: ranks that hold other data than rank 0, as when a node has an older copy of a file.
+    """
     device = dist.init(settings.device)
+    others = dist.gather_objects((platform.node(), data_fingerprint))
+    for rank, (node, found) in enumerate(others):
+        if found != others[0][1]:
+            raise UserError(
+                f"{settings.file}: rank {rank} on {node} has other data than rank 0 on {others[0][0]}; "
+                "give all nodes the same files and library versions"
+            )
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed)
     if dist.is_main():

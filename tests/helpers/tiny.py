@@ -124,7 +124,7 @@ def teach(model: str, rows: str, steps: int = 60) -> str:
     tokenizer = load_tokenizer(model)
     policy = load_causal_lm(model, tokenizer, dtype=torch.float32)
     settings = sft_config(Path(model) / "settings", model, rows)
-    examples, _ = load_sets(settings.data, "sft", tokenizer, 64, 0)
+    examples, _ = load_sets(settings, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     for step in range(steps):
         batch = collate_sft([examples[(16 * step + i) % len(examples)] for i in range(16)], tokenizer.pad_token_id)

@@ -21,7 +21,7 @@ from tristage.metrics import read_metrics
 HH = REPO.parent / "shared" / "data" / "hh_helpful" / "helpful-base-test.jsonl.gz"
 # On a user's machine the configs name the hub set; here the same rows are read in place. Few, short and float32:
 # most CPUs have no bf16 arithmetic.
-ROWS = [f"data.train={HH}", "data.heldout=null", "data.subset=null", "data.limit=120", "data.heldout_limit=6"]
+ROWS = [f"data.train={HH}", "data.heldout=null", "data.limit=120", "data.heldout_limit=6"]
 COMMON = [*ROWS, "precision=float32", "save_every=0", "--num_gpus", "2"]
 TRAIN = [*COMMON, "global_batch=4", "micro_batch=2", "max_steps=3", "max_tokens=192"]
 PPO = [*COMMON, "iterations=2", "max_prompt_tokens=128", "rollout.prompts=8", "rollout.rows_at_once=4"]

@@ -6,7 +6,6 @@ micro-batch only decide who runs them.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -15,25 +14,30 @@ import numpy as np
 from tristage.config import BatchPlan
 from tristage.errors import UserError
 
+WINDOW_STEPS = 50  # group_by_length: longer windows waste less padding and mix less
 MicroBatch = list[int | None]  # row indices; None is a filler that keeps the ranks in step and counts nowhere
 
 
 class Loader:
     """Epoch after epoch, each in a fresh order, cut into steps of `plan.global_batch` rows; the last is short.
 
-    `lengths` has the number of tokens of each row: rows of like length share a micro-batch, to save padding.
+    `lengths` has the number of tokens of each row: rows of like length share a micro-batch, to save padding. With
+    `group_by_length` they share a step, too: each window of 50 steps' rows is sorted, and its steps shuffled.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         plan: BatchPlan,
         rank: int,
         seed: int,
         epochs: float,
         max_steps: int | None = None,
+        group_by_length: bool = False,
     ) -> None:
-        self.lengths, self.plan, self.rank, self.seed = lengths, plan, rank, seed
+        self.lengths, self.plan, self.rank, self.seed = np.asarray(lengths), plan, rank, seed
+        self.group_by_length = group_by_length
+        self._orders: dict[int, np.ndarray] = {}
         # Rounded first: 0.07 epochs of 100 rows are 7 rows, not the 8 that 7.000000000000001 would give.
         self.total_rows = math.ceil(round(epochs * len(lengths), 6))
         self.total_steps = math.ceil(self.total_rows / plan.global_batch)
@@ -52,16 +56,31 @@ class Loader:
 
     def _row_at(self, position: int) -> int:
         epoch, place = divmod(position, len(self.lengths))
-        return int(_epoch_order(len(self.lengths), self.seed, epoch)[place])
+        if epoch not in self._orders:
+            self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
+            self._orders[epoch] = self._epoch_order(epoch)
+        return int(self._orders[epoch][place])
 
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths))
+        return self._grouped(order, epoch, rng) if self.group_by_length else order
 
-@functools.lru_cache(maxsize=4)  # a step touches one epoch, or two at their border
-def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+    def _grouped(self, order: np.ndarray, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """`order` with rows of like length next to each other, in pieces that are the epoch's steps."""
+        batch = self.plan.global_batch
+        head = -epoch * len(order) % batch  # rows that complete the step which the epoch before began
+        window = WINDOW_STEPS * batch
+        windows = [order[start : start + window] for start in range(head, len(order), window)]
+        ordered = [rows[np.argsort(-self.lengths[rows], kind="stable")] for rows in windows]
+        steps = [rows[start : start + batch] for rows in ordered for start in range(0, len(rows), batch)]
+        whole = [step for step in steps if len(step) == batch]
+        short = [step for step in steps if len(step) < batch]  # one at most, and last: it shares its step
+        return np.concatenate([order[:head], *(whole[i] for i in rng.permutation(len(whole))), *short])
 
 
 def evaluation_rows(
-    lengths: Sequence[int], micro_batch: int, world_size: int, rank: int
+    lengths: Sequence[int] | np.ndarray, micro_batch: int, world_size: int, rank: int
 ) -> list[MicroBatch]:
     """Every row exactly once over all ranks, in as many micro-batches on each rank."""
     accumulation = math.ceil(len(lengths) / (micro_batch * world_size))
@@ -69,7 +88,7 @@ def evaluation_rows(
     return deal(list(range(len(lengths))), lengths, plan, rank)
 
 
-def deal(rows: Sequence[int], lengths: Sequence[int], plan: BatchPlan, rank: int) -> list[MicroBatch]:
+def deal(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, plan: BatchPlan, rank: int) -> list[MicroBatch]:
     """`rank`'s micro-batches of one step's `rows`, which may be fewer than the plan's (fillers make them up).
 
     Sorted, longest first (a row too big for the memory shows at once), and dealt in blocks like cards:

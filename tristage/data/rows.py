@@ -1,37 +1,33 @@
-"""Raw rows (local files, saved datasets, hub sets) to typed text.
+"""Raw rows to typed text.
 
 A row is read by its columns, the richest layout first (see `LAYOUTS`; other columns are ignored), and serves
 every simpler step: a ranking row gives a demonstration (its best answer) and a prompt. What a user can mend
 (broken JSON, a missing column, an empty answer) is an error that names the row. What published sets are known
-to contain and nobody can mend (see `_Unusable`) is dropped and counted, alike for every step, so that all
+to contain and nobody can mend (see `Unusable`) is dropped and counted, alike for every step, so that all
 steps see the same rows.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
 import re
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
+from tristage.config import Kind, SourceSettings
+from tristage.data.sources import Place, load_json
 from tristage.errors import UserError
 
 Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-Kind = Literal["sft", "ranking", "prompt"]
 
 ROLES = ("system", "user", "assistant")
 DIALOGUE_START = "\n\nHuman:"
 _DIALOGUE_MARKER = re.compile(r"\n\n(Human|Assistant):")
 _DIALOGUE_ROLES = {"Human": "user", "Assistant": "assistant"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".csv", ".tsv", ".txt")
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class PromptRow:
     """A dialogue that waits for the assistant's turn."""
 
     prompt: tuple[Turn, ...]
-    where: str  # "file:line", or "id[split]:index" for a hub set
+    where: str  # "file:line" or "file[index]"
 
 
 @dataclass(frozen=True)
@@ -57,73 +53,99 @@ class RankingRow:
 
     prompt: tuple[Turn, ...]
     answers: tuple[str, ...]
-    ranks: tuple[float, ...]  # one an answer, 0 is the best
+    ranks: tuple[float, ...]  # one an answer, the lowest is the best
     where: str
 
 
-Row = PromptRow | SFTRow | RankingRow
-RowType = TypeVar("RowType", PromptRow, SFTRow, RankingRow)
+@dataclass(frozen=True)
+class TextRow:
+    """A document of plain text, for the pretraining mix."""
+
+    text: str
+    where: str
 
 
-class _Unusable(Exception):
+Row = PromptRow | SFTRow | RankingRow | TextRow
+
+
+class Unusable(Exception):
     """The row is well formed but teaches nothing or cannot be split; the message is the reason to count."""
 
 
-def read_rows(
-    source: str, kind: Kind, *, subset: str | None = None, split: str = "train", limit: int | None = None
-) -> tuple[list[Any], Counter[str]]:
-    """The first `limit` usable rows of `source`, and how many were dropped by reason.
+def read_row(place: Place, source: SourceSettings, kind: Kind) -> Row:
+    """One raw row as the type that `kind` needs.
 
-    `source` is a .json, .jsonl or .jsonl.gz file, a folder written by `datasets.save_to_disk`, or a hub id
-    such as "Anthropic/hh-rlhf" (`subset` is a folder inside it). `split` matters where the source has splits.
-    The rows are PromptRow, SFTRow or RankingRow, as `kind` says.
+    Raises:
+        UserError: malformed; names the place, the column and the fix.
+        Unusable: nothing to learn from.
     """
-    rows: list[Any] = []
-    dropped: Counter[str] = Counter()
-    for where, raw in _read_raw(source, subset, split):
-        if len(rows) == limit:
-            break
-        try:
-            rows.append(_serve(_parse(raw, where), kind))
-        except _Unusable as reason:
-            dropped[str(reason)] += 1
-    if not rows:
-        raise UserError(f"{source}: no usable row (dropped: {dict(dropped)}); give a file that has some")
-    return rows, dropped
-
-
-def split_heldout(rows: list[RowType], fraction: float, seed: int) -> tuple[list[RowType], list[RowType]]:
-    """(train, heldout), decided row by row from a hash of its prompt.
-
-    Rows with the same prompt fall on the same side, whatever their order and however the source grows; the
-    held-out share is `fraction` only on average.
-    """
-    sides: tuple[list[RowType], list[RowType]] = ([], [])
-    for row in rows:
-        text = json.dumps([seed, row.prompt], sort_keys=True)
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        sides[int.from_bytes(digest, "big") < fraction * 2**64].append(row)
-    return sides
-
-
-# -- one raw row to typed text -----------------------------------------------------------------------------
-
-
-def _parse(raw: object, where: str) -> Row:
+    where, payload = place
+    raw = load_json(payload, where) if isinstance(payload, bytes) else payload
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a row must be an object with named columns, found {_type_name(raw)}")
+    if source.columns:
+        raw = {ours: _pick(raw, theirs, where) for ours, theirs in source.columns.items()}
+    for rule in source.clean:
+        for column in rule.columns:
+            if column in raw:
+                raw = raw | {column: _clean(raw[column], rule.pattern, rule.replacement)}
+    if source.best_first and isinstance(raw.get("responses"), list) and not {"ranks", "scores"} & set(raw):
+        raw = raw | {"ranks": list(range(len(raw["responses"])))}
+    return _serve(_parse(raw, where), kind)
+
+
+def prompt_hash(row: Row) -> int:
+    """63 bits that rows with the same prompt share; of a text row, of the whole text."""
+    return _hash(row.text if isinstance(row, TextRow) else row.prompt)
+
+
+def row_hash(row: Row) -> int:
+    """63 bits that rows with the same content share, wherever they are."""
+    if isinstance(row, SFTRow):
+        return _hash([row.prompt, row.response])
+    if isinstance(row, RankingRow):
+        return _hash([row.prompt, row.answers, row.ranks])
+    return prompt_hash(row)
+
+
+def _hash(content: object) -> int:
+    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # Arrow's int64 has a sign
+
+
+def _pick(raw: dict[str, Any], path: str | tuple[str, ...], where: str) -> Any:
+    """The value at "a.b.0" inside `raw`; of several paths, the list of their values."""
+    if not isinstance(path, str):
+        return [_pick(raw, each, where) for each in path]
+    value: Any = raw
+    for part in path.split("."):
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            there = f"the columns {sorted(raw)}" if part == path.split(".")[0] else f"no {part!r} inside"
+            raise UserError(f"{where}: `columns` names {path!r}, but the row has {there}; correct it") from None
+    return value
+
+
+def _clean(value: Any, pattern: str, replacement: str) -> Any:
+    if isinstance(value, str):
+        return re.sub(pattern, replacement, value)
+    return [_clean(each, pattern, replacement) for each in value] if isinstance(value, list) else value
+
+
+def _parse(raw: dict[str, Any], where: str) -> Row:
     for columns, parse in LAYOUTS:
         if all(column in raw for column in columns):
             return parse(raw, where)
     understood = "; ".join(" + ".join(columns) for columns, _ in LAYOUTS)
-    raise UserError(
-        f"{where}: the columns {sorted(raw)} are not understood, rename them to one of: {understood}"
-    )
+    raise UserError(f"{where}: the columns {sorted(raw)} are not understood, rename them to one of: {understood}")
 
 
 def _serve(row: Row, kind: Kind) -> Row:
     """`row` as the simpler type that `kind` needs."""
-    if kind == "prompt":
+    if kind == "text" and isinstance(row, TextRow):
+        return row
+    if kind == "prompt" and not isinstance(row, TextRow):
         return PromptRow(row.prompt, row.where)
     if kind == "ranking" and isinstance(row, RankingRow):
         return row
@@ -135,59 +157,113 @@ def _serve(row: Row, kind: Kind) -> Row:
     needed = {
         "ranking": "ranked answers (prompt + chosen + rejected)",
         "sft": "an answer (prompt + response)",
+        "prompt": "a prompt",
+        "text": "plain text (text)",
     }
-    found = "a prompt and one answer" if isinstance(row, SFTRow) else "a prompt"
+    kinds = {TextRow: "plain text", SFTRow: "a prompt and one answer", RankingRow: "ranked answers"}
+    found = kinds.get(type(row), "a prompt")
     raise UserError(f"{row.where}: this step needs {needed[kind]} in every row, found only {found}")
 
 
 def _parse_pair(raw: dict[str, Any], where: str) -> RankingRow:
-    answers = (_text(raw["chosen"], "chosen", where), _text(raw["rejected"], "rejected", where))
+    answers = (_answer(raw["chosen"], "chosen", where), _answer(raw["rejected"], "rejected", where))
     return _ranking_row(_prompt(raw["prompt"], where), answers, (0.0, 1.0), where)
 
 
 def _parse_ranked(raw: dict[str, Any], where: str) -> RankingRow:
-    responses, ranks = raw["responses"], raw["ranks"]
-    if not isinstance(responses, list) or not isinstance(ranks, list) or len(responses) != len(ranks):
-        raise UserError(f"{where}: `responses` and `ranks` must be two lists of the same length")
+    """`ranks`: the lowest is the best; or `scores`: the highest is."""
+    column = "ranks" if "ranks" in raw else "scores"
+    responses, numbers = raw["responses"], raw[column]
+    if not isinstance(responses, list) or not isinstance(numbers, list) or len(responses) != len(numbers):
+        raise UserError(f"{where}: `responses` and `{column}` must be two lists of the same length")
     if len(responses) < 2:
         raise UserError(f"{where}: `responses` has {len(responses)} answer, give 2 or remove the row")
-    for rank in ranks:
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
-            raise UserError(f"{where}: `ranks` must be finite numbers (0 = best), found {rank!r}")
-    answers = tuple(_text(answer, f"responses[{i}]", where) for i, answer in enumerate(responses))
-    return _ranking_row(_prompt(raw["prompt"], where), answers, tuple(map(float, ranks)), where)
+    best = "0 = best" if column == "ranks" else "highest = best"
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise UserError(f"{where}: `{column}` must be finite numbers ({best}), found {number!r}")
+    answers = tuple(_answer(answer, f"responses[{i}]", where) for i, answer in enumerate(responses))
+    if column == "scores":
+        numbers = [sorted(set(numbers), reverse=True).index(number) for number in numbers]
+    return _ranking_row(_prompt(raw["prompt"], where), answers, tuple(map(float, numbers)), where)
 
 
 def _parse_dialogue_pair(raw: dict[str, Any], where: str) -> RankingRow:
-    """Two whole dialogues in the layout of Anthropic's HH set; the turns they share are the prompt."""
-    dialogues = []
-    for column in ("chosen", "rejected"):
-        text = _text(raw[column], column, where)
-        if not text.startswith(DIALOGUE_START):
-            raise UserError(
-                f"{where}: `{column}` without a `prompt` column must be a whole dialogue "
-                f"that starts with {DIALOGUE_START!r}, add a `prompt` column"
-            )
-        dialogues.append(_dialogue_turns(text))
-    chosen, rejected = dialogues
+    """Two whole dialogues, message lists or the text of Anthropic's HH set; their common prefix is the prompt."""
+    chosen, rejected = (_whole_dialogue(raw[column], column, where) for column in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
-        raise _Unusable("dialogues differ before the last turn")
+        raise Unusable("dialogues differ before the last turn")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise _Unusable("dialogue does not end with an answer")
+        raise Unusable("dialogue does not end with an answer")
     if any(not turn["content"].strip() for turn in (*chosen, rejected[-1])):
-        raise _Unusable("dialogue with an empty turn")
+        raise Unusable("dialogue with an empty turn")
     return _ranking_row(chosen[:-1], (chosen[-1]["content"], rejected[-1]["content"]), (0.0, 1.0), where)
 
 
+def _whole_dialogue(value: object, column: str, where: str) -> tuple[Turn, ...]:
+    if isinstance(value, list):
+        turns = _turns(value, column, where)
+        if len(turns) < 2:
+            raise UserError(f"{where}: `{column}` without a `prompt` column must hold the prompt's turns too")
+        return turns
+    text = _text(value, column, where)
+    if not text.startswith(DIALOGUE_START):
+        raise UserError(
+            f"{where}: `{column}` without a `prompt` column must be a whole dialogue "
+            f"that starts with {DIALOGUE_START!r}, add a `prompt` column"
+        )
+    return _dialogue_turns(text)
+
+
 def _parse_demonstration(raw: dict[str, Any], where: str) -> SFTRow:
-    return SFTRow(_prompt(raw["prompt"], where), _text(raw["response"], "response", where), where)
+    return SFTRow(_prompt(raw["prompt"], where), _answer(raw["response"], "response", where), where)
+
+
+def _parse_instruction(raw: dict[str, Any], where: str) -> SFTRow | RankingRow:
+    """Alpaca's columns: `input` adds to the instruction, `history` holds earlier [instruction, output] pairs.
+
+    An `output` that is a list holds ranked answers, best first (as in the ranked sets of LLaMA-Factory).
+    """
+    instruction = _text(raw["instruction"], "instruction", where)
+    extra = raw.get("input")
+    if extra is not None and not isinstance(extra, str):
+        raise UserError(f"{where}: `input` must be text, found {_type_name(extra)}")
+    turns = [{"role": "user", "content": f"{instruction}\n{extra}" if extra and extra.strip() else instruction}]
+    for i, pair in reversed(list(enumerate(raw.get("history") or []))):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UserError(f"{where}: `history[{i}]` must be a pair of an instruction and its output")
+        texts = [_text(text, f"history[{i}]", where) for text in pair]
+        turns = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}, *turns]
+    if raw.get("system"):
+        turns = [{"role": "system", "content": _text(raw["system"], "system", where)}, *turns]
+    if not isinstance(raw["output"], list):
+        return SFTRow(tuple(turns), _answer(raw["output"], "output", where), where)
+    answers = tuple(_text(answer, f"output[{i}]", where) for i, answer in enumerate(raw["output"]))
+    if len(answers) < 2:
+        raise UserError(f"{where}: `output` is a list of {len(answers)}, give two ranked answers or one text")
+    return _ranking_row(tuple(turns), answers, tuple(map(float, range(len(answers)))), where)
+
+
+def _parse_sharegpt(raw: dict[str, Any], where: str) -> SFTRow:
+    messages = raw["conversations"]
+    if isinstance(messages, list) and all(isinstance(each, dict) and "from" in each for each in messages):
+        messages = [{"role": _SHAREGPT_ROLES.get(str(each["from"])), "content": each.get("value")} for each in messages]
+    return _demonstration(messages, "conversations", where)
 
 
 def _parse_messages(raw: dict[str, Any], where: str) -> SFTRow:
-    turns = _turns(raw["messages"], "messages", where)
+    return _demonstration(raw["messages"], "messages", where)
+
+
+def _demonstration(messages: object, column: str, where: str) -> SFTRow:
+    turns = _turns(messages, column, where)
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise UserError(f"{where}: `messages` must hold a prompt and end with an assistant turn")
+        raise UserError(f"{where}: `{column}` must hold a prompt and end with an assistant turn")
     return SFTRow(turns[:-1], turns[-1]["content"], where)
+
+
+def _parse_text(raw: dict[str, Any], where: str) -> TextRow:
+    return TextRow(_text(raw["text"], "text", where), where)
 
 
 def _parse_prompt(raw: dict[str, Any], where: str) -> PromptRow:
@@ -197,10 +273,15 @@ def _parse_prompt(raw: dict[str, Any], where: str) -> PromptRow:
 LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], str], Row]], ...] = (
     (("prompt", "chosen", "rejected"), _parse_pair),
     (("prompt", "responses", "ranks"), _parse_ranked),
+    (("prompt", "responses", "scores"), _parse_ranked),
     (("chosen", "rejected"), _parse_dialogue_pair),
     (("prompt", "response"), _parse_demonstration),
+    (("prompt", "completion"), lambda raw, where: _parse_demonstration(raw | {"response": raw["completion"]}, where)),
     (("messages",), _parse_messages),
+    (("conversations",), _parse_sharegpt),
+    (("instruction", "output"), _parse_instruction),
     (("prompt",), _parse_prompt),
+    (("text",), _parse_text),
 )
 
 
@@ -208,9 +289,9 @@ def _ranking_row(
     prompt: tuple[Turn, ...], answers: tuple[str, ...], ranks: tuple[float, ...], where: str
 ) -> RankingRow:
     if len(set(answers)) == 1:
-        raise _Unusable("identical answers")
+        raise Unusable("identical answers")
     if len(set(ranks)) == 1:
-        raise _Unusable("all answers ranked equal")
+        raise Unusable("all answers ranked equal")
     return RankingRow(prompt, answers, ranks, where)
 
 
@@ -222,13 +303,15 @@ def _prompt(value: object, where: str) -> tuple[Turn, ...]:
             raise UserError(f"{where}: `prompt` as a list of messages must end with a user turn")
         return turns
     text = _text(value, "prompt", where)
+    if text.lstrip().startswith("Human:") and "\n\nAssistant:" in text:
+        text = "\n\n" + text.lstrip()  # a dialogue that lost the blank line before its first turn
     if not text.startswith(DIALOGUE_START):
         return ({"role": "user", "content": text},)
     turns = _dialogue_turns(text)
     if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
         turns = turns[:-1]
     if any(not turn["content"].strip() for turn in turns):
-        raise _Unusable("dialogue with an empty turn")
+        raise Unusable("dialogue with an empty turn")
     return turns
 
 
@@ -239,6 +322,16 @@ def _dialogue_turns(text: str) -> tuple[Turn, ...]:
         {"role": _DIALOGUE_ROLES[speaker], "content": content.removeprefix(" ")}
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     )
+
+
+def _answer(value: object, column: str, where: str) -> str:
+    """Text, or a list of one assistant message."""
+    if not isinstance(value, list):
+        return _text(value, column, where)
+    turns = _turns(value, column, where)
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        raise UserError(f"{where}: `{column}` as a list of messages must hold one assistant turn")
+    return turns[0]["content"]
 
 
 def _turns(value: object, column: str, where: str) -> tuple[Turn, ...]:
@@ -267,89 +360,3 @@ def _text(value: object, name: str, where: str) -> str:
 
 def _type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
-
-
-# -- a source to raw rows ----------------------------------------------------------------------------------
-
-
-def _read_raw(source: str, subset: str | None, split: str) -> Iterator[tuple[str, object]]:
-    """(where, raw row) pairs of a source of any form."""
-    path = Path(source)
-    if not path.exists():
-        if not _HUB_ID.fullmatch(source) or path.suffix in _FILE_SUFFIXES:
-            raise UserError(f"{source}: there is no such file or folder, correct the path")
-        return _hub_rows(source, subset, split)
-    if subset is not None:
-        raise UserError(f"{source}: `subset` = {subset!r} is for hub sets only, point at the file itself")
-    if path.is_dir():
-        return _saved_rows(source, split)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _jsonl_rows(path)
-    if path.suffix == ".json":
-        return _json_rows(path)
-    raise UserError(f"{source}: cannot read {path.suffix or 'such'} files, give .json, .jsonl or .jsonl.gz")
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if text := line.rstrip():
-                    yield f"{path}:{number}", _load_json(text, path, number)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path}:{number + 1}: the gzip stream breaks here ({error}), copy it again"
-        ) from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    rows = _load_json(path.read_bytes(), path, first_line=1)
-    if not isinstance(rows, list):
-        raise UserError(
-            f"{path}:1: a .json file must hold one list of rows, found {_type_name(rows)}; "
-            "name it .jsonl if it has one row a line"
-        )
-    for i, row in enumerate(rows):
-        yield f"{path}[{i}]", row
-
-
-def _load_json(data: bytes, path: Path, first_line: int) -> object:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8, convert it") from error
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        problem = f"{error.msg} at column {error.colno}"
-        raise UserError(f"{path}:{line}: not JSON ({problem}), mend the line") from error
-
-
-def _saved_rows(source: str, split: str) -> Iterator[tuple[str, object]]:
-    import datasets  # here and below: it takes a second to import, and plain files do not need it
-
-    try:
-        saved = datasets.load_from_disk(source)
-    except FileNotFoundError as error:
-        raise UserError(f"{source}: not a folder of datasets.save_to_disk, give a data file") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise UserError(f"{source}: there is no split {split!r}, choose one of {', '.join(saved)}")
-        saved = saved[split]
-    for i, row in enumerate(saved):
-        yield f"{source}:{i}", row
-
-
-def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[tuple[str, object]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source, data_dir=subset, split=split)
-    except Exception as error:  # no network, login, set or split: each library has its own
-        raise UserError(
-            f"{source}: no such path here, and as a hub set it failed (subset {subset!r}, split "
-            f"{split!r}): {error}"
-        ) from error
-    for i, row in enumerate(rows):
-        yield f"{source}[{split}]:{i}", row

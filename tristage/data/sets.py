@@ -1,57 +1,159 @@
-"""A step's training and held-out sets: read, split by prompt, tokenised, with a count of what was dropped."""
+"""A step's training and held-out sets: opened, tokenised or found tokenised, shared out by prompt, checked."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from tristage import dist
-from tristage.config import DataSettings
-from tristage.data.rows import Kind, read_rows, split_heldout
+from tristage.config import RunSettings, SourceSettings
+from tristage.data.sources import open_source, resolve_preset
+from tristage.data.store import Prepared, Rows, cache_folder, concatenate, prepare
 from tristage.data.template import Tokenizer
-from tristage.data.tokenize import encode_prompts, encode_ranking, encode_sft
+from tristage.data.tokenize import Policy
 from tristage.errors import UserError
 
-ENCODERS: dict[str, Callable[..., tuple[list[Any], Counter[str]]]] = {
-    "sft": encode_sft,
-    "ranking": encode_ranking,
-    "prompt": encode_prompts,
-}
+
+@dataclass(frozen=True)
+class Part:
+    """What one source gave to the training or the held-out set."""
+
+    source: SourceSettings
+    prepared: Prepared
+    rows: Rows  # those of `prepared` that this step and side get
+
+    @property
+    def name(self) -> str:
+        return str(self.source.path)
 
 
-def load_sets(
-    data: DataSettings, kind: Kind, tokenizer: Tokenizer, max_tokens: int, seed: int
-) -> tuple[list[Any], list[Any]]:
-    """(training, held-out) items of `kind`: Example for "sft" and "prompt", RankedExamples for "ranking".
+def load_sets(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
+    """(training, held-out) rows of a step: ranked ones for the reward model, else one example each.
 
-    Held-out rows come from `data.heldout`, or are split off `data.train` by a hash of the prompt, so that no
-    prompt is on both sides.
+    Held-out rows come from `data.heldout`, or are split off `data.train` by a hash of the prompt, so that no prompt
+    is on both sides. Call it before the process group exists: the first run with these data tokenises them.
 
     Raises:
-        UserError: unreadable or malformed rows, or a set that ends up empty.
+        UserError: unreadable sources, malformed rows, an empty set, or a prompt on both sides.
     """
-    train, dropped = read_rows(data.train, kind, subset=data.subset, split=data.split, limit=data.limit)
-    if data.heldout is None:
-        train, heldout = split_heldout(train, data.heldout_fraction, seed)
-        source, heldout_dropped = data.train, Counter[str]()
-    else:
-        source = data.heldout
-        heldout, heldout_dropped = read_rows(source, kind, subset=data.subset, split=data.heldout_split)
-    heldout = heldout[: data.heldout_limit]
-    return (
-        _encode(train, dropped, kind, tokenizer, max_tokens, f"{data.train}: training"),
-        _encode(heldout, heldout_dropped, kind, tokenizer, max_tokens, f"{source}: held-out"),
+    train, heldout = load_parts(settings, tokenizer)
+    data = settings.data
+    for side, parts in (("training", train), ("held-out", heldout)):
+        for part in parts:
+            report(part, side, with_dropped=side == "training" or bool(data.heldout))
+    whole = concatenate([_weighted(part.rows, part.source.weight, data.split_seed) for part in train])
+    held = concatenate([part.rows for part in heldout])[: data.heldout_limit]
+    shared = overlap(whole, held)
+    if shared.any():
+        first = int(shared.argmax())
+        if data.overlap == "error":
+            raise UserError(
+                f"{settings.file}: {int(shared.sum())} training rows have a prompt that is held out, the first is "
+                f"{whole.where(first)}; set `data.overlap: drop` to leave them out, or `allow`"
+            )
+        if data.overlap == "drop":
+            whole = whole.take(np.flatnonzero(~shared))
+            dist.print0(f"dropped {int(shared.sum())} training rows whose prompt is held out")
+    for side, rows in (("training", whole), ("held-out", held)):
+        if not len(rows):
+            raise UserError(f"{settings.file}: the {side} set is empty; give more rows or a larger token limit")
+    return whole, held
+
+
+def load_parts(settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool = False) -> tuple[list[Part], list[Part]]:
+    """(training, held-out) parts, one a source, before anything is joined, weighted or checked."""
+    data = settings.data
+    whole = [_prepare(source, settings, tokenizer, skip_bad, data.limit) for source in data.train]
+    train = [_share(part, _trained_here(part.rows, settings)) for part in whole]
+    if data.heldout:
+        return train, [_prepare(source, settings, tokenizer, skip_bad, None) for source in data.heldout]
+    return train, [_share(part, _held_out(part.rows, settings)) for part in whole]
+
+
+def overlap(train: Rows, heldout: Rows) -> np.ndarray:
+    """[training rows] bool, True where the prompt is held out."""
+    return np.isin(train.column("prompt_hash"), heldout.column("prompt_hash"))
+
+
+def report(part: Part, side: str, with_dropped: bool = True) -> None:
+    """Say how many rows a source gave. Rows split off another set leave its dropped ones to that set's line."""
+    counts = [f"{count} {reason}" for reason, count in part.prepared.dropped.items()]
+    truncated = int((part.rows.column("full_length") > part.rows.lengths).sum())
+    words = f"{part.name}: {side} rows: {len(part.rows)}"
+    if truncated:
+        words += f" ({truncated} truncated)"
+    if counts and with_dropped:
+        words += f" (dropped: {', '.join(counts)})"
+    dist.print0(words)
+    if part.prepared.bad and with_dropped:
+        dist.print0(f"{part.name}: {part.prepared.bad} malformed rows skipped, listed in {part.prepared.report}")
+
+
+def policy(settings: RunSettings) -> Policy:
+    return Policy(settings.kind, settings.row_tokens, settings.data.too_long, settings.data.train_on)
+
+
+def _prepare(
+    source: SourceSettings, settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool, limit: int | None
+) -> Part:
+    data = settings.data
+    source = resolve_preset(source, settings)
+    source = source.model_copy(update={"limit": source.limit or limit})
+    skip = skip_bad or (source.on_bad_row or data.on_bad_row) == "skip"
+    cache = cache_folder(data.cache)
+    prepared = prepare(
+        open_source(source), tokenizer, policy(settings), skip_bad=skip, cache=cache, workers=data.workers
     )
+    if not len(prepared.rows) and not skip_bad:
+        reasons = dict(prepared.dropped) | ({"malformed": prepared.bad} if prepared.bad else {})
+        raise UserError(f"{source.path}: no usable row (dropped: {reasons}); give a source that has some")
+    return Part(source, prepared, prepared.rows)
 
 
-def _encode(
-    rows: list[Any], dropped: Counter[str], kind: Kind, tokenizer: Tokenizer, max_tokens: int, name: str
-) -> list[Any]:
-    items, too_long = ENCODERS[kind](rows, tokenizer, max_tokens)
-    dropped = dropped + too_long
-    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    dist.print0(f"{name} rows: {len(items)}" + (f" (dropped: {counts})" if counts else ""))
-    if not items:
-        raise UserError(f"{name} set is empty ({counts or 'no rows'}); give more rows or a larger token limit")
-    return items
+def _share(part: Part, mine: np.ndarray) -> Part:
+    return dataclasses.replace(part, rows=part.rows.take(np.flatnonzero(mine)))
+
+
+def _held_out(rows: Rows, settings: RunSettings) -> np.ndarray:
+    return _position(rows, "held out", settings.data.split_seed) < settings.data.heldout_fraction
+
+
+def _trained_here(rows: Rows, settings: RunSettings) -> np.ndarray:
+    """[rows] bool, True on what is not held out and falls to this step."""
+    data = settings.data
+    mine = np.full(len(rows), True)
+    if not data.heldout:
+        mine &= ~_held_out(rows, settings)
+    if data.data_split is not None:
+        bounds = np.cumsum([0.0, *data.data_split]) / sum(data.data_split)
+        place = _position(rows, "data_split", data.split_seed)
+        mine &= (place >= bounds[settings.step - 1]) & (place < bounds[settings.step])
+    return mine
+
+
+def _weighted(rows: Rows, weight: float, seed: int) -> Rows:
+    """Whole copies of all rows, and of a fixed share of them one more."""
+    if weight == 1:
+        return rows
+    more = np.flatnonzero(_position(rows, "weight", seed) < weight % 1)
+    return rows.take(np.concatenate([np.tile(np.arange(len(rows)), int(weight)), more]))
+
+
+def _position(rows: Rows, purpose: str, seed: int) -> np.ndarray:
+    """[rows] in [0, 1), a uniform number for each prompt: the same wherever it stands and whatever stands beside it."""
+    salt = int.from_bytes(hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=8).digest(), "big")
+    with np.errstate(over="ignore"):
+        z = rows.column("prompt_hash").astype(np.uint64) ^ np.uint64(salt)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def fingerprint(sets: Sequence[Rows]) -> str:
+    """Of the tokenised data of a run, to compare between nodes."""
+    return " ".join(f"{rows.fingerprint}:{len(rows)}" for rows in sets)

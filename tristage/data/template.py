@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from tristage.config import RunSettings, find_file
 from tristage.data.rows import Turn
 from tristage.errors import UserError
 
-Tokenizer = Any  # a Hugging Face tokenizer; only tristage/models imports that library
+Tokenizer = Any  # a Hugging Face tokenizer
+Span = tuple[int, int]  # start, stop
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
@@ -26,6 +30,27 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
+
+_GENERATION_TAG = re.compile(r"{%-?\s*generation\s*-?%}")
+_REWRITES = (
+    "{where}: the tokenizer's chat template writes earlier turns differently once others follow, so they can't be "
+    "trained on; set `data.train_on: last_answer`, or give another `data.template`"
+)
+
+
+def read_template(settings: RunSettings) -> str | None:
+    """The text of `data.template`. Raises UserError: no such file, or not Jinja."""
+    if settings.data.template is None:
+        return None
+    file = find_file(settings.data.template, settings, "data.template")
+    text = file.read_text()
+    try:
+        # The tags that transformers adds, left out: here only the syntax matters.
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{file}:{error.lineno}: not a Jinja template ({error.message}); mend that line") from None
+    return text
 
 
 def ensure_template(tokenizer: Tokenizer) -> None:
@@ -59,9 +84,7 @@ def render(
     if eos is None:
         raise UserError(f"{where}: the tokenizer has no EOS token, set one: every answer has to end with it")
     if eos in response:
-        raise UserError(
-            f"{where}: the answer holds the EOS token {eos!r}, which would end it early; remove it"
-        )
+        raise UserError(f"{where}: the answer holds the EOS token {eos!r}, which would end it early; remove it")
     turns = [*prompt, {"role": "assistant", "content": response}]
     whole_text = _apply(tokenizer, turns, where, add_generation_prompt=False)
     if not whole_text.startswith(prompt_text):
@@ -78,11 +101,44 @@ def render(
     return prompt_text, answer + eos
 
 
+def earlier_answers(tokenizer: Tokenizer, prompt: Sequence[Turn], prompt_text: str, *, where: str) -> list[Span]:
+    """Where the assistant's turns of `prompt`, each with its EOS, stand in `prompt_text`, its rendering.
+
+    A template that marks them with {% generation %} is believed; of another, each turn is what is added to the
+    dialogue before it.
+    """
+    answered = [i for i, turn in enumerate(prompt) if turn["role"] == "assistant"]
+    if not answered:
+        return []
+    if _GENERATION_TAG.search(tokenizer.chat_template):
+        (text,), (spans,) = render_jinja_template(
+            conversations=[list(prompt)],
+            chat_template=tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        found = [(text[:stop], start) for start, stop in spans]
+    else:
+        found = []
+        for i in answered:
+            before = _apply(tokenizer, list(prompt[:i]), where, add_generation_prompt=True)
+            after = _apply(tokenizer, list(prompt[: i + 1]), where, add_generation_prompt=False)
+            if not after.startswith(before):
+                raise UserError(_REWRITES.format(where=where))
+            stop = after.find(tokenizer.eos_token, len(before))
+            found.append((after if stop < 0 else after[:stop], len(before)))
+    result = []
+    for text, start in found:
+        if not prompt_text.startswith(text):
+            raise UserError(_REWRITES.format(where=where))
+        ended = prompt_text.startswith(tokenizer.eos_token, len(text))
+        result.append((start, len(text) + ended * len(tokenizer.eos_token)))
+    return result
+
+
 def _apply(tokenizer: Tokenizer, turns: list[Turn], where: str, add_generation_prompt: bool) -> str:
     try:
-        return str(
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
     except jinja2.TemplateError as error:
         raise UserError(
             f"{where}: the tokenizer's chat template refuses this row ({error}), mend the row or "
@@ -91,6 +147,9 @@ def _apply(tokenizer: Tokenizer, turns: list[Turn], where: str, add_generation_p
 
 
 def template_fingerprint(tokenizer: Tokenizer) -> str:
-    """Equal for two tokenizers that write and cut text alike: same template, same EOS, same vocabulary."""
+    """Equal for two tokenizers that write and cut text alike: same template, same EOS, same vocabulary and merges."""
     parts = [tokenizer.chat_template, tokenizer.eos_token, sorted(tokenizer.get_vocab().items())]
+    if getattr(tokenizer, "is_fast", False):
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        parts += [core["model"].get("merges"), core["normalizer"], core["pre_tokenizer"]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

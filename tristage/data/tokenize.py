@@ -2,21 +2,20 @@
 
 The prompt and the answer are tokenised apart and joined, so that the ids of a prompt in training are exactly
 those that a rollout starts from (tokenised together, a pair could merge across the border). Special tokens
-come from the template alone. A row that is too long is dropped whole and counted, in every step alike: a cut
-answer would have no EOS, a cut prompt would be another prompt.
+come from the template alone. Rows over the token limit meet one policy (`data.too_long`) in every step.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from tristage.data.rows import PromptRow, RankingRow, SFTRow
-from tristage.data.template import Tokenizer, render
+from tristage.config import Kind
+from tristage.data.rows import PromptRow, RankingRow, Row, SFTRow, TextRow, Unusable
+from tristage.data.template import Span, Tokenizer, earlier_answers, render
 from tristage.errors import UserError
-
-_TEXTS_A_CALL = 1024  # a list is fast, but a whole set at once would hold all its encodings in memory
 
 
 @dataclass(frozen=True)
@@ -25,88 +24,164 @@ class Example:
 
     ids: list[int]
     prompt_length: int  # ids[:prompt_length] is the prompt, the rest is the answer with its EOS
+    also_trained: tuple[Span, ...] = ()  # places in the prompt that SFT learns too: earlier answers
 
 
 RankedExamples = tuple[list[Example], tuple[float, ...]]  # the answers of one prompt and their ranks
+Item = Example | RankedExamples
 
 
-def tokenize_prompt(tokenizer: Tokenizer, row: PromptRow) -> Example:
-    return _tokenize_prompts(tokenizer, [row])[0]
+@dataclass(frozen=True)
+class Policy:
+    """How rows become tokens: part of what a tokenised set is keyed by."""
+
+    kind: Kind
+    max_tokens: int
+    too_long: Literal["drop", "truncate_left", "truncate_right"] = "drop"
+    train_on: Literal["answers", "last_answer", "everything"] = "answers"
 
 
-def tokenize_sft(tokenizer: Tokenizer, row: SFTRow) -> Example:
-    return _tokenize_answers(tokenizer, [row])[0]
+@dataclass(frozen=True)
+class _Text:
+    """One text to tokenise: a prompt with its answer, or a whole document."""
+
+    prompt: str
+    answer: str | None
+    earlier: list[Span]  # characters of `prompt`
+    where: str
 
 
-def tokenize_ranking(tokenizer: Tokenizer, row: RankingRow) -> list[Example]:
-    return _tokenize_answers(tokenizer, _one_row_an_answer(row))
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, policy: Policy) -> list[tuple[Item, int] | UserError | Unusable]:
+    """For each row: (its item, its length before it was cut to the limit), or why it has none.
 
-
-def encode_sft(
-    rows: Sequence[SFTRow], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[list[Example], Counter[str]]:
-    return _drop_long(_tokenize_answers(tokenizer, rows), max_tokens)
-
-
-def encode_prompts(
-    rows: Sequence[PromptRow], tokenizer: Tokenizer, max_prompt_tokens: int
-) -> tuple[list[Example], Counter[str]]:
-    return _drop_long(_tokenize_prompts(tokenizer, rows), max_prompt_tokens)
-
-
-def encode_ranking(
-    rows: Sequence[RankingRow], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[list[RankedExamples], Counter[str]]:
-    """One over-long answer drops its whole row: the others' ranks would mean something else without it."""
-    singles = [single for row in rows for single in _one_row_an_answer(row)]
-    answers = iter(_tokenize_answers(tokenizer, singles))
-    kept: list[RankedExamples] = []
-    dropped: Counter[str] = Counter()
+    The length of a ranked item is that of its longest answer.
+    """
+    rendered: list[list[_Text] | UserError] = []
     for row in rows:
-        examples = [next(answers) for _ in row.answers]
-        if max(len(example.ids) for example in examples) <= max_tokens:
-            kept.append((examples, row.ranks))
-        else:
-            dropped[_too_long(max_tokens)] += 1
-    return kept, dropped
+        try:
+            rendered.append(_texts(row, tokenizer, policy))
+        except UserError as error:
+            rendered.append(error)
+    texts = [text for found in rendered if not isinstance(found, UserError) for text in found]
+    examples = iter(_tokenize(texts, tokenizer, policy))
+    results: list[tuple[Item, int] | UserError | Unusable] = []
+    for row, found in zip(rows, rendered, strict=True):
+        if isinstance(found, UserError):
+            results.append(found)
+            continue
+        own = [next(examples) for _ in found]
+        problems = [example for example in own if isinstance(example, UserError)]
+        whole = [example for example in own if isinstance(example, Example)]
+        results.append(problems[0] if problems else _fitted(row, whole, tokenizer, policy))
+    return results
 
 
-def _drop_long(examples: list[Example], max_tokens: int) -> tuple[list[Example], Counter[str]]:
-    kept = [example for example in examples if len(example.ids) <= max_tokens]
-    dropped = Counter({_too_long(max_tokens): len(examples) - len(kept)})
-    return kept, +dropped  # + removes a zero count
+def _texts(row: Row, tokenizer: Tokenizer, policy: Policy) -> list[_Text]:
+    if isinstance(row, TextRow):
+        return [_Text(row.text, None, [], row.where)]
+    if isinstance(row, PromptRow):
+        return [_Text(render(tokenizer, row.prompt, where=row.where)[0], None, [], row.where)]
+    answers = row.answers if isinstance(row, RankingRow) else (row.response,)
+    texts = []
+    for answer in answers:
+        prompt, ended = render(tokenizer, row.prompt, answer, where=row.where)
+        earlier = []
+        if isinstance(row, SFTRow) and policy.train_on == "answers":
+            earlier = earlier_answers(tokenizer, row.prompt, prompt, where=row.where)
+        texts.append(_Text(prompt, ended, earlier, row.where))
+    return texts
 
 
-def _too_long(max_tokens: int) -> str:
-    return f"longer than {max_tokens} tokens"
-
-
-def _one_row_an_answer(row: RankingRow) -> list[SFTRow]:
-    return [SFTRow(row.prompt, answer, row.where) for answer in row.answers]
-
-
-def _tokenize_prompts(tokenizer: Tokenizer, rows: Sequence[PromptRow]) -> list[Example]:
-    texts = [render(tokenizer, row.prompt, where=row.where)[0] for row in rows]
-    return [Example(ids, prompt_length=len(ids)) for ids in _to_ids(tokenizer, texts)]
-
-
-def _tokenize_answers(tokenizer: Tokenizer, rows: Sequence[SFTRow]) -> list[Example]:
-    rendered = [render(tokenizer, row.prompt, row.response, where=row.where) for row in rows]
-    prompts = _to_ids(tokenizer, [prompt for prompt, _ in rendered])
-    answers = _to_ids(tokenizer, [answer for _, answer in rendered])
-    for row, answer in zip(rows, answers, strict=True):
-        if answer[-1] != tokenizer.eos_token_id or answer.count(tokenizer.eos_token_id) != 1:
-            raise UserError(
-                f"{row.where}: the tokenizer does not end this answer with exactly one EOS id, "
-                f"make sure that {tokenizer.eos_token!r} is a special token of its own"
+def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer, policy: Policy) -> list[Example | UserError]:
+    if not texts:
+        return []
+    with_spans = any(text.earlier for text in texts)
+    if with_spans and not tokenizer.is_fast:
+        raise UserError(
+            f"{texts[0].where}: this tokenizer can't tell where earlier answers are; set `data.train_on: last_answer`"
+        )
+    prompts = _to_ids(tokenizer, [text.prompt for text in texts], with_spans)
+    answers = _to_ids(tokenizer, [text.answer or "" for text in texts], False)
+    eos = tokenizer.eos_token_id
+    found: list[Example | UserError] = []
+    for text, (prompt, places), (answer, _) in zip(texts, prompts, answers, strict=True):
+        if policy.kind == "text":
+            found.append(Example([*prompt, eos], 0))
+        elif text.answer is not None and (answer[-1] != eos or answer.count(eos) != 1):
+            found.append(
+                UserError(
+                    f"{text.where}: the tokenizer does not end this answer with exactly one EOS id, "
+                    f"make sure that {tokenizer.eos_token!r} is a special token of its own"
+                )
             )
-    return [Example(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+        else:
+            earlier = [_token_span(span, places) for span in text.earlier]
+            if policy.train_on == "everything" and text.answer is not None:
+                earlier = [(0, len(prompt))]
+            found.append(Example(prompt + answer, len(prompt), tuple(earlier)))
+    return found
 
 
-def _to_ids(tokenizer: Tokenizer, texts: Sequence[str | None]) -> list[list[int]]:
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), _TEXTS_A_CALL):
-        chunk = list(texts[start : start + _TEXTS_A_CALL])
-        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids += encoded["input_ids"]
-    return ids
+def _to_ids(tokenizer: Tokenizer, texts: list[str], with_places: bool) -> list[tuple[list[int], list[Span]]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=with_places,
+        verbose=False,
+    )
+    places = encoded["offset_mapping"] if with_places else [[]] * len(texts)
+    return list(zip(encoded["input_ids"], places, strict=True))
+
+
+def _token_span(characters: Span, places: list[Span]) -> Span:
+    """The tokens that lie wholly within some characters."""
+    inside = [
+        i for i, (start, stop) in enumerate(places) if characters[0] <= start and stop <= characters[1] and stop > start
+    ]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+# -- the token limit ---------------------------------------------------------------------------------------
+
+
+def _fitted(row: Row, examples: list[Example], tokenizer: Tokenizer, policy: Policy) -> tuple[Item, int] | Unusable:
+    """The row's item within the limit. One cut for all answers of a prompt: they must still answer the same."""
+    longest = max(len(example.ids) for example in examples)
+    if longest > policy.max_tokens and policy.kind != "text":
+        try:
+            cut = _CUTS[policy.too_long]
+            examples = [cut(example, longest - policy.max_tokens, tokenizer, policy) for example in examples]
+        except Unusable as reason:
+            return reason
+        if isinstance(row, RankingRow) and all(example.ids == examples[0].ids for example in examples):
+            return Unusable("answers that are the same once truncated")
+    return ((examples, row.ranks) if isinstance(row, RankingRow) else examples[0]), longest
+
+
+def _drop(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -> Example:
+    raise Unusable(f"longer than {policy.max_tokens} tokens")
+
+
+def _truncate_left(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -> Example:
+    """Cut the oldest tokens of the prompt, but for a BOS; a prompt that would vanish drops the row."""
+    kept = int(tokenizer.bos_token_id is not None and example.ids[:1] == [tokenizer.bos_token_id])
+    if example.prompt_length - excess <= kept:
+        raise Unusable(f"answer alone longer than {policy.max_tokens} tokens")
+    spans = ((max(start - excess, kept), stop - excess) for start, stop in example.also_trained)
+    return dataclasses.replace(
+        example,
+        ids=example.ids[:kept] + example.ids[kept + excess :],
+        prompt_length=example.prompt_length - excess,
+        also_trained=tuple((start, stop) for start, stop in spans if stop > start),
+    )
+
+
+def _truncate_right(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -> Example:
+    """Cut the end of the answer, which then has no EOS; a prompt that leaves no room for one drops the row."""
+    if example.prompt_length >= policy.max_tokens:
+        raise Unusable(f"prompt alone longer than {policy.max_tokens - 1} tokens")
+    return dataclasses.replace(example, ids=example.ids[: policy.max_tokens])
+
+
+_CUTS = {"drop": _drop, "truncate_left": _truncate_left, "truncate_right": _truncate_right}

@@ -14,8 +14,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tristage.algo.logprobs import entropy as logits_entropy
 from tristage.algo.logprobs import linear_token_logprobs, token_logprobs
-from tristage.algo.masking import position_ids
-from tristage.models.loading import align_special_tokens, backbone_hidden, check_model, from_pretrained
+from tristage.models.loading import (
+    align_special_tokens,
+    backbone_hidden,
+    backbone_inputs,
+    check_model,
+    from_pretrained,
+)
 
 # Config keys of families whose logits are more than weight @ hidden (Gemma 2, Cohere, Granite, ...).
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -23,6 +28,8 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", 
 
 class CausalLM(nn.Module):
     """(input_ids [B,T], attention_mask [B,T], score_mask [B,T]) -> (logprobs [B,T-1], entropy [B,T-1]).
+
+    With `position_ids` [B,T] a row holds several examples, each starting at 0, that do not see each other.
 
     logprobs[b,t] is log p(input_ids[b,t+1] | the tokens before it) where score_mask[b,t+1], else 0; float32, at
     `temperature`. entropy likewise, of the whole distribution, without gradient; all 0 unless `with_entropy`, since
@@ -47,12 +54,13 @@ class CausalLM(nn.Module):
         score_mask: torch.Tensor,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The only shift in the project: position t predicts token t+1.
         targets, wanted = input_ids[:, 1:], score_mask[:, 1:]
         ids = targets[wanted]
         if self.plain_head:
-            hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask)[:, :-1][wanted]
+            hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask, position_ids)[:, :-1][wanted]
             head = self.model.get_output_embeddings()
             found, entropy = linear_token_logprobs(
                 hidden,
@@ -63,18 +71,21 @@ class CausalLM(nn.Module):
                 with_entropy=with_entropy,
             )
         else:
-            logits = backbone_logits(self.model, input_ids, attention_mask)[:, :-1][wanted].float() / temperature
+            logits = backbone_logits(self.model, input_ids, attention_mask, position_ids)[:, :-1]
+            logits = logits[wanted].float() / temperature
             found = token_logprobs(logits, ids)
             entropy = logits_entropy(logits.detach()) if with_entropy else found
         return _scatter(found, wanted), _scatter(entropy, wanted) if with_entropy else found.new_zeros(wanted.shape)
 
 
-def backbone_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def backbone_logits(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The model's own logits [B,T,V], for families whose head does more than project."""
-    positions = position_ids(attention_mask)
-    return model(
-        input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False
-    ).logits
+    return model(**backbone_inputs(model, input_ids, attention_mask, position_ids)).logits
 
 
 def _scatter(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

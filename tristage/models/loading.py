@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
-from tristage.algo.masking import position_ids
+from tristage.algo import masking
 from tristage.errors import UserError
 
 # A bar a file a rank, and a report that the new head is new, hide the lines that matter.
@@ -61,12 +61,50 @@ def align_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenize
         )
 
 
-def backbone_hidden(backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Last hidden states [B,T,H] with positions counted from the first real token of each row."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
-        inputs["position_ids"] = position_ids(attention_mask)
-    return backbone(**inputs).last_hidden_state
+def backbone_hidden(
+    backbone: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Last hidden states [B,T,H]."""
+    return backbone(**backbone_inputs(backbone, input_ids, attention_mask, position_ids)).last_hidden_state
+
+
+def backbone_inputs(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """What a forward pass is given: positions counted from the first real token of each row, or `position_ids` [B,T].
+
+    Packed rows come with positions and no mask: transformers then keeps attention between places where they start
+    again at 0 (`find_packed_sequence_indices`; padding at the end is a sequence of its own).
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if position_ids is not None:
+        return inputs | {"attention_mask": None, "position_ids": position_ids}
+    if takes_positions(model):
+        inputs["position_ids"] = masking.position_ids(attention_mask)
+    return inputs | {"attention_mask": attention_mask.long()}
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Families with ALiBi (BLOOM) have no position_ids: their rows can be padded but not packed."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def check_packable(path: str) -> None:
+    """Raises UserError for a family whose rows can't be packed, since it has no position_ids."""
+    config = load_config_without_dropout(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if not takes_positions(model.base_model):
+        raise UserError(
+            f"{path}: a {config.model_type} model takes no position_ids, so packed rows would see each other; "
+            "set `packing: false`"
+        )
 
 
 def check_model(path: str, max_tokens: int, reward_model: bool) -> PretrainedConfig:

@@ -8,8 +8,8 @@ from tristage.data.template import ensure_template, template_fingerprint
 from tristage.errors import UserError
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or id, with a pad token and a chat template.
+def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or id, with a pad token and a chat template (`template`, when given).
 
     A missing pad, or one that is the EOS, becomes the tokenizer's unknown token when that is another one
     (as is usual for Llama 2); else pad stays EOS. Either is safe: padding is told by length, never by id.
@@ -27,6 +27,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         unknown = tokenizer.unk_token_id
         usable = unknown is not None and unknown != tokenizer.eos_token_id
         tokenizer.pad_token = tokenizer.unk_token if usable else tokenizer.eos_token
+    if template is not None:
+        tokenizer.chat_template = template
     ensure_template(tokenizer)
     return tokenizer
 

@@ -1,0 +1,280 @@
+"""Where rows come from: files, folders, saved data sets and hub sets, to raw rows with their places.
+
+A JSON line stays bytes here, so that whoever parses the row (one of several processes) also decodes it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import yaml
+from pydantic import ValidationError
+
+from tristage.config import RunSettings, SourceSettings, find_file
+from tristage.errors import UserError
+
+Payload = bytes | dict[str, Any] | object  # a JSON line, or a row that its format has already decoded
+Place = tuple[str, Payload]  # where it is ("file:line" or "file[index]"), and what is there
+
+SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|training|test|testing|eval|valid|validation|val|dev)(?=$|[^a-z])")
+_SAME_SPLIT = {"training": "train", "testing": "test", "eval": "test", "valid": "validation", "val": "validation"}
+_SAME_SPLIT["dev"] = "validation"
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source that is known to be there; nothing of it has been read yet."""
+
+    name: str  # for messages
+    settings: SourceSettings
+    rows: Callable[[], Iterator[Place]]
+    content: Callable[[], str]  # a hash that changes with any byte of it
+
+
+def resolve_preset(source: SourceSettings, settings: RunSettings) -> SourceSettings:
+    """`source` with what its preset gives for the keys that it does not set itself.
+
+    Raises:
+        UserError: no such preset, keys that a source has not, or still no path.
+    """
+    if source.preset is not None:
+        file = find_file(source.preset, settings, "data.*.preset")
+        try:
+            values = yaml.safe_load(file.read_text())
+            values |= source.model_dump(exclude_unset=True)
+            source = SourceSettings.model_validate(values)
+        except (yaml.YAMLError, TypeError) as error:
+            raise UserError(f"{file}: not a preset: {str(error).splitlines()[0]}; write `key: value` lines") from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise UserError(f"{file}: key `{key}`: {problem['msg']}; see configs/datasets") from None
+    if source.path is None:
+        raise UserError(f"{settings.file}: a source of `data` has no `path`, give it or a `preset` that has one")
+    for rule in source.clean:
+        try:
+            re.compile(rule.pattern)
+        except re.error as error:
+            raise UserError(f"{source.path}: `clean` pattern {rule.pattern!r} is not valid ({error})") from None
+    return source
+
+
+def open_source(source: SourceSettings) -> OpenSource:
+    """Find out what `source` is. Raises UserError when it is not there or of no kind that can be read."""
+    path = Path(str(source.path))
+    if not path.exists():
+        if not _HUB_ID.fullmatch(str(source.path)) or path.name.endswith((*SUFFIXES, ".gz", ".arrow")):
+            raise UserError(f"{source.path}: there is no such file or folder, correct the path")
+        return _hub_source(source)
+    if source.subset is not None:
+        path = path / source.subset
+        if not path.is_dir():
+            raise UserError(f"{source.path}: there is no folder {source.subset!r} in it, correct `subset`")
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return _saved_source(path, source)
+        if source.name is not None or _describes_its_files(path):
+            return _hub_source(source)
+        files = _files_of_split(path, source.split)
+    else:
+        files = [path]
+    for file in files:
+        if not file.name.endswith(SUFFIXES):
+            raise UserError(f"{file}: cannot read {file.suffix or 'such'} files, give one of {', '.join(SUFFIXES)}")
+    return OpenSource(
+        str(source.path),
+        source,
+        rows=lambda: (place for file in files for place in _file_rows(file)),
+        content=lambda: _hash_files(files),
+    )
+
+
+# -- folders -----------------------------------------------------------------------------------------------
+
+
+def _describes_its_files(folder: Path) -> bool:
+    """A hub set's README that says which files make which split."""
+    readme = folder / "README.md"
+    return (
+        readme.is_file() and re.search(r"^(configs|data_files):", readme.read_text(errors="replace"), re.M) is not None
+    )
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """Data files of `split`, told by their names ("train-00000.parquet", "test/rows.jsonl"); all when none tells."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES[:-1]))
+    files = files or sorted(folder.rglob("*.txt"))
+    if not files:
+        raise UserError(f"{folder}: no data file in this folder, give one of {', '.join(SUFFIXES)}")
+    by_split: dict[str | None, list[Path]] = {}
+    for file in files:
+        found = _SPLIT_IN_NAME.findall(str(file.relative_to(folder)).lower())
+        by_split.setdefault(_SAME_SPLIT.get(found[-1], found[-1]) if found else None, []).append(file)
+    if set(by_split) == {None}:
+        return files
+    wanted = _SAME_SPLIT.get(split, split)
+    if wanted not in by_split:
+        there = ", ".join(sorted(str(name) for name in by_split if name is not None))
+        raise UserError(f"{folder}: there is no split {split!r}, choose one of {there}")
+    return by_split[wanted]
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    """Of names and contents. 1 GB takes about a second."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
+        whole.update(file.name.encode() + digest.digest())
+    return whole.hexdigest()
+
+
+def _digest(stream: Any) -> Any:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _file_rows(file: Path) -> Iterator[Place]:
+    try:
+        if file.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _jsonl_rows(file)
+        elif file.suffix == ".json":
+            yield from _json_rows(file)
+        elif file.suffix in (".csv", ".tsv"):
+            yield from _csv_rows(file)
+        elif file.suffix == ".parquet":
+            yield from _parquet_rows(file)
+        else:
+            yield f"{file}:1", {"text": _decode(file.read_bytes(), file, 1)}
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}), check the file") from error
+
+
+def _jsonl_rows(file: Path) -> Iterator[Place]:
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if text := line.rstrip():
+                    yield f"{file}:{number}", text
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{file}:{number + 1}: the gzip stream breaks here ({error}), copy it again") from error
+
+
+def _json_rows(file: Path) -> Iterator[Place]:
+    rows = load_json(file.read_bytes(), f"{file}:1")
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{file}:1: a .json file must hold one list of rows, found {type(rows).__name__}; "
+            "name it .jsonl if it has one row a line"
+        )
+    for i, row in enumerate(rows):
+        yield f"{file}[{i}]", row
+
+
+def _csv_rows(file: Path) -> Iterator[Place]:
+    """The first line names the columns; every cell is text."""
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    last = 1
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter=delimiter, strict=True, restkey="(more cells than columns)")
+            for row in reader:
+                yield f"{file}:{last + 1}", row
+                last = reader.line_num
+    except UnicodeDecodeError as error:
+        _decode(file.read_bytes(), file, 1)
+        raise AssertionError("a file that did not decode decodes") from error
+    except csv.Error as error:
+        raise UserError(f"{file}:{last + 1}: not {file.suffix[1:]} ({error}), mend the line") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[Place]:
+    index = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield f"{file}[{index}]", row
+                index += 1
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file}[{index}]: not readable as Parquet ({error}), write it again") from error
+
+
+def _decode(data: bytes, file: Path | str, first_line: int) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        raise UserError(f"{file}:{line}: byte {data[error.start]:#04x} is not UTF-8, convert it") from error
+
+
+def load_json(data: bytes, where: str) -> object:
+    """`data`, whose first line is at `where` ("file:line"), as JSON. Raises UserError that names the line."""
+    file, _, line = where.rpartition(":")
+    text = _decode(data, file, int(line))
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} at column {error.colno}"
+        raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({problem}), mend the line") from error
+
+
+# -- saved and hub sets ------------------------------------------------------------------------------------
+
+
+def _saved_source(path: Path, source: SourceSettings) -> OpenSource:
+    import datasets  # here and below: it takes a second to import, and plain files do not need it
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: not readable as a datasets.save_to_disk folder ({error}), save it again") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if source.split not in saved:
+            raise UserError(f"{path}: there is no split {source.split!r}, choose one of {', '.join(saved)}")
+        saved = saved[source.split]
+    files = sorted(Path(entry["filename"]) for entry in saved.cache_files)
+    return OpenSource(
+        str(source.path),
+        source,
+        rows=lambda: ((f"{path}[{i}]", row) for i, row in enumerate(saved)),
+        content=lambda: _hash_files(files),
+    )
+
+
+def _hub_source(source: SourceSettings) -> OpenSource:
+    import datasets
+
+    path, folder = str(source.path), source.subset
+    try:
+        rows = datasets.load_dataset(path, source.name, data_dir=folder, split=source.split)
+    except Exception as error:  # no network, login, set or split: each library has its own
+        raise UserError(
+            f"{path}: as a hub set it failed (name {source.name!r}, subset {folder!r}, split {source.split!r}): {error}"
+        ) from error
+    where = f"{path}[{source.split}]"
+    return OpenSource(
+        path,
+        source,
+        rows=lambda: ((f"{where}[{i}]", row) for i, row in enumerate(rows)),
+        content=lambda: str(rows._fingerprint),
+    )

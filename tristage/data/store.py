@@ -1,0 +1,300 @@
+"""Tokenised once, then memory-mapped: every rank of a node reads the same pages of one Arrow file.
+
+A set lives in CACHE/<key>/, where the key is a hash of everything that its tokens depend on: the bytes of the
+source, how it is read, the tokenizer, its template, the token limit and policy, and the versions of the code that
+made it. It is written beside, flushed and renamed, so a folder with that name is whole. Preparing happens before
+ranks join a process group: no rank can time out in a collective while another tokenises.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow
+from filelock import FileLock
+
+import tristage
+from tristage import dist
+from tristage.config import SourceSettings
+from tristage.data.rows import Row, Unusable, prompt_hash, read_row, row_hash
+from tristage.data.sources import OpenSource, Place
+from tristage.data.template import Tokenizer, template_fingerprint
+from tristage.data.tokenize import Example, Item, Policy, encode
+from tristage.errors import UserError
+
+FORMAT = 1  # raise it when the schema or the meaning of a column changes
+CHUNK = 512  # rows that one call of the tokenizer, one task of a worker and one Arrow batch hold
+ROWS_BEFORE_WORKERS = 16 * CHUNK  # starting processes takes seconds; a smaller set is done by then
+
+SCHEMA = pyarrow.schema(
+    {
+        "ids": pyarrow.list_(pyarrow.int32()),  # of all answers, one after the other
+        "lengths": pyarrow.list_(pyarrow.int32()),  # tokens of each, prompt included
+        "prompt_length": pyarrow.int32(),
+        "also_trained": pyarrow.list_(pyarrow.int32()),  # start, stop, start, stop, ...
+        "ranks": pyarrow.list_(pyarrow.float64()),  # one an answer; empty unless ranked
+        "length": pyarrow.int32(),  # of the longest answer, prompt included
+        "full_length": pyarrow.int32(),  # before it was cut to the limit
+        "prompt_hash": pyarrow.int64(),
+        "row_hash": pyarrow.int64(),
+        "where": pyarrow.string(),
+    }
+)
+
+
+class Rows(Sequence[Any]):
+    """Tokenised rows, mapped: an item is read from the file when it is asked for."""
+
+    def __init__(self, table: pyarrow.Table, fingerprint: str, index: np.ndarray | None = None) -> None:
+        self._table, self.fingerprint = table, fingerprint
+        self._index = np.arange(table.num_rows) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, i: int) -> Any: ...
+    @overload
+    def __getitem__(self, i: slice) -> Rows: ...
+    def __getitem__(self, i: int | slice) -> Any:
+        """An Example, or RankedExamples of a ranked set; of a slice, Rows."""
+        if isinstance(i, slice):
+            return self.take(self._index[i], relative=False)
+        row = int(self._index[i])
+        ids, lengths, ranks, spans = (self._list(name, row) for name in ("ids", "lengths", "ranks", "also_trained"))
+        prompt_length = self._table["prompt_length"][row].as_py()
+        also_trained = tuple(zip(spans[::2], spans[1::2], strict=True))
+        ends = list(itertools.accumulate(lengths))
+        examples = [
+            Example(ids[end - length : end], prompt_length, also_trained)
+            for length, end in zip(lengths, ends, strict=True)
+        ]
+        return (examples, tuple(ranks)) if ranks else examples[0]
+
+    def _list(self, column: str, row: int) -> list[Any]:
+        values = self._table[column][row].values
+        return values.to_numpy().tolist() if len(values) else []
+
+    def column(self, name: str) -> np.ndarray:
+        """A numeric column of SCHEMA, one number a row."""
+        return self._table[name].to_numpy()[self._index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] int32, tokens of each row's longest answer."""
+        return self.column("length")
+
+    def tokens(self, i: int, start: int, stop: int) -> list[int]:
+        """ids[start:stop] of a row, without reading the rest of a long one."""
+        return self._table["ids"][int(self._index[i])].values[start:stop].to_numpy().tolist()
+
+    def where(self, i: int) -> str:
+        return str(self._table["where"][int(self._index[i])])
+
+    def take(self, index: np.ndarray, relative: bool = True) -> Rows:
+        """Some of the rows, in that order; nothing is copied."""
+        index = np.asarray(index)
+        return Rows(self._table, self.fingerprint, self._index[index] if relative else index)
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """Several sets as one, still mapped."""
+    offsets = np.cumsum([0, *(part._table.num_rows for part in parts)])
+    index = np.concatenate([part._index + offset for part, offset in zip(parts, offsets, strict=False)])
+    fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:32]
+    return Rows(pyarrow.concat_tables([part._table for part in parts]), fingerprint, index)
+
+
+class Prepared:
+    """A finished folder of the cache: its rows, and what became of the others."""
+
+    def __init__(self, folder: Path) -> None:
+        meta = json.loads((folder / "meta.json").read_text())
+        self.dropped: Counter[str] = Counter(meta["dropped"])  # by reason, of no fault of the user's
+        self.bad: int = meta["bad"]  # malformed and skipped
+        self.report = folder / "left_out.jsonl"  # {"where", "reason", "bad"}: every row that is in neither
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))).read_all()
+        self.rows = Rows(table, folder.name)
+
+
+def cache_folder(setting: str | None) -> Path:
+    """Where tokenised sets live: the setting, else $TRISTAGE_CACHE, else ~/.cache/tristage."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tristage"
+    return Path(setting or os.environ.get("TRISTAGE_CACHE") or default)
+
+
+def prepare(
+    source: OpenSource, tokenizer: Tokenizer, policy: Policy, *, skip_bad: bool, cache: Path, workers: int = 0
+) -> Prepared:
+    """The tokenised rows of a source, made now by local rank 0 unless they are there; other ranks wait for it.
+
+    Raises:
+        UserError: a malformed row (unless `skip_bad`), an unreadable source, a cache that can't be written.
+    """
+    key = _key(source, tokenizer, policy, skip_bad)
+    folder = cache / key
+    if dist.local_rank() != 0:
+        while not folder.is_dir():  # the launcher ends us when local rank 0 fails
+            time.sleep(0.2)
+        return Prepared(folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{key}.lock"):  # of another run that wants the same set at the same time
+            if not folder.is_dir():
+                for partial in cache.glob(f"{key}.partial-*"):  # of a run that was killed: we hold the lock
+                    shutil.rmtree(partial, ignore_errors=True)
+                partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=cache))
+                try:
+                    _write(partial, source, tokenizer, policy, skip_bad, workers)
+                    os.rename(partial, folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{cache}: tokenised data can't be kept here ({error}); set `data.cache`") from error
+    return Prepared(folder)
+
+
+def _key(source: OpenSource, tokenizer: Tokenizer, policy: Policy, skip_bad: bool) -> str:
+    read_by = source.settings.model_dump(exclude={"preset", "weight", "on_bad_row"}, mode="json")
+    made_by = [FORMAT, tristage.__version__, version("transformers"), version("tokenizers")]
+    tokens = [template_fingerprint(tokenizer), tokenizer.bos_token, vars(policy)]
+    parts = [made_by, source.content(), read_by, tokens, skip_bad]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+Outcome = tuple[str, dict[str, Any] | None, str, bool]  # where, the row's columns, else why not, and whose fault
+
+
+def _write(
+    folder: Path, source: OpenSource, tokenizer: Tokenizer, policy: Policy, skip_bad: bool, workers: int
+) -> None:
+    dropped: Counter[str] = Counter()
+    kept = bad = 0
+    limit, told = source.settings.limit, time.monotonic()
+    with (
+        (folder / "rows.arrow").open("wb") as arrow,
+        (folder / "left_out.jsonl").open("w") as left_out,
+        pyarrow.ipc.new_stream(arrow, SCHEMA) as stream,
+    ):
+        for outcomes in _outcomes(source, tokenizer, policy, workers):
+            columns: list[dict[str, Any]] = []
+            for where, row, reason, at_fault in outcomes:
+                if kept + len(columns) == limit:
+                    break
+                if row is not None:
+                    columns.append(row)
+                    continue
+                if at_fault and not skip_bad:
+                    raise UserError(reason)
+                left_out.write(json.dumps({"where": where, "reason": reason, "bad": at_fault}) + "\n")
+                bad += at_fault
+                dropped[reason] += not at_fault
+            if columns:
+                stream.write_batch(pyarrow.RecordBatch.from_pylist(columns, schema=SCHEMA))
+            kept += len(columns)
+            if kept == limit:
+                break
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                print(f"{source.name}: {kept} rows tokenised", flush=True)
+    meta = {"rows": kept, "dropped": +dropped, "bad": bad, "source": source.name}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for file in folder.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def _outcomes(source: OpenSource, tokenizer: Tokenizer, policy: Policy, workers: int) -> Iterator[list[Outcome]]:
+    """Chunk after chunk in the source's order; by several processes once there are many rows."""
+    chunks = _chunks(source.rows())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or min(cores, 32)
+    first = itertools.islice(chunks, ROWS_BEFORE_WORKERS // CHUNK)
+    for chunk in chunks if workers == 1 else first:
+        yield encode_chunk(chunk, source.settings, tokenizer, policy)
+    following = next(chunks, None)
+    if following is None:
+        return
+    # spawn: a forked copy of a process that has threads (torch, tokenizers) can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (source.settings, tokenizer, policy)) as pool:
+        waiting: collections.deque[Any] = collections.deque()
+        try:
+            for chunk in itertools.chain([following], chunks):
+                waiting.append(pool.submit(_encode_in_worker, chunk))
+                if len(waiting) > 4 * workers:  # what is read but not yet written stays bounded
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _chunks(rows: Iterable[Place]) -> Iterator[list[Place]]:
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, CHUNK)):
+        yield chunk
+
+
+_worker: tuple[SourceSettings, Tokenizer, Policy]
+
+
+def _start_worker(source: SourceSettings, tokenizer: Tokenizer, policy: Policy) -> None:
+    global _worker
+    _worker = source, tokenizer, policy
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+def _encode_in_worker(chunk: list[Place]) -> list[Outcome]:
+    return encode_chunk(chunk, *_worker)
+
+
+def encode_chunk(chunk: Sequence[Place], source: SourceSettings, tokenizer: Tokenizer, policy: Policy) -> list[Outcome]:
+    """What becomes of each raw row, in order."""
+    read: list[Row | Exception] = []
+    for place in chunk:
+        try:
+            read.append(read_row(place, source, policy.kind))
+        except (UserError, Unusable) as reason:
+            read.append(reason)
+    encoded = iter(encode([row for row in read if not isinstance(row, Exception)], tokenizer, policy))
+    outcomes: list[Outcome] = []
+    for (where, _), row in zip(chunk, read, strict=True):
+        found = row if isinstance(row, Exception) else next(encoded)
+        if isinstance(found, Exception):
+            outcomes.append((where, None, str(found), isinstance(found, UserError)))
+        else:
+            assert not isinstance(row, Exception)
+            columns = _columns(*found) | {"prompt_hash": prompt_hash(row), "row_hash": row_hash(row), "where": where}
+            outcomes.append((where, columns, "", False))
+    return outcomes
+
+
+def _columns(item: Item, full_length: int) -> dict[str, Any]:
+    examples, ranks = item if isinstance(item, tuple) else ([item], ())
+    return {
+        "ids": [token for example in examples for token in example.ids],
+        "lengths": [len(example.ids) for example in examples],
+        "prompt_length": examples[0].prompt_length,
+        "also_trained": [place for span in examples[0].also_trained for place in span],
+        "ranks": list(ranks),
+        "length": max(len(example.ids) for example in examples),
+        "full_length": full_length,
+    }
