@@ -155,7 +155,7 @@ def _serve(row: Row, kind: Kind) -> Row:
         best = row.ranks.index(min(row.ranks))
         return SFTRow(row.prompt, row.answers[best], row.where)
     needed = {
-        "ranking": "ranked answers (prompt + chosen + rejected)",
+        "ranking": "ranked answers (prompt + chosen + rejected, or responses with ranks, scores or `best_first: true`)",
         "sft": "an answer (prompt + response)",
         "prompt": "a prompt",
         "text": "plain text (text)",
