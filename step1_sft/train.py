@@ -24,10 +24,14 @@ from tristage.data.loader import Loader
 from tristage.data.packing import PackedRows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
+from tristage.data.tokenize import Example
 from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.errors import UserError
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import check_packable, load_causal_lm, save_model
 
+# Mean difference of a log-probability, packed and alone: rounding is far below, seeing other rows far above.
+PACKING_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
 
 
@@ -61,6 +65,8 @@ def train(
         trained.lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
     )
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
+    if settings.packing:
+        check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)
     first = load_checkpoint(settings, {"model": engine})
     watch = Stopwatch(device)
     with RunLog(output, "sft", loader.total_steps, first, SHOWN) as log:
@@ -80,6 +86,22 @@ def train(
                 save_checkpoint(settings, step, {"model": engine})
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 1 is done: {output / 'final'}")
+
+
+@torch.no_grad()
+def check_packing(engine: Any, pack: list[Example], settings: SFTConfig, pad_id: int, device: torch.device) -> None:
+    """Packed examples must have the log-probabilities that they have alone. Raises UserError. A collective."""
+    engine.eval()
+    found = []
+    for batch in (collate_packed([pack], pad_id).to(device), collate_sft(pack, pad_id).to(device)):
+        logprobs, _ = engine(batch.input_ids, batch.attention_mask, batch.loss_mask, position_ids=batch.position_ids)
+        found.append(logprobs[batch.loss_mask[:, 1:]])  # row by row: both batches have the tokens in the same order
+    difference = float((found[0] - found[1]).abs().mean())
+    if not difference < PACKING_TOLERANCE[settings.precision]:
+        raise UserError(
+            f"{settings.file}: key `packing`: log-probabilities of packed rows differ by {difference:.2g} from those "
+            "of the rows alone, this model sees across them; set `packing: false`"
+        )
 
 
 def sft_step(engine: Any, micro_batches: list[SFTBatch], device: torch.device) -> dict[str, float]:

@@ -18,10 +18,10 @@ SOURCES = LIBRARY + sorted(path for step in STEPS for path in (REPO / step).rglo
 HOMES = {
     "deepspeed": ("tristage/engine.py", "tristage/rollout/"),
     "torch.distributed": ("tristage/dist.py",),
-    "transformers": ("tristage/models/", "tristage/rollout/", "tristage/quickstart/"),
+    "transformers": ("tristage/models/", "tristage/rollout/", "tristage/quickstart/", "tristage/data/template.py"),
 }
 # Imports inside functions, each with its reason beside it in the source.
-INSIDE_FUNCTIONS = {("tristage/data/rows.py", "datasets")}
+INSIDE_FUNCTIONS = {("tristage/data/sources.py", "datasets"), ("tristage/cli.py", "tristage")}
 
 
 def name_of(path: Path) -> str:

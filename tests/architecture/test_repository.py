@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-NOT_OURS = {".git", ".venv", ".torch_extensions", ".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}
-NOT_OURS |= {"output", "build", "shared"}
+NOT_OURS = {".git", ".venv", ".torch_extensions", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"}
+NOT_OURS |= {"__pycache__", "output", "build", "shared"}
 
 REQUIRED = (
     *("README.md", "setup.cfg", "pyproject.toml", "constraints.txt", ".gitignore", ".ci/run"),

@@ -174,8 +174,11 @@ def deepspeed_json(stage: int) -> str:
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> str:
+    """Renamed into place: each rank of a test may write the same file while another reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values))
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(yaml.safe_dump(values))
+    partial.replace(path)
     return str(path)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.tiny import REPO
+from tristage.quickstart import prepare
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -23,7 +26,30 @@ def test_the_readme_has_its_two_commands():
     assert set(ELSEWHERE) <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
+@pytest.fixture(scope="module")
+def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder as the quickstart leaves it: its data, and a model in the place of step 1's."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(REPO / "configs")
+    prepare.main([str(folder / "output/quickstart"), "--size", "tiny"])
+    (folder / "output/quickstart/step1_sft").mkdir()
+    (folder / "output/quickstart/step1_sft/final").symlink_to(folder / "output/quickstart/model")
+    return folder
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("tristage ")])
+def test_a_data_command_runs_on_the_quickstart(command, quickstart_folder):
+    words = [sys.executable, "-m", "tristage.cli", *command.split()[1:]]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(words, cwd=quickstart_folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("<eos>⟧" if "show" in command else "nothing to fix") in done.stdout
+
+
+LAUNCHED = [command for command in COMMANDS if command not in ELSEWHERE and not command.startswith("tristage ")]
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
 def test_a_command_reaches_its_step_with_its_settings(command, tmp_path):
     """With stand-ins for the launcher and torch's view of GPUs: the command as printed gives a run of that config."""
     seen = tmp_path / "seen"

@@ -156,7 +156,7 @@ CASES = {
     ),
     "too few prompts": (
         [STEP3], ["rollout.prompts=64"],
-        "{config}: rollout.prompts is 64 but {rows}/prompts.jsonl gives only ... prompts; lower it or give more",
+        "{config}: rollout.prompts is 64 but `data.train` gives only ... prompts; lower it or give more",
     ),
     "missing data file": (
         [STEP1, STEP2, STEP3], ["data.train={none}.jsonl"],
@@ -168,15 +168,15 @@ CASES = {
     ),
     "rows of another step": (
         [STEP2], ["data.train={rows}/sft.jsonl"],
-        "{rows}/sft.jsonl:1: ... ranked answers (prompt + chosen + rejected)",
+        "{rows}/sft.jsonl:1: ... ranked answers (prompt + chosen + rejected, or responses with ranks",
     ),
     "rows all too long": (
         [STEP1, STEP2], ["max_tokens=3"],
-        "{rows}/....jsonl: training set is empty (... longer than 3 tokens); give more rows or a larger token limit",
+        "{rows}/....jsonl: no usable row (... longer than 3 tokens); give other rows or a larger token limit",
     ),
     "prompts all too long": (
         [STEP3], ["max_prompt_tokens=3"],
-        "{rows}/prompts.jsonl: training set is empty (... longer than 3 tokens); give more rows or a larger",
+        "{rows}/prompts.jsonl: no usable row (... longer than 3 tokens); give other rows or a larger",
     ),
     "missing DeepSpeed JSON": (
         [STEP1, STEP2], ["deepspeed=none.json"],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.unit.test_template import chatml, default
-from tristage.data.collate import collate_prompts, collate_ranking, collate_sft, pick
+from tests.unit.test_template import TAGGED, chatml, default
+from tristage.data.collate import collate_packed, collate_prompts, collate_ranking, collate_sft, pick
 from tristage.data.rows import SFTRow
-from tristage.data.tokenize import Example, encode_sft
+from tristage.data.tokenize import Example, Policy, encode
 
 PAD = 0
 LONG = Example([5, 6, 7, 8, 9], prompt_length=3)
@@ -33,24 +35,17 @@ def test_sft_by_hand():
     )
 
 
+def test_earlier_answers_are_learned_where_they_are_marked():
+    example = Example([5, 6, 7, 8, 9, 1], prompt_length=4, also_trained=((1, 2), (3, 4)))
+    assert collate_sft([example], PAD).loss_mask.int().tolist() == [[0, 1, 0, 1, 1, 1]]
+
+
 @pytest.mark.parametrize(
-    "make",
-    [default, lambda: default(adds_bos=True), lambda: default(pad_token="</s>"), chatml],
-    ids=["default", "bos", "pad is eos", "chatml"],
+    "example", [Example([5, 6, 1], 1, ((0, 1),)), Example([5, 6, 1], 0)], ids=["marked", "a document"]
 )
-def test_the_loss_mask_covers_exactly_the_answer_and_its_one_eos(make):
-    tokenizer = make()
-    history = (
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": f"{tokenizer.eos_token} or {tokenizer.eos_token}?"},
-    )
-    rows = [SFTRow(history, "Ciao", ""), SFTRow(history[:1], "Good morning to you", "")]
-    batch = collate_sft(encode_sft(rows, tokenizer, 1000)[0], tokenizer.eos_token_id)
-    for row, ids, mask in zip(rows, batch.input_ids, batch.loss_mask, strict=True):
-        learned = ids[mask]
-        assert tokenizer.decode(learned).strip() == row.response + tokenizer.eos_token
-        assert (learned == tokenizer.eos_token_id).sum() == 1
+def test_the_first_token_of_a_row_is_never_learned(example):
+    assert collate_sft([example], PAD).loss_mask.int().tolist() == [[0, 1, 1]]
+    assert collate_packed([[example, example]], PAD).loss_mask.int().tolist() == [[0, 1, 1, 0, 1, 1]]
 
 
 def test_the_attention_mask_ignores_pad_ids_inside_a_row():
@@ -115,3 +110,111 @@ def test_a_micro_batch_of_fillers_still_has_a_token_to_run_on():
         assert batch.input_ids.tolist() == [[PAD], [PAD]] and batch.attention_mask.all()
     assert not sft.loss_mask.any() and not ranking.is_real.any() and not prompts.is_real.any()
     assert ranking.ranks.tolist() == [0, 1] and prompts.row_index.tolist() == [-1, -1]
+
+
+# -- packed rows -------------------------------------------------------------------------------------------
+
+
+def test_packed_by_hand():
+    batch = collate_packed([[LONG, SHORT], [SHORT, SHORT], [SHORT]], PAD)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 5, 1], [5, 1, 5, 1, 0, 0, 0], [5, 1, 0, 0, 0, 0, 0]]
+    assert batch.attention_mask.int().tolist() == [[1] * 7, [1] * 4 + [0] * 3, [1] * 2 + [0] * 5]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 1, 1, 0, 1], [0, 1, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0]]
+    assert (batch.loss_mask.dtype, batch.position_ids.dtype) == (torch.bool, torch.long)
+
+
+def test_packed_earlier_answers_are_learned_in_their_own_row():
+    example = Example([5, 6, 7, 1], prompt_length=3, also_trained=((1, 2),))
+    assert collate_packed([[LONG, example]], PAD).loss_mask.int().tolist() == [[0, 0, 0, 1, 1, 0, 1, 0, 1]]
+
+
+def test_a_packed_filler_attends_like_the_first_pack_and_learns_nothing():
+    batch = collate_packed([None, [LONG, SHORT], [SHORT]], PAD)
+    for tensor in (batch.input_ids, batch.attention_mask, batch.position_ids):
+        assert torch.equal(tensor[0], tensor[1])
+    assert batch.loss_mask.any(dim=1).tolist() == [False, True, True]
+
+
+# -- from text to mask -------------------------------------------------------------------------------------
+
+Part = tuple[str, bool]  # text as the template writes it, and whether it is an answer with its EOS
+
+
+def default_parts(role: str, content: str) -> list[Part]:
+    if role == "assistant":
+        return [("\n\nAssistant:", False), (f" {content}</s>", True)]
+    return [(f"\n\nHuman: {content}" if role == "user" else content, False)]
+
+
+def chatml_parts(role: str, content: str) -> list[Part]:
+    header, answered = f"<|im_start|>{role}\n", role == "assistant"
+    return [(header, False), (f"{content}<|im_end|>", answered), ("\n", False)]
+
+
+def tagged_parts(role: str, content: str) -> list[Part]:
+    parts = chatml_parts(role, content)
+    return [parts[0], ("(calm)", False), *parts[1:]] if role == "assistant" else parts
+
+
+WRITERS = {
+    "default": (default(), default_parts),
+    "BOS": (default(adds_bos=True), default_parts),
+    "pad is EOS": (default(pad_token="</s>"), default_parts),
+    "ChatML": (chatml(), chatml_parts),
+    "tags": (chatml(TAGGED), tagged_parts),
+}
+printable = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from(" \n"), min_size=1, max_size=6)
+contents = printable.filter(lambda text: text.strip())
+questions = contents | st.sampled_from(["</s>?", "<|im_end|>\n<|im_start|>assistant\nHi", "a\n\nAssistant: b</s>"])
+
+
+@st.composite
+def dialogues(draw) -> list[tuple[str, str]]:
+    """(role, content) each: perhaps a system turn, then user and assistant in turn, an answer last."""
+    system = [("system", draw(contents))] if draw(st.booleans()) else []
+    pairs = draw(st.lists(st.tuples(questions, contents), min_size=1, max_size=3))
+    return system + [turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer))]
+
+
+def expected_row(tokenizer, write, turns, train_on: str) -> tuple[list[int], list[bool]]:
+    """Ids and mask, part after part: a token of these tokenizers is a byte, so no part shares one with the next."""
+    parts = [("<s>", False)] if tokenizer.chat_template.startswith("{{ bos_token }}") else []
+    for role, content in turns[:-1]:
+        parts += [(text, learned and train_on != "last_answer") for text, learned in write(role, content)]
+    # Of the last turn, all that follows the generation prompt is the answer, up to its EOS.
+    header, *rest = (text for text, _ in write(*turns[-1]))
+    parts += [(header, False), ("".join(rest).rstrip("\n"), True)]
+    ids, mask = [], []
+    for text, learned in parts:
+        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids, mask = ids + new, mask + [learned or train_on == "everything"] * len(new)
+    return ids, [False, *mask[1:]]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(dialogues(), min_size=1, max_size=3),
+    st.sampled_from(["answers", "last_answer", "everything"]),
+    st.integers(4, 200),
+)
+def test_exactly_the_answers_and_their_eos_are_learned(writer, drawn, train_on, max_tokens):
+    tokenizer, write = WRITERS[writer]
+    rows = [
+        SFTRow(tuple({"role": role, "content": text} for role, text in turns[:-1]), turns[-1][1], "") for turns in drawn
+    ]
+    expected = [expected_row(tokenizer, write, turns, train_on) for turns in drawn]
+    kept = [(ids, mask) for ids, mask in expected if len(ids) <= max_tokens]
+    found = encode(rows, tokenizer, Policy("sft", max_tokens, train_on=train_on))
+    examples = [each[0] for each in found if isinstance(each, tuple)]
+    assert len(examples) == len(kept)
+    if not kept:
+        return
+    width = max(len(ids) for ids, _ in kept)
+    batch = collate_sft([*examples, None], tokenizer.eos_token_id)
+    for row, (ids, mask) in enumerate(kept):
+        padding = width - len(ids)
+        assert batch.input_ids[row].tolist() == ids + [tokenizer.eos_token_id] * padding
+        assert batch.loss_mask[row].tolist() == mask + [False] * padding
+    assert not batch.loss_mask[-1].any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,13 @@ def error_of(path: str, *words: str, settings_class: type = SFTConfig) -> str:
 def test_yaml_values_and_defaults_arrive_typed(sft_yaml):
     settings = load_sft(sft_yaml)
     assert (settings.model, settings.global_batch, settings.optimizer.learning_rate) == ("some/model", 8, 1e-3)
-    assert (settings.data.heldout, settings.epochs, settings.optimizer.betas) == (None, 1.0, (0.9, 0.95))
+    assert (settings.data.heldout, settings.epochs, settings.optimizer.betas) == ((), 1.0, (0.9, 0.95))
 
 
 def test_overrides_win_and_dots_reach_into_groups(sft_yaml):
     settings = load_sft(sft_yaml, "global_batch=16", "optimizer.learning_rate=0.5", "data.heldout=other.jsonl")
     assert (settings.global_batch, settings.optimizer.learning_rate) == (16, 0.5)
-    assert (settings.data.heldout, settings.data.train) == ("other.jsonl", "rows.jsonl")
+    assert [source.path for source in settings.data.heldout + settings.data.train] == ["other.jsonl", "rows.jsonl"]
 
 
 def test_an_override_makes_a_group_that_the_file_leaves_out(tmp_path):
@@ -95,7 +96,39 @@ def test_override_values_are_yaml_and_may_hold_spaces_and_equal_signs(sft_yaml):
         sft_yaml, "optimizer.betas=[0.8, 0.9]", "data.heldout=null", "output=a b=c", "gradient_checkpointing=true"
     )
     assert settings.optimizer.betas == (0.8, 0.9)
-    assert (settings.data.heldout, settings.output, settings.gradient_checkpointing) == (None, "a b=c", True)
+    assert (settings.data.heldout, settings.output, settings.gradient_checkpointing) == ((), "a b=c", True)
+
+
+def test_a_source_is_a_path_or_a_group_of_settings_or_a_list_of_both(sft_yaml):
+    one = load_sft(sft_yaml, "data.train={path: a.csv, weight: 2, columns: {prompt: q.0, responses: [a, b]}}")
+    assert (one.data.train[0].path, one.data.train[0].weight) == ("a.csv", 2)
+    assert one.data.train[0].columns == {"prompt": "q.0", "responses": ("a", "b")}
+    two = load_sft(sft_yaml, "data.train=[a.csv, {preset: b.yaml, split: test}]")
+    assert [(source.path, source.preset, source.split) for source in two.data.train] == [
+        ("a.csv", None, "train"),
+        (None, "b.yaml", "test"),
+    ]
+
+
+@pytest.mark.parametrize("shares", ["2,4,4", "[2, 4, 4]"])
+def test_data_split_is_three_shares(sft_yaml, shares):
+    assert load_sft(sft_yaml, f"data.data_split={shares}").data.data_split == (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("data.data_split=2,4", "key `data.data_split`: give three shares, for steps 1, 2 and 3, such as 2,4,4"),
+        ("data.data_split=0,0,0", "key `data.data_split`: give three shares"),
+        ("data.train=[]", "key `data.train`: "),
+        ("data.train={path: a.csv, colums: {}}", "did you mean `data.train.columns`?"),
+        ("data.train={path: a.csv, weight: 0}", "key `data.train.0.weight`: "),
+        ("data.too_long=truncate", "key `data.too_long`: "),
+    ],
+)
+def test_a_wrong_source_is_one_sentence(sft_yaml, override, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load_sft(sft_yaml, override)
 
 
 @pytest.mark.parametrize("words", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])

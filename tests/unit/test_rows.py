@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tristage.data.rows import PromptRow, RankingRow, SFTRow, read_rows, split_heldout
+from tristage.config import SourceSettings
+from tristage.data.rows import (
+    PromptRow,
+    RankingRow,
+    Row,
+    SFTRow,
+    TextRow,
+    Unusable,
+    prompt_hash,
+    read_row,
+    row_hash,
+)
+from tristage.data.sources import open_source
 from tristage.errors import UserError
 
-HH_FILE = Path(__file__).parents[2].parent / "shared" / "data" / "hh_helpful" / "helpful-base-test.jsonl.gz"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+WHERE = "rows.jsonl:7"
+KINDS = ("ranking", "sft", "prompt")
 
 USER_HI = ({"role": "user", "content": "Hi"},)
 HH_PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye"
@@ -21,16 +35,34 @@ HH_TURNS = (
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "Bye"},
 )
+SYSTEM = {"role": "system", "content": "Be brief."}
+PAIR = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
+DEMONSTRATION = {"prompt": "Hi", "response": "there"}
 
 
-def write_jsonl(folder: Path, *rows: object) -> str:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+def read(raw: object, kind, **source) -> Row:
+    return read_row((WHERE, raw), SourceSettings(path="rows.jsonl", **source), kind)
+
+
+def refusal(raw: object, kind, **source) -> str:
+    """The sentence about a malformed row, without its place."""
+    with pytest.raises(UserError) as caught:
+        read(raw, kind, **source)
+    place, _, sentence = str(caught.value).partition(f"{WHERE}: ")
+    assert place == "" and "\n" not in sentence
+    return sentence
 
 
 def hh(answer: str) -> str:
     return f"{HH_PROMPT}\n\nAssistant: {answer}"
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 # -- layouts -----------------------------------------------------------------------------------------------
@@ -39,34 +71,83 @@ def hh(answer: str) -> str:
 @pytest.mark.parametrize(
     "raw, prompt, answers, ranks",
     [
-        ({"prompt": "Hi", "chosen": "good", "rejected": "bad"}, USER_HI, ("good", "bad"), (0, 1)),
-        (
-            {"prompt": "Hi", "responses": ["c", "a", "b"], "ranks": [2, 0, 1]},
+        (PAIR, USER_HI, ("good", "bad"), (0, 1)),
+        ({"prompt": "Hi", "responses": ["c", "a", "b"], "ranks": [2, 0, 1]}, USER_HI, ("c", "a", "b"), (2, 0, 1)),
+        ({"prompt": "Hi", "responses": ["b", "a"], "scores": [-3, 0.5]}, USER_HI, ("b", "a"), (1, 0)),
+        (  # the highest score is the best, equal scores are equal ranks
+            {"prompt": "Hi", "responses": ["c", "a", "b", "as b"], "scores": [1, 7.5, 2, 2]},
             USER_HI,
-            ("c", "a", "b"),
-            (2, 0, 1),
+            ("c", "a", "b", "as b"),
+            (2, 0, 1, 1),
         ),
         ({"chosen": hh("good"), "rejected": hh("bad")}, HH_TURNS, ("good", "bad"), (0, 1)),
+        (
+            {"chosen": [SYSTEM, *HH_TURNS, assistant("good")], "rejected": [SYSTEM, *HH_TURNS, assistant("bad")]},
+            (SYSTEM, *HH_TURNS),
+            ("good", "bad"),
+            (0, 1),
+        ),
+        (
+            {"prompt": list(HH_TURNS), "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+            HH_TURNS,
+            ("good", "bad"),
+            (0, 1),
+        ),
+        ({"instruction": "Hi", "output": ["a", "b", "c"]}, USER_HI, ("a", "b", "c"), (0, 1, 2)),
     ],
 )
-def test_ranking_layouts_give_a_prompt_with_ranked_answers(tmp_path, raw, prompt, answers, ranks):
-    source = write_jsonl(tmp_path, raw)
-    rows, dropped = read_rows(source, "ranking")
-    assert rows == [RankingRow(prompt, answers, ranks, f"{source}:1")]
-    assert not dropped
+def test_ranking_layouts_give_a_prompt_with_ranked_answers(raw, prompt, answers, ranks):
+    assert read(raw, "ranking") == RankingRow(prompt, answers, ranks, WHERE)
+
+
+def test_best_first_ranks_responses_by_their_order_unless_they_have_ranks_or_scores():
+    raw = {"prompt": "Hi", "responses": ["a", "b", "c"]}
+    assert read(raw, "ranking", best_first=True) == RankingRow(USER_HI, ("a", "b", "c"), (0, 1, 2), WHERE)
+    assert read(raw | {"scores": [1, 2, 3]}, "ranking", best_first=True).ranks == (2, 1, 0)
+    assert read(raw | {"ranks": [1, 0, 1]}, "ranking", best_first=True).ranks == (1, 0, 1)
+    assert "found only a prompt" in refusal(raw, "ranking")
 
 
 @pytest.mark.parametrize(
     "raw, prompt, response",
     [
         ({"prompt": "Hi", "response": " there\n"}, USER_HI, " there\n"),
-        ({"messages": [*HH_TURNS, {"role": "assistant", "content": "Ciao"}]}, HH_TURNS, "Ciao"),
+        ({"prompt": "Hi", "response": [assistant("there")]}, USER_HI, "there"),
         ({"prompt": list(HH_TURNS), "response": "Ciao"}, HH_TURNS, "Ciao"),
+        ({"prompt": "Hi", "completion": "there"}, USER_HI, "there"),
+        ({"prompt": [user("Hi")], "completion": [assistant("there")]}, USER_HI, "there"),
+        ({"messages": [*HH_TURNS, assistant("Ciao")]}, HH_TURNS, "Ciao"),
+        ({"conversations": [*HH_TURNS, assistant("Ciao")]}, HH_TURNS, "Ciao"),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                    {"from": "user", "value": "Bye"},
+                    {"from": "assistant", "value": "Ciao"},
+                ]
+            },
+            (SYSTEM, *HH_TURNS),
+            "Ciao",
+        ),
+        ({"instruction": "Hi", "output": "there"}, USER_HI, "there"),
+        ({"instruction": "Hi", "input": " ", "output": "there", "history": [], "system": ""}, USER_HI, "there"),
+        ({"instruction": "Add.", "input": "1 + 2", "output": "3"}, (user("Add.\n1 + 2"),), "3"),
+        (
+            {"instruction": "Bye", "output": "Ciao", "history": [["Hi", "Hello"]], "system": "Be brief."},
+            (SYSTEM, *HH_TURNS),
+            "Ciao",
+        ),
+        (
+            {"instruction": "3", "input": None, "output": "c", "history": [["1", "a"], ["2", "b"]]},
+            (user("1"), assistant("a"), user("2"), assistant("b"), user("3")),
+            "c",
+        ),
     ],
 )
-def test_demonstration_layouts_give_a_prompt_with_an_answer(tmp_path, raw, prompt, response):
-    source = write_jsonl(tmp_path, raw)
-    assert read_rows(source, "sft")[0] == [SFTRow(prompt, response, f"{source}:1")]
+def test_demonstration_layouts_give_a_prompt_with_an_answer(raw, prompt, response):
+    assert read(raw, "sft") == SFTRow(prompt, response, WHERE)
 
 
 @pytest.mark.parametrize(
@@ -75,276 +156,348 @@ def test_demonstration_layouts_give_a_prompt_with_an_answer(tmp_path, raw, promp
         ("Hi", USER_HI),
         (HH_PROMPT, HH_TURNS),
         (HH_PROMPT + "\n\nAssistant:", HH_TURNS),
-        ("What does\n\nHuman: mean?", ({"role": "user", "content": "What does\n\nHuman: mean?"},)),
-        ("\n\nHuman:  two spaces \n", ({"role": "user", "content": " two spaces \n"},)),
+        (HH_PROMPT.lstrip() + "\n\nAssistant:", HH_TURNS),  # as published by some: the first blank line is lost
+        (" \n" + HH_PROMPT.lstrip(), HH_TURNS),
+        ("Human: error or not?", (user("Human: error or not?"),)),
+        ("What does\n\nHuman: mean?", (user("What does\n\nHuman: mean?"),)),
+        ("\n\nHuman:  two spaces \n", (user(" two spaces \n"),)),
+        ([SYSTEM, *HH_TURNS], (SYSTEM, *HH_TURNS)),
     ],
 )
-def test_prompt_text_is_one_user_turn_unless_it_is_a_dialogue(tmp_path, prompt, turns):
-    source = write_jsonl(tmp_path, {"prompt": prompt})
-    assert read_rows(source, "prompt")[0] == [PromptRow(turns, f"{source}:1")]
+def test_prompt_text_is_one_user_turn_unless_it_is_a_dialogue(prompt, turns):
+    assert read({"prompt": prompt}, "prompt") == PromptRow(turns, WHERE)
 
 
-def test_a_ranking_row_serves_the_simpler_steps_with_its_first_best_answer(tmp_path):
-    source = write_jsonl(
-        tmp_path, {"prompt": "Hi", "responses": ["worst", "best", "as good"], "ranks": [3, 0, 0]}
-    )
-    assert read_rows(source, "sft")[0] == [SFTRow(USER_HI, "best", f"{source}:1")]
-    assert read_rows(source, "prompt")[0] == [PromptRow(USER_HI, f"{source}:1")]
+def test_text_is_kept_as_it_stands():
+    assert read({"text": " One.\n\nHuman: Two.\n"}, "text") == TextRow(" One.\n\nHuman: Two.\n", WHERE)
 
 
-def test_other_columns_are_ignored(tmp_path):
-    source = write_jsonl(tmp_path, {"prompt": "Hi", "response": "there", "id": 7, "tags": None})
-    assert read_rows(source, "sft")[0] == [SFTRow(USER_HI, "there", f"{source}:1")]
+def test_a_json_line_reads_as_its_decoded_row():
+    assert read(json.dumps(PAIR).encode(), "ranking") == read(PAIR, "ranking")
 
 
-# -- sources -----------------------------------------------------------------------------------------------
+def test_other_columns_are_ignored_and_the_richest_layout_wins():
+    assert read(DEMONSTRATION | {"id": 7, "tags": None}, "sft") == SFTRow(USER_HI, "there", WHERE)
+    assert read(PAIR | DEMONSTRATION | {"text": "x"}, "ranking") == RankingRow(USER_HI, ("good", "bad"), (0, 1), WHERE)
 
 
-def test_json_jsonl_and_gzip_hold_the_same_rows(tmp_path):
-    raws = [{"prompt": f"Frage über {i}"} for i in range(3)]
-    jsonl = write_jsonl(tmp_path, *raws)
-    (tmp_path / "rows.json").write_text(json.dumps(raws, indent=1))
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wb") as file:
-        file.write(Path(jsonl).read_bytes())
-    prompts = [
-        [row.prompt for row in read_rows(str(tmp_path / name), "prompt")[0]]
-        for name in ("rows.jsonl", "rows.json", "rows.jsonl.gz")
-    ]
-    assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) == 3
-    assert read_rows(str(tmp_path / "rows.json"), "prompt")[0][2].where == f"{tmp_path / 'rows.json'}[2]"
+# -- kinds -------------------------------------------------------------------------------------------------
 
 
-def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numbers(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n\n{"prompt": "b"}')
-    assert [row.where for row in read_rows(str(path), "prompt")[0]] == [f"{path}:1", f"{path}:3"]
+def test_a_ranking_row_serves_the_simpler_steps_with_its_first_best_answer():
+    raw = {"prompt": "Hi", "responses": ["worst", "best", "as good"], "ranks": [3, 0, 0]}
+    assert read(raw, "sft") == SFTRow(USER_HI, "best", WHERE)
+    assert read(raw, "prompt") == PromptRow(USER_HI, WHERE)
+    assert read(DEMONSTRATION, "prompt") == PromptRow(USER_HI, WHERE)
 
 
-def test_limit_counts_usable_rows(tmp_path):
-    same = {"prompt": "Hi", "chosen": "x", "rejected": "x"}
-    good = {"prompt": "Hi", "chosen": "x", "rejected": "y"}
-    rows, dropped = read_rows(write_jsonl(tmp_path, same, good, good, good), "ranking", limit=2)
-    assert [row.where[-1] for row in rows] == ["2", "3"] and dropped == {"identical answers": 1}
-
-
-def test_saved_datasets_are_read_by_split(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    one = datasets.Dataset.from_list([{"prompt": "Hi", "response": "there"}])
-    one.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=one, test=one).save_to_disk(tmp_path / "two")
-    for source in (str(tmp_path / "one"), str(tmp_path / "two")):
-        assert read_rows(source, "sft")[0] == [SFTRow(USER_HI, "there", f"{source}:0")]
-    with pytest.raises(UserError, match="no split 'dev', choose one of train, test"):
-        read_rows(str(tmp_path / "two"), "sft", split="dev")
-    with pytest.raises(UserError, match="not a folder of datasets.save_to_disk"):
-        read_rows(str(tmp_path), "sft")
-
-
-def test_a_hub_id_is_loaded_with_its_subset_and_split(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    calls = []
-
-    def load_dataset(name, data_dir, split):
-        calls.append((name, data_dir, split))
-        return [{"prompt": "Hi", "response": "there"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows, _ = read_rows("some-org/some.set", "sft", subset="base", split="test")
-    assert rows == [SFTRow(USER_HI, "there", "some-org/some.set[test]:0")]
-    assert calls == [("some-org/some.set", "base", "test")]
-
-
-def test_a_hub_failure_is_one_sentence(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def load_dataset(*args, **kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match="some-org/set: no such path here, and as a hub set .*no route"):
-        read_rows("some-org/set", "sft")
+RANKED = "ranked answers (prompt + chosen + rejected, or responses with ranks, scores or `best_first: true`)"
 
 
 @pytest.mark.parametrize(
-    "source", ["missing.jsonl", "./folder/rows.jsonl", "/no/such", "data/rows.jsonl.gz", "folder"]
+    "raw, kind, needed, found",
+    [
+        (DEMONSTRATION, "ranking", RANKED, "a prompt and one answer"),
+        ({"prompt": "Hi"}, "ranking", RANKED, "a prompt"),
+        ({"text": "Hi"}, "ranking", RANKED, "plain text"),
+        ({"prompt": "Hi"}, "sft", "an answer (prompt + response)", "a prompt"),
+        ({"text": "Hi"}, "sft", "an answer (prompt + response)", "plain text"),
+        ({"text": "Hi"}, "prompt", "a prompt", "plain text"),
+        (PAIR, "text", "plain text (text)", "ranked answers"),
+        (DEMONSTRATION, "text", "plain text (text)", "a prompt and one answer"),
+        ({"prompt": "Hi"}, "text", "plain text (text)", "a prompt"),
+    ],
 )
-def test_a_missing_path_is_said_to_be_missing_and_never_looked_up(source):
-    with pytest.raises(UserError, match="there is no such file or folder"):
-        read_rows(source, "sft")
+def test_a_row_that_is_too_poor_for_the_step_is_refused(raw, kind, needed, found):
+    assert refusal(raw, kind) == f"this step needs {needed} in every row, found only {found}"
 
 
-def test_subset_of_a_local_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="`subset` = 'x' is for hub sets only"):
-        read_rows(write_jsonl(tmp_path, {"prompt": "Hi"}), "prompt", subset="x")
+# -- columns and clean -------------------------------------------------------------------------------------
+
+NESTED = {
+    "prompt": "not mapped",
+    "question": {"text": "Hi", "lang": "en"},
+    "answers": [{"text": "good"}, {"text": "bad"}],
+    "votes": [2, 5],
+}
+QUESTION = {"prompt": "question.text"}
+
+
+@pytest.mark.parametrize(
+    "columns, kind, row",
+    [
+        (QUESTION, "prompt", PromptRow(USER_HI, WHERE)),
+        (QUESTION | {"response": "answers.1.text"}, "sft", SFTRow(USER_HI, "bad", WHERE)),
+        (
+            QUESTION | {"responses": ["answers.0.text", "answers.1.text"], "scores": "votes"},
+            "ranking",
+            RankingRow(USER_HI, ("good", "bad"), (1, 0), WHERE),
+        ),
+        (
+            QUESTION | {"responses": ["answers.0.text", "question.lang"], "ranks": ["votes.1", "votes.0"]},
+            "ranking",
+            RankingRow(USER_HI, ("good", "en"), (5, 2), WHERE),
+        ),
+    ],
+)
+def test_columns_reach_into_objects_and_lists_and_several_make_a_list(columns, kind, row):
+    assert read(NESTED, kind, columns=columns) == row
+
+
+def test_with_columns_given_no_other_column_is_read():
+    columns = {"prompt": "prompt", "response": "chosen"}
+    assert read(PAIR | {"response": "other"}, "sft", columns=columns) == SFTRow(USER_HI, "good", WHERE)
+    assert "found only a prompt and one answer" in refusal(PAIR, "ranking", columns=columns)
+
+
+@pytest.mark.parametrize(
+    "path, there",
+    [
+        ("query", "the columns ['answers', 'prompt', 'question', 'votes']"),
+        ("question.title", "no 'title' inside"),
+        ("question.text.en", "no 'en' inside"),
+        ("answers.2.text", "no '2' inside"),
+        ("answers.first", "no 'first' inside"),
+        ("votes.0.text", "no 'text' inside"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_an_error_that_names_it(path, there):
+    sentence = f"`columns` names {path!r}, but the row has {there}; correct it"
+    assert refusal(NESTED, "sft", columns=QUESTION | {"response": path}) == sentence
+    assert refusal(NESTED, "sft", columns=QUESTION | {"responses": ["prompt", path]}) == sentence
+
+
+def test_clean_rules_apply_in_order_to_their_columns_only():
+    rules = [
+        {"columns": ["prompt", "response"], "pattern": r"<br\s*/?>", "replacement": "\n"},
+        {"columns": ["response"], "pattern": r"\n+$"},
+        {"columns": ["response"], "pattern": r"\bu\b", "replacement": "you"},
+        {"columns": ["response"], "pattern": r"(\w+)@(\w+)", "replacement": r"\2 at \1"},
+        {"columns": ["absent"], "pattern": ".", "replacement": "x"},
+    ]
+    raw = {"prompt": "Hi<br>u<br/>", "response": "thank u<br >a@b<br>"}
+    assert read(raw, "sft", clean=rules) == SFTRow((user("Hi\nu\n"),), "thank you\nb at a", WHERE)
+
+
+def test_clean_rules_reach_into_lists_of_text_under_our_names():
+    raw = {"query": "Hi", "replies": ["a</s>", "b</s>"], "votes": [1, 2]}
+    columns = {"prompt": "query", "responses": "replies", "scores": "votes"}
+    rule = {"columns": ["responses", "scores"], "pattern": "</s>"}
+    assert read(raw, "ranking", columns=columns, clean=[rule]).answers == ("a", "b")
+    assert read(raw, "ranking", columns=columns, clean=[rule | {"columns": ["replies"]}]).answers == ("a</s>", "b</s>")
 
 
 # -- bad rows ----------------------------------------------------------------------------------------------
 
-GOOD = b'{"prompt": "Hi", "response": "there"}'
-
-
-def as_line(**columns: object) -> bytes:
-    return json.dumps(columns).encode()
+ROLES = "must be an object with a role of system, user, assistant"
 
 
 @pytest.mark.parametrize(
-    "line, sentence",
+    "raw, sentence",
     [
-        (b'{"prompt": "Hi", ', "not JSON"),
+        (["Hi", "there"], "a row must be an object with named columns, found list"),
+        (None, "a row must be an object with named columns, found null"),
+        (b'"Hi"', "a row must be an object with named columns, found str"),
+        (b'{"prompt": "Hi", ', "not JSON (Expecting property name enclosed in double quotes at column"),
         (b'{"prompt": "\xff", "response": "x"}', "byte 0xff is not UTF-8"),
-        (b'["Hi", "there"]', "a row must be an object with named columns, found list"),
-        (b"null", "a row must be an object with named columns, found null"),
         (
-            as_line(question="Hi", answer="there"),
-            r"columns \['answer', 'question'\] are not understood.*prompt \+ response",
+            {"question": "Hi", "answer": "there"},
+            "the columns ['answer', 'question'] are not understood, rename them to one of: prompt + chosen + rejected;",
         ),
-        (as_line(prompt="Hi", response=3), "`response` must be text, found int"),
-        (as_line(prompt=None, response="x"), "`prompt` must be text, found null"),
-        (as_line(prompt="", response="x"), "`prompt` is empty"),
-        (as_line(prompt="Hi", response=" \n"), "`response` is empty"),
-        (b'{"prompt": "\\ud800", "response": "x"}', "`prompt` has half a surrogate pair"),
-        (as_line(prompt="Hi"), "needs an answer .* found only a prompt"),
-        (as_line(prompt=[], response="x"), "`prompt` as a list of messages must end with a user turn"),
-        (as_line(prompt=[{"role": "assistant", "content": "Hi"}], response="x"), "must end with a user turn"),
-        (as_line(messages="Hi"), "`messages` must be a list of messages, found str"),
-        (as_line(messages=[{"role": "user", "content": "Hi"}]), "end with an assistant turn"),
-        (as_line(messages=[{"role": "assistant", "content": "Hi"}]), "must hold a prompt"),
+        ({"prompt": "Hi", "response": 3}, "`response` must be text, found int"),
+        ({"prompt": None, "response": "x"}, "`prompt` must be text, found null"),
+        ({"prompt": "", "response": "x"}, "`prompt` is empty"),
+        ({"prompt": "Hi", "response": " \n"}, "`response` is empty"),
+        (b'{"prompt": "\\ud800", "response": "x"}', "`prompt` has half a surrogate pair at 0"),
+        ({"prompt": [], "response": "x"}, "`prompt` as a list of messages must end with a user turn"),
+        ({"prompt": [assistant("Hi")], "response": "x"}, "`prompt` as a list of messages must end with a user turn"),
+        ({"prompt": "Hi", "response": [user("x")]}, "`response` as a list of messages must hold one assistant turn"),
+        ({"prompt": "Hi", "response": []}, "`response` as a list of messages must hold one assistant turn"),
+        ({"prompt": "Hi", "completion": ""}, "`response` is empty"),
+        ({"messages": "Hi"}, "`messages` must be a list of messages, found str"),
+        ({"messages": [user("Hi")]}, "`messages` must hold a prompt and end with an assistant turn"),
+        ({"messages": [assistant("Hi")]}, "`messages` must hold a prompt and end with an assistant turn"),
+        ({"messages": [{"role": "bot", "content": "Hi"}]}, f"`messages[0]` {ROLES}"),
+        ({"messages": [{"role": "user"}]}, "`messages[0].content` must be text, found null"),
+        ({"conversations": []}, "`conversations` must hold a prompt and end with an assistant turn"),
+        ({"conversations": [{"from": "tool", "value": "Hi"}]}, f"`conversations[0]` {ROLES}"),
+        ({"conversations": [{"from": "gpt", "text": "Hi"}]}, "`conversations[0].content` must be text, found null"),
+        ({"instruction": "", "output": "x"}, "`instruction` is empty"),
+        ({"instruction": "Hi", "input": ["x"], "output": "x"}, "`input` must be text, found list"),
+        ({"instruction": "Hi", "output": "x", "system": 1}, "`system` must be text, found int"),
+        ({"instruction": "Hi", "output": "x", "history": 1}, "`history` must be a list of pairs, found int"),
+        ({"instruction": "Hi", "output": "x", "history": [["a"]]}, "`history[0]` must be a pair of an instruction"),
+        ({"instruction": "Hi", "output": "x", "history": [["a", "b"], ["c", ""]]}, "`history[1]` is empty"),
+        ({"instruction": "Hi", "output": []}, "`output` is a list of 0, give two ranked answers or one text"),
+        ({"instruction": "Hi", "output": ["a", 2]}, "`output[1]` must be text, found int"),
+        ({"prompt": "Hi", "responses": "ab", "ranks": [0, 1]}, "`responses` and `ranks` must be two lists of the same"),
+        ({"prompt": "Hi", "responses": ["a", "b"], "scores": [0]}, "`responses` and `scores` must be two lists of the"),
+        ({"prompt": "Hi", "responses": ["a"], "ranks": [0]}, "`responses` has 1 answer, give 2"),
         (
-            as_line(messages=[{"role": "bot", "content": "Hi"}]),
-            r"`messages\[0\]` must be an object with a role",
+            {"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, "1"]},
+            "`ranks` must be finite numbers (0 = best), found '1'",
         ),
-        (as_line(messages=[{"role": "user"}]), r"`messages\[0\].content` must be text, found null"),
-        (as_line(prompt="Hi", responses="ab", ranks=[0, 1]), "two lists of the same length"),
-        (as_line(prompt="Hi", responses=["a", "b"], ranks=[0]), "two lists of the same length"),
-        (as_line(prompt="Hi", responses=["a"], ranks=[0]), "has 1 answer, give 2"),
-        (as_line(prompt="Hi", responses=["a", "b"], ranks=[0, "1"]), "finite numbers"),
-        (as_line(prompt="Hi", responses=["a", "b"], ranks=[0, float("nan")]), "finite numbers"),
+        ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, True]}, "`ranks` must be finite numbers (0 = best)"),
         (
-            as_line(prompt="Hi", responses=["a", None], ranks=[0, 1]),
-            r"`responses\[1\]` must be text, found null",
+            b'{"prompt": "Hi", "responses": ["a", "b"], "scores": [0, NaN]}',
+            "`scores` must be finite numbers (highest = best), found nan",
         ),
-        (as_line(chosen="good", rejected="bad"), "must be a whole dialogue"),
+        ({"prompt": "Hi", "responses": ["a", None], "ranks": [0, 1]}, "`responses[1]` must be text, found null"),
+        ({"chosen": "good", "rejected": "bad"}, "`chosen` without a `prompt` column must be a whole dialogue"),
+        (
+            {"chosen": [assistant("a")], "rejected": [assistant("b")]},
+            "`chosen` without a `prompt` column must hold the prompt's turns too",
+        ),
+        (PAIR | {"rejected": [user("Hi"), assistant("b")]}, "`rejected` as a list of messages must hold one assistant"),
     ],
 )
-def test_a_malformed_row_is_one_error_that_names_file_and_line(tmp_path, line, sentence):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join([GOOD, line, GOOD]))
-    with pytest.raises(UserError, match=sentence) as caught:
-        read_rows(str(path), "sft")
-    assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
+def test_a_malformed_row_is_one_sentence_after_its_place(raw, sentence):
+    assert refusal(raw, "sft").startswith(sentence)
 
 
-def test_a_demonstration_cannot_serve_the_ranking_step(tmp_path):
-    with pytest.raises(
-        UserError, match=r"rows.jsonl:1: this step needs ranked answers .* found only a prompt and one answer"
-    ):
-        read_rows(write_jsonl(tmp_path, {"prompt": "Hi", "response": "there"}), "ranking")
-
-
-@pytest.mark.parametrize(
-    "content, sentence",
-    [
-        (b'[\n{"prompt": "a"},\n{"prompt" 3}]', ":3: not JSON"),
-        (b'[\n"\xff"]', ":2: byte 0xff"),
-        (b'{"prompt": "a"}', ":1: a .json file must hold one list of rows, found dict"),
-    ],
-)
-def test_a_broken_json_file_is_an_error_that_names_the_line(tmp_path, content, sentence):
-    path = tmp_path / "rows.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=sentence):
-        read_rows(str(path), "prompt")
-
-
-def test_a_cut_or_fake_gzip_is_an_error(tmp_path):
-    path = tmp_path / "rows.jsonl.gz"
-    whole = gzip.compress(b"\n".join([GOOD] * 3))
-    for content in (whole[:-12], GOOD):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"rows.jsonl.gz:\d+: the gzip stream breaks"):
-            read_rows(str(path), "sft")
-
-
-def test_an_unknown_suffix_is_an_error(tmp_path):
-    (tmp_path / "rows.csv").write_text("prompt\nHi\n")
-    with pytest.raises(UserError, match="cannot read .csv files"):
-        read_rows(str(tmp_path / "rows.csv"), "prompt")
+def test_malformed_text_is_one_sentence_after_its_place():
+    assert refusal({"text": "\n"}, "text") == "`text` is empty, fill it or remove the row"
+    assert refusal({"text": 3}, "text") == "`text` must be text, found int"
 
 
 # -- dropped rows ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "raw, reason",
     [
         ({"prompt": "Hi", "chosen": "x", "rejected": "x"}, "identical answers"),
+        ({"instruction": "Hi", "output": ["x", "x", "x"]}, "identical answers"),
         ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 1]}, "all answers ranked equal"),
+        ({"prompt": "Hi", "responses": ["a", "b"], "scores": [0.5, 0.5]}, "all answers ranked equal"),
         ({"chosen": hh("same"), "rejected": hh("same")}, "identical answers"),
         (
             {"chosen": hh("a"), "rejected": "\n\nHuman: Else\n\nAssistant: b"},
             "dialogues differ before the last turn",
         ),
+        (
+            {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]},
+            "dialogues differ before the last turn",
+        ),
         ({"chosen": hh("a"), "rejected": hh("")}, "dialogue with an empty turn"),
         ({"chosen": HH_PROMPT, "rejected": HH_PROMPT}, "dialogue does not end with an answer"),
-        ({"prompt": "\n\nHuman: \n\nAssistant: a\n\nHuman: Hi"}, "dialogue with an empty turn"),
+        (PAIR | {"prompt": "\n\nHuman: \n\nAssistant: a\n\nHuman: Hi"}, "dialogue with an empty turn"),
+        (PAIR | {"prompt": "Human: \n\nAssistant: a\n\nHuman: Hi"}, "dialogue with an empty turn"),
     ],
 )
-def test_a_row_that_teaches_nothing_is_dropped_alike_in_every_step(tmp_path, raw, reason):
-    source = write_jsonl(tmp_path, raw, {"prompt": "Hi", "chosen": "x", "rejected": "y"})
-    for kind in ("ranking", "sft", "prompt"):
-        rows, dropped = read_rows(source, kind)
-        assert len(rows) == 1 and dropped == {reason: 1}
+def test_a_row_that_teaches_nothing_is_unusable_alike_in_every_step(raw, reason, kind):
+    with pytest.raises(Unusable) as caught:
+        read(raw, kind)
+    assert str(caught.value) == reason
 
 
-def test_a_source_without_a_usable_row_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"no usable row \(dropped: {'identical answers': 1}\)"):
-        read_rows(write_jsonl(tmp_path, {"prompt": "Hi", "chosen": "x", "rejected": "x"}), "ranking")
+# -- hashes ------------------------------------------------------------------------------------------------
 
 
-# -- held-out split ----------------------------------------------------------------------------------------
+def test_rows_of_every_kind_with_one_prompt_share_its_hash():
+    rows = [read(PAIR, kind) for kind in KINDS]
+    rows += [read({"messages": [user("Hi"), assistant("x")]}, "sft"), PromptRow(USER_HI, "elsewhere")]
+    assert len({prompt_hash(row) for row in rows}) == 1
+    others = [PromptRow(turns, WHERE) for turns in (USER_HI, (SYSTEM, *USER_HI), ({**USER_HI[0], "role": "system"},))]
+    others += [TextRow("Hi", WHERE), TextRow("Hi.", WHERE)]
+    hashes = [prompt_hash(row) for row in others]
+    assert len(set(hashes)) == 5 and all(0 <= each < 2**63 for each in hashes)
 
 
-def make_rows(num_rows: int) -> list[SFTRow]:
-    return [
-        SFTRow(({"role": "user", "content": f"question {i // 2}"},), f"answer {i}", "")
-        for i in range(num_rows)
+def test_rows_share_a_row_hash_when_all_but_their_places_is_equal():
+    different = [
+        PromptRow(USER_HI, "a"),
+        SFTRow(USER_HI, "x", "a"),
+        SFTRow(USER_HI, "y", "a"),
+        RankingRow(USER_HI, ("x", "y"), (0, 1), "a"),
+        RankingRow(USER_HI, ("y", "x"), (0, 1), "a"),
+        RankingRow(USER_HI, ("x", "y"), (1, 0), "a"),
     ]
-
-
-def test_rows_with_the_same_prompt_fall_on_the_same_side():
-    train, heldout = split_heldout(make_rows(400), 0.25, seed=0)
-    assert len(train) + len(heldout) == 400
-    assert not {row.prompt[0]["content"] for row in train} & {row.prompt[0]["content"] for row in heldout}
-
-
-def test_the_side_depends_on_neither_order_nor_the_other_rows():
-    rows = make_rows(400)
-    _, heldout = split_heldout(rows, 0.25, seed=0)
-    assert split_heldout(rows[::-1], 0.25, seed=0)[1] == heldout[::-1]
-    assert split_heldout(make_rows(800), 0.25, seed=0)[1][: len(heldout)] == heldout
-
-
-def test_the_share_is_about_the_fraction_and_the_seed_moves_it():
-    splits = [split_heldout(make_rows(2000), 0.25, seed=seed)[1] for seed in (0, 1)]
-    assert all(0.2 < len(heldout) / 2000 < 0.3 for heldout in splits) and splits[0] != splits[1]
-    assert (
-        split_heldout(make_rows(10), 0.0, seed=0)[1] == []
-        and split_heldout(make_rows(10), 1.0, seed=0)[0] == []
-    )
+    assert len({row_hash(row) for row in different}) == 6
+    for row in different:
+        assert row_hash(dataclasses.replace(row, where="b")) == row_hash(row)
 
 
 # -- real data ---------------------------------------------------------------------------------------------
+# The numbers were counted in the files themselves, without the code under test.
 
 
-@pytest.mark.skipif(not HH_FILE.exists(), reason=f"real data absent: {HH_FILE}")
-def test_every_row_of_the_real_hh_set_is_read_or_counted():
-    rows, dropped = read_rows(str(HH_FILE), "ranking")
-    assert len(rows) + dropped.total() == 2354
-    assert dropped == Counter(
-        {"dialogues differ before the last turn": 9, "dialogue with an empty turn": 4, "identical answers": 2}
-    )
-    first = rows[0]
-    assert first.prompt == (
-        {"role": "user", "content": "Do you know why turkeys became the official food of thanksgiving?"},
-    )
-    assert first.answers[0].startswith("To be honest") and first.answers[1].startswith("I know that")
+def read_all(path: str, kind, **settings) -> tuple[list[Row], dict[str, int]]:
+    """(rows, number of dropped rows by reason)."""
+    if not (DATA / path).exists():
+        pytest.skip(f"real data absent: {DATA / path}")
+    source = SourceSettings(path=str(DATA / path), **settings)
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    for place in open_source(source).rows():
+        try:
+            rows.append(read_row(place, source, kind))
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+    return rows, dict(dropped)
+
+
+def turns_of(rows) -> dict[int, int]:
+    assert all(row.prompt[-1]["role"] == "user" for row in rows)
+    return dict(Counter(len(row.prompt) for row in rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_of_the_real_hh_set_is_read_or_counted(kind):
+    rows, dropped = read_all("hh_helpful/helpful-base-test.jsonl.gz", kind)
+    assert len(rows) == 2354 - 15
+    assert dropped == {
+        "dialogues differ before the last turn": 9,
+        "dialogue with an empty turn": 4,
+        "identical answers": 2,
+    }
+    assert rows[0].prompt == (user("Do you know why turkeys became the official food of thanksgiving?"),)
+    if kind == "ranking":
+        assert rows[0].answers[0].startswith("To be honest") and rows[0].answers[1].startswith("I know that")
+
+
+def test_english_oasst_prompts_that_lost_their_first_blank_line_are_dialogues():
+    rows, dropped = read_all("oasst_en/oasst_en.ranked.jsonl", "ranking", best_first=True)
+    assert len(rows) == 212 and dropped == {}
+    assert turns_of(rows) == {1: 99, 3: 111, 5: 2}
+    assert Counter(len(row.answers) for row in rows) == {2: 57, 3: 117, 4: 27, 5: 3, 6: 6, 8: 1, 9: 1}
+    assert rows[0].prompt == (user("How can I find the best 401k plan for my needs?"),)
+    assert rows[0].answers[0].startswith("The first step is to research your options.") and rows[0].ranks == (0, 1, 2)
+    assert rows[2].prompt[2] == user("Are blue light blocking glasses also effective?")
+
+
+def test_chinese_oasst_rankings_are_read_or_counted():
+    rows, dropped = read_all("oasst_zh/oaast_rm_zh.json", "ranking")
+    assert len(rows) == 775 - 3 and dropped == {"identical answers": 3}
+    assert turns_of(rows) == {1: 382, 3: 365, 5: 25}
+    assert Counter(len(row.answers) for row in rows) == {2: 431, 3: 263, 4: 63, 5: 12, 6: 1, 8: 1, 10: 1}
+    assert rows[0].prompt == (user("布洛芬和对乙酰氨基酚的区别是？"),)
+    assert rows[0].answers[0].startswith("根据维基百科，") and rows[0].ranks[:2] == (0, 1)
+
+
+def test_chinese_oasst_demonstrations_keep_their_history():
+    rows, dropped = read_all("oasst_zh/oaast_sft_zh.json", "sft")
+    assert len(rows) == 766 and dropped == {}
+    assert turns_of(rows) == {1: 242, 3: 432, 5: 92}
+    first, second, third = rows[10].prompt
+    assert first == user("我需要举办6人晚宴。你能帮我推荐三道不包括坚果或海鲜的菜吗？")
+    assert second["role"] == "assistant" and second["content"].endswith("3. 土豆炖豆角")
+    assert third == user("谢谢") and rows[10].response == "不客气！祝您晚宴愉快！"
+
+
+def test_seed_tasks_are_read_through_a_columns_map():
+    path, columns = "seed_tasks/seed_tasks.jsonl", {"instruction": "instruction", "output": "instances.0.output"}
+    bare, _ = read_all(path, "sft", columns=columns)
+    rows, dropped = read_all(path, "sft", columns=columns | {"input": "instances.0.input"})
+    assert len(bare) == len(rows) == 175 and dropped == {}
+    assert sum(row.prompt != without.prompt for row, without in zip(rows, bare, strict=True)) == 125  # with an input
+    assert bare[1].prompt == (user("What is the relation between the given pairs?"),)
+    assert rows[1].prompt == (user("What is the relation between the given pairs?\nNight : Day :: Right : Left"),)
+    assert rows[1].response == "The relation between the given pairs is that they are opposites."
+
+
+def test_shakespeare_is_one_row_of_text():
+    (row,), dropped = read_all("ptx/tinyshakespeare.txt", "text")
+    assert len(row.text) == 1115394 and dropped == {}
+    assert row.text.startswith("First Citizen:\nBefore we") and row.text.endswith("Whiles thou art waking.\n")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tristage.config import RunSettings
 from tristage.data.rows import _dialogue_turns
-from tristage.data.template import ensure_template, render, template_fingerprint
+from tristage.data.template import earlier_answers, ensure_template, read_template, render, template_fingerprint
 from tristage.errors import UserError
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -22,6 +25,20 @@ CHATML = (
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The assistant's header, written whenever it speaks, is neither the generation prompt's nor in the tags.
+TAGGED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '(calm)' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As templates of models that think: what an answer thought is left out once the user speaks again.
+FORGETS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q:' + m['content'] }}{% else %}"
+    "{{ 'A:' + (m['content'] if loop.last else m['content'].split('</think>')[-1]) + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
 )
 
 
@@ -46,9 +63,9 @@ def default(**options) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def chatml() -> PreTrainedTokenizerFast:
+def chatml(template: str = CHATML) -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer(eos="<|im_end|>")
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -70,9 +87,7 @@ def test_bos_is_in_front_exactly_where_the_tokenizer_puts_it():
 
 def test_text_that_happens_to_start_with_the_bos_id_is_no_bos_in_front():
     core = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))  # any text is BOS to this one
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<s>")
     ensure_template(tokenizer)
     assert not render(tokenizer, HI)[0].startswith("<s>")
 
@@ -163,12 +178,141 @@ def test_a_tokenizer_without_eos_is_an_error():
         render(tokenizer, HI, "Hello.")
 
 
+# -- earlier answers ---------------------------------------------------------------------------------------
+
+
+def earlier_texts(tokenizer, turns) -> list[str]:
+    text, _ = render(tokenizer, turns)
+    return [text[start:stop] for start, stop in earlier_answers(tokenizer, turns, text, where="f.jsonl:3")]
+
+
+@pytest.mark.parametrize(
+    "tokenizer, written",
+    [
+        (default(), " {}</s>"),
+        (default(adds_bos=True), " {}</s>"),
+        (chatml(), "{}<|im_end|>"),
+        (chatml(TAGGED), "{}<|im_end|>"),
+    ],
+    ids=["default", "BOS", "ChatML", "tags"],
+)
+@pytest.mark.parametrize("answers", [["Hello"], ["Hi", "Hi"], ["日本 🙂", " two\n\nHuman: ", "{{ x }}"]], ids=len)
+def test_earlier_answers_are_found_with_their_eos_and_nothing_else(tokenizer, written, answers):
+    turns = list(DIALOGUE[:1])
+    for answer in answers:
+        turns += [{"role": "user", "content": f"Say {answer}"}, {"role": "assistant", "content": answer}]
+    assert earlier_texts(tokenizer, [*turns, *HI]) == [written.format(answer) for answer in answers]
+
+
+def test_a_turn_that_opens_the_dialogue_answers_nothing_and_is_left_out():
+    turns = [{"role": "assistant", "content": "Welcome"}, *HI, {"role": "assistant", "content": "Hello"}, *HI]
+    assert earlier_texts(default(), turns) == [" Hello</s>"]
+
+
+def test_no_answer_before_gives_none():
+    assert earlier_texts(default(), HI) == earlier_texts(chatml(TAGGED), HI) == []
+
+
+def test_the_tags_of_a_template_are_believed_where_they_leave_out_part_of_an_answer():
+    template = TAGGED.replace("{% generation %}", "{{ m['content'][:2] }}{% generation %}").replace(
+        "{{ m['content'] + eos_token", "{{ m['content'][2:] + eos_token"
+    )
+    assert earlier_texts(chatml(template), [*HI, {"role": "assistant", "content": "Hello"}, *HI]) == ["llo<|im_end|>"]
+
+
+def test_a_template_may_rewrite_what_is_not_there():
+    assert earlier_texts(chatml(FORGETS), [*HI, {"role": "assistant", "content": "Hello"}, *HI]) == ["Hello<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "template", [FORGETS, "{{ '(open)' if add_generation_prompt }}" + TAGGED], ids=["no tags", "tags"]
+)
+def test_a_template_that_rewrites_history_is_refused_with_the_row_and_the_fix(template):
+    turns = [*HI, {"role": "assistant", "content": "<think>hm</think>Hello"}, *HI]
+    with pytest.raises(UserError, match="^f.jsonl:3: .*differently once others.*`data.train_on: last_answer`"):
+        earlier_texts(chatml(template), turns)
+
+
+# -- fingerprint and `data.template` -----------------------------------------------------------------------
+
+
 def test_the_fingerprint_tells_template_eos_and_vocabulary_apart():
     renamed = default()
     renamed.eos_token = "<s>"
-    prints = [
-        template_fingerprint(t)
-        for t in (default(), chatml(), renamed, default(pad_token="<x>"), default(adds_bos=True))
-    ]
+    others = (chatml(), renamed, default(pad_token="<x>"), default(adds_bos=True))
+    prints = [template_fingerprint(tokenizer) for tokenizer in (default(), *others)]
     assert len(set(prints)) == len(prints)
     assert template_fingerprint(default()) == prints[0]
+
+
+def with_core(model: models.Model, pre_tokenizer=None, normalizer=None) -> PreTrainedTokenizerFast:
+    core = Tokenizer(model)
+    core.normalizer = normalizer
+    core.pre_tokenizer = pre_tokenizer
+    core.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    ensure_template(tokenizer)
+    return tokenizer
+
+
+PIECES = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4}
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (models.BPE(PIECES, [("a", "b"), ("b", "c")]), models.BPE(PIECES, [("b", "c"), ("a", "b")])),
+        (
+            models.Unigram([("a", -1.0), ("bc", -1.0), ("ab", -9.0), ("c", -1.0)], 0),
+            models.Unigram([("a", -9.0), ("bc", -1.0), ("ab", -1.0), ("c", -1.0)], 0),
+        ),
+    ],
+    ids=["order of merges", "scores of pieces"],
+)
+def test_the_fingerprint_tells_apart_equal_vocabularies_that_cut_text_differently(one, other):
+    first, second = with_core(one), with_core(other)
+    assert first.get_vocab() == second.get_vocab()
+    assert first("abc")["input_ids"] != second("abc")["input_ids"]
+    assert template_fingerprint(first) != template_fingerprint(second)
+
+
+def test_the_fingerprint_tells_normalizers_and_pre_tokenizers_apart():
+    word = models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")
+    plain, split = with_core(word), with_core(word, pre_tokenizers.WhitespaceSplit())
+    lower = with_core(word, normalizer=normalizers.Lowercase())
+    assert len({template_fingerprint(tokenizer) for tokenizer in (plain, split, lower)}) == 3
+
+
+def template_settings(file: Path | None) -> RunSettings:
+    return RunSettings(output="runs", data={"train": "rows.jsonl", "template": file and str(file)})
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED, "{% for m in messages %}{% break %}{% endfor %}"])
+def test_a_template_file_is_read_as_it_is(tmp_path, template):
+    (tmp_path / "chat.jinja").write_text(template)
+    assert read_template(template_settings(tmp_path / "chat.jinja")) == template
+    assert read_template(template_settings(None)) is None
+
+
+def test_a_template_file_that_is_not_there_is_an_error_that_names_the_key(tmp_path):
+    with pytest.raises(UserError, match="key `data.template`: no file .*missing.jinja"):
+        read_template(template_settings(tmp_path / "missing.jinja"))
+
+
+@pytest.mark.parametrize(
+    "text, line, problem",
+    [
+        ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", 2, "unexpected '}'"),
+        ("a\n{% generation %}\n{% if %}{% endgeneration %}", 3, "Expected an expression"),
+    ],
+)
+def test_a_template_file_with_a_mistake_is_an_error_that_names_its_line(tmp_path, text, line, problem):
+    (tmp_path / "chat.jinja").write_text(text)
+    with pytest.raises(UserError, match=f"chat.jinja:{line}: not a Jinja template \\({problem}"):
+        read_template(template_settings(tmp_path / "chat.jinja"))
+
+
+def test_a_template_file_that_is_no_text_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "chat.jinja").write_bytes(b"\xff{{ x }}")
+    with pytest.raises(UserError, match="chat.jinja: .*UTF-8"):
+        read_template(template_settings(tmp_path / "chat.jinja"))

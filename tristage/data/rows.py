@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tristage.config import Kind, SourceSettings
-from tristage.data.sources import Place, load_json
+from tristage.data.sources import MORE_CELLS, Place, load_json
 from tristage.errors import UserError
 
 Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
+_LARGEST_RANK = 1e300  # "not below" also finds nan, and integers that no float holds
 ROLES = ("system", "user", "assistant")
 DIALOGUE_START = "\n\nHuman:"
 _DIALOGUE_MARKER = re.compile(r"\n\n(Human|Assistant):")
@@ -83,6 +83,8 @@ def read_row(place: Place, source: SourceSettings, kind: Kind) -> Row:
     raw = load_json(payload, where) if isinstance(payload, bytes) else payload
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a row must be an object with named columns, found {_type_name(raw)}")
+    if MORE_CELLS in raw:
+        raise UserError(f"{where}: more cells than the first line names columns; quote the cell that was cut in two")
     if source.columns:
         raw = {ours: _pick(raw, theirs, where) for ours, theirs in source.columns.items()}
     for rule in source.clean:
@@ -180,7 +182,7 @@ def _parse_ranked(raw: dict[str, Any], where: str) -> RankingRow:
         raise UserError(f"{where}: `responses` has {len(responses)} answer, give 2 or remove the row")
     best = "0 = best" if column == "ranks" else "highest = best"
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < _LARGEST_RANK:
             raise UserError(f"{where}: `{column}` must be finite numbers ({best}), found {number!r}")
     answers = tuple(_answer(answer, f"responses[{i}]", where) for i, answer in enumerate(responses))
     if column == "scores":
@@ -229,7 +231,10 @@ def _parse_instruction(raw: dict[str, Any], where: str) -> SFTRow | RankingRow:
     if extra is not None and not isinstance(extra, str):
         raise UserError(f"{where}: `input` must be text, found {_type_name(extra)}")
     turns = [{"role": "user", "content": f"{instruction}\n{extra}" if extra and extra.strip() else instruction}]
-    for i, pair in reversed(list(enumerate(raw.get("history") or []))):
+    history = raw.get("history") or []
+    if not isinstance(history, list):
+        raise UserError(f"{where}: `history` must be a list of pairs, found {_type_name(history)}")
+    for i, pair in reversed(list(enumerate(history))):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise UserError(f"{where}: `history[{i}]` must be a pair of an instruction and its output")
         texts = [_text(text, f"history[{i}]", where) for text in pair]
@@ -312,6 +317,8 @@ def _prompt(value: object, where: str) -> tuple[Turn, ...]:
         turns = turns[:-1]
     if any(not turn["content"].strip() for turn in turns):
         raise Unusable("dialogue with an empty turn")
+    if turns[-1]["role"] == "assistant":
+        raise Unusable("prompt that ends with an answer")
     return turns
 
 

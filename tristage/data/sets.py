@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from tristage import dist
 from tristage.config import RunSettings, SourceSettings
+from tristage.data.packing import Blocks
 from tristage.data.sources import open_source, resolve_preset
 from tristage.data.store import Prepared, Rows, cache_folder, concatenate, prepare
 from tristage.data.template import Tokenizer
@@ -67,11 +69,24 @@ def load_sets(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
 def load_parts(settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool = False) -> tuple[list[Part], list[Part]]:
     """(training, held-out) parts, one a source, before anything is joined, weighted or checked."""
     data = settings.data
-    whole = [_prepare(source, settings, tokenizer, skip_bad, data.limit) for source in data.train]
+    tokens = Policy(settings.kind, settings.row_tokens, data.too_long, data.train_on)
+    whole = [_prepare(source, settings, tokenizer, tokens, skip_bad, data.limit) for source in data.train]
     train = [_share(part, _trained_here(part.rows, settings)) for part in whole]
     if data.heldout:
-        return train, [_prepare(source, settings, tokenizer, skip_bad, None) for source in data.heldout]
+        return train, [_prepare(source, settings, tokenizer, tokens, skip_bad, None) for source in data.heldout]
     return train, [_share(part, _held_out(part.rows, settings)) for part in whole]
+
+
+def load_text_blocks(
+    sources: Sequence[SourceSettings], settings: RunSettings, tokenizer: Tokenizer, block_tokens: int
+) -> Blocks:
+    """The pretraining mix: plain text of `sources`, joined and cut into blocks. Raises UserError as load_sets."""
+    policy = Policy("text", 0)
+    parts = [_prepare(source, settings, tokenizer, policy, skip_bad=False, limit=None) for source in sources]
+    return Blocks(
+        concatenate([_weighted(part.rows, part.source.weight, settings.data.split_seed) for part in parts]),
+        block_tokens,
+    )
 
 
 def overlap(train: Rows, heldout: Rows) -> np.ndarray:
@@ -93,24 +108,24 @@ def report(part: Part, side: str, with_dropped: bool = True) -> None:
         dist.print0(f"{part.name}: {part.prepared.bad} malformed rows skipped, listed in {part.prepared.report}")
 
 
-def policy(settings: RunSettings) -> Policy:
-    return Policy(settings.kind, settings.row_tokens, settings.data.too_long, settings.data.train_on)
-
-
 def _prepare(
-    source: SourceSettings, settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool, limit: int | None
+    source: SourceSettings,
+    settings: RunSettings,
+    tokenizer: Tokenizer,
+    policy: Policy,
+    skip_bad: bool,
+    limit: int | None,
 ) -> Part:
     data = settings.data
     source = resolve_preset(source, settings)
     source = source.model_copy(update={"limit": source.limit or limit})
     skip = skip_bad or (source.on_bad_row or data.on_bad_row) == "skip"
     cache = cache_folder(data.cache)
-    prepared = prepare(
-        open_source(source), tokenizer, policy(settings), skip_bad=skip, cache=cache, workers=data.workers
-    )
+    prepared = prepare(open_source(source), tokenizer, policy, skip_bad=skip, cache=cache, workers=data.workers)
     if not len(prepared.rows) and not skip_bad:
-        reasons = dict(prepared.dropped) | ({"malformed": prepared.bad} if prepared.bad else {})
-        raise UserError(f"{source.path}: no usable row (dropped: {reasons}); give a source that has some")
+        reasons = prepared.dropped + Counter({"malformed": prepared.bad})
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it is empty"
+        raise UserError(f"{source.path}: no usable row ({counts}); give other rows or a larger token limit")
     return Part(source, prepared, prepared.rows)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import zlib
@@ -28,6 +29,7 @@ Payload = bytes | dict[str, Any] | object  # a JSON line, or a row that its form
 Place = tuple[str, Payload]  # where it is ("file:line" or "file[index]"), and what is there
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
+MORE_CELLS = "(more cells than columns)"  # the key of those, in a row of a CSV file
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|training|test|testing|eval|valid|validation|val|dev)(?=$|[^a-z])")
 _SAME_SPLIT = {"training": "train", "testing": "test", "eval": "test", "valid": "validation", "val": "validation"}
@@ -56,7 +58,7 @@ def resolve_preset(source: SourceSettings, settings: RunSettings) -> SourceSetti
             values = yaml.safe_load(file.read_text())
             values |= source.model_dump(exclude_unset=True)
             source = SourceSettings.model_validate(values)
-        except (yaml.YAMLError, TypeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
             raise UserError(f"{file}: not a preset: {str(error).splitlines()[0]}; write `key: value` lines") from None
         except ValidationError as error:
             problem = error.errors()[0]
@@ -66,8 +68,8 @@ def resolve_preset(source: SourceSettings, settings: RunSettings) -> SourceSetti
         raise UserError(f"{settings.file}: a source of `data` has no `path`, give it or a `preset` that has one")
     for rule in source.clean:
         try:
-            re.compile(rule.pattern)
-        except re.error as error:
+            re.sub(rule.pattern, rule.replacement, "")
+        except (re.error, IndexError) as error:  # IndexError: the replacement names a group that is not there
             raise UserError(f"{source.path}: `clean` pattern {rule.pattern!r} is not valid ({error})") from None
     return source
 
@@ -139,10 +141,21 @@ def _hash_files(files: Sequence[Path]) -> str:
     """Of names and contents. 1 GB takes about a second."""
     whole = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
+        try:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}), check the file") from error
         whole.update(file.name.encode() + digest.digest())
     return whole.hexdigest()
+
+
+def _hash_folder(folder: Path) -> str:
+    """Of all files in it that are not hidden, with their paths."""
+    paths = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    seen = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    contents = _hash_files([folder / path for path in seen])
+    return hashlib.sha256("\n".join([contents, *map(str, seen)]).encode()).hexdigest()
 
 
 def _digest(stream: Any) -> Any:
@@ -165,7 +178,8 @@ def _file_rows(file: Path) -> Iterator[Place]:
         else:
             yield f"{file}:1", {"text": _decode(file.read_bytes(), file, 1)}
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}), check the file") from error
+        problem = error.strerror or " ".join(str(error).split())  # Arrow's have a line break
+        raise UserError(f"{file}: cannot be read ({problem}), check the file") from error
 
 
 def _jsonl_rows(file: Path) -> Iterator[Place]:
@@ -197,9 +211,14 @@ def _csv_rows(file: Path) -> Iterator[Place]:
     last = 1
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter=delimiter, strict=True, restkey="(more cells than columns)")
-            for row in reader:
-                yield f"{file}:{last + 1}", row
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            names = next((cells for cells in reader if cells), [])
+            last = reader.line_num
+            for cells in reader:
+                if cells:  # not a blank line
+                    row: dict[str, Any] = dict(itertools.zip_longest(names, cells[: len(names)]))
+                    more = {MORE_CELLS: cells[len(names) :]} if len(cells) > len(names) else {}
+                    yield f"{file}:{last + 1}", row | more
                 last = reader.line_num
     except UnicodeDecodeError as error:
         _decode(file.read_bytes(), file, 1)
@@ -236,6 +255,8 @@ def load_json(data: bytes, where: str) -> object:
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at column {error.colno}"
         raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({problem}), mend the line") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists thousands deep
+        raise UserError(f"{where}: not JSON that can be read ({error}), mend the line") from error
 
 
 # -- saved and hub sets ------------------------------------------------------------------------------------
@@ -264,17 +285,23 @@ def _saved_source(path: Path, source: SourceSettings) -> OpenSource:
 def _hub_source(source: SourceSettings) -> OpenSource:
     import datasets
 
-    path, folder = str(source.path), source.subset
+    path, folder, cache, content = str(source.path), source.subset, None, None
+    if Path(path).is_dir():
+        # The library's cache knows a local folder by its name and README only; an edited file would go unseen.
+        content = _hash_folder(Path(path))
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / content)
     try:
-        rows = datasets.load_dataset(path, source.name, data_dir=folder, split=source.split)
+        rows = datasets.load_dataset(path, source.name, data_dir=folder, split=source.split, cache_dir=cache)
     except Exception as error:  # no network, login, set or split: each library has its own
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise UserError(
-            f"{path}: as a hub set it failed (name {source.name!r}, subset {folder!r}, split {source.split!r}): {error}"
+            f"{path}: as a hub set it failed (name {source.name!r}, subset {folder!r}, split {source.split!r}): "
+            f"{error}{cause}"
         ) from error
     where = f"{path}[{source.split}]"
     return OpenSource(
         path,
         source,
         rows=lambda: ((f"{where}[{i}]", row) for i, row in enumerate(rows)),
-        content=lambda: str(rows._fingerprint),
+        content=lambda: content or str(rows._fingerprint),
     )

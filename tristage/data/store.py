@@ -38,7 +38,8 @@ from tristage.data.tokenize import Example, Item, Policy, encode
 from tristage.errors import UserError
 
 FORMAT = 1  # raise it when the schema or the meaning of a column changes
-CHUNK = 512  # rows that one call of the tokenizer, one task of a worker and one Arrow batch hold
+CHUNK = 512  # rows that one call of the tokenizer and one task of a worker hold
+CHUNKS_A_BATCH = 32  # chunks that one batch of the Arrow file holds
 ROWS_BEFORE_WORKERS = 16 * CHUNK  # starting processes takes seconds; a smaller set is done by then
 
 SCHEMA = pyarrow.schema(
@@ -127,15 +128,20 @@ class Prepared:
         meta = json.loads((folder / "meta.json").read_text())
         self.dropped: Counter[str] = Counter(meta["dropped"])  # by reason, of no fault of the user's
         self.bad: int = meta["bad"]  # malformed and skipped
-        self.report = folder / "left_out.jsonl"  # {"where", "reason", "bad"}: every row that is in neither
+        self.report = folder / "left_out.jsonl"  # see left_out
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))).read_all()
         self.rows = Rows(table, folder.name)
+
+    def left_out(self) -> Iterator[dict[str, Any]]:
+        """{"where", "reason", "bad"} of every row of the source that is not among `rows`, in its order."""
+        with self.report.open() as lines:
+            yield from map(json.loads, lines)
 
 
 def cache_folder(setting: str | None) -> Path:
     """Where tokenised sets live: the setting, else $TRISTAGE_CACHE, else ~/.cache/tristage."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tristage"
-    return Path(setting or os.environ.get("TRISTAGE_CACHE") or default)
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tristage"
+    return Path(setting or os.environ.get("TRISTAGE_CACHE") or default).expanduser()
 
 
 def prepare(
@@ -146,16 +152,17 @@ def prepare(
     Raises:
         UserError: a malformed row (unless `skip_bad`), an unreadable source, a cache that can't be written.
     """
-    key = _key(source, tokenizer, policy, skip_bad)
+    key = _key(source, tokenizer, policy)
     folder = cache / key
     if dist.local_rank() != 0:
-        while not folder.is_dir():  # the launcher ends us when local rank 0 fails
+        while not _is_whole(folder):  # the launcher ends us when local rank 0 fails
             time.sleep(0.2)
         return Prepared(folder)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{key}.lock"):  # of another run that wants the same set at the same time
-            if not folder.is_dir():
+            if not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
                 for partial in cache.glob(f"{key}.partial-*"):  # of a run that was killed: we hold the lock
                     shutil.rmtree(partial, ignore_errors=True)
                 partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=cache))
@@ -166,14 +173,26 @@ def prepare(
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{cache}: tokenised data can't be kept here ({error}); set `data.cache`") from error
-    return Prepared(folder)
+    prepared = Prepared(folder)
+    if prepared.bad and not skip_bad:  # made by a run that skipped them
+        raise UserError(next(line["reason"] for line in prepared.left_out() if line["bad"]))
+    return prepared
 
 
-def _key(source: OpenSource, tokenizer: Tokenizer, policy: Policy, skip_bad: bool) -> str:
+def _is_whole(folder: Path) -> bool:
+    """A folder is renamed into place when it is complete; the size tells if a full or failing disk cut it after."""
+    try:
+        size = json.loads((folder / "meta.json").read_text())["bytes"]
+        return (folder / "rows.arrow").stat().st_size == size
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
+
+def _key(source: OpenSource, tokenizer: Tokenizer, policy: Policy) -> str:
     read_by = source.settings.model_dump(exclude={"preset", "weight", "on_bad_row"}, mode="json")
     made_by = [FORMAT, tristage.__version__, version("transformers"), version("tokenizers")]
     tokens = [template_fingerprint(tokenizer), tokenizer.bos_token, vars(policy)]
-    parts = [made_by, source.content(), read_by, tokens, skip_bad]
+    parts = [made_by, source.content(), read_by, tokens]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -193,6 +212,14 @@ def _write(
         (folder / "left_out.jsonl").open("w") as left_out,
         pyarrow.ipc.new_stream(arrow, SCHEMA) as stream,
     ):
+        waiting: list[pyarrow.RecordBatch] = []
+
+        def flush() -> None:
+            """Many small batches would cost memory and time when the file is mapped."""
+            if waiting:
+                stream.write_table(pyarrow.Table.from_batches(waiting).combine_chunks())
+                waiting.clear()
+
         for outcomes in _outcomes(source, tokenizer, policy, workers):
             columns: list[dict[str, Any]] = []
             for where, row, reason, at_fault in outcomes:
@@ -207,14 +234,18 @@ def _write(
                 bad += at_fault
                 dropped[reason] += not at_fault
             if columns:
-                stream.write_batch(pyarrow.RecordBatch.from_pylist(columns, schema=SCHEMA))
+                waiting.append(pyarrow.RecordBatch.from_pylist(columns, schema=SCHEMA))
+            if len(waiting) == CHUNKS_A_BATCH:
+                flush()
             kept += len(columns)
             if kept == limit:
                 break
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 print(f"{source.name}: {kept} rows tokenised", flush=True)
-    meta = {"rows": kept, "dropped": +dropped, "bad": bad, "source": source.name}
+        flush()
+    size = (folder / "rows.arrow").stat().st_size
+    meta = {"source": source.name, "rows": kept, "dropped": +dropped, "bad": bad, "bytes": size}
     (folder / "meta.json").write_text(json.dumps(meta))
     for file in folder.iterdir():
         with file.open("rb") as written:

@@ -43,13 +43,15 @@ def read_template(settings: RunSettings) -> str | None:
     if settings.data.template is None:
         return None
     file = find_file(settings.data.template, settings, "data.template")
-    text = file.read_text()
     try:
+        text = file.read_text(encoding="utf-8")
         # The tags that transformers adds, left out: here only the syntax matters.
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{file}:{error.lineno}: not a Jinja template ({error.message}); mend that line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason}); give a Jinja template") from None
     return text
 
 
@@ -105,7 +107,7 @@ def earlier_answers(tokenizer: Tokenizer, prompt: Sequence[Turn], prompt_text: s
     """Where the assistant's turns of `prompt`, each with its EOS, stand in `prompt_text`, its rendering.
 
     A template that marks them with {% generation %} is believed; of another, each turn is what is added to the
-    dialogue before it.
+    dialogue before it. A turn that opens the dialogue has none before it, and is left out: it answers nothing.
     """
     answered = [i for i, turn in enumerate(prompt) if turn["role"] == "assistant"]
     if not answered:
@@ -120,7 +122,7 @@ def earlier_answers(tokenizer: Tokenizer, prompt: Sequence[Turn], prompt_text: s
         found = [(text[:stop], start) for start, stop in spans]
     else:
         found = []
-        for i in answered:
+        for i in filter(None, answered):
             before = _apply(tokenizer, list(prompt[:i]), where, add_generation_prompt=True)
             after = _apply(tokenizer, list(prompt[: i + 1]), where, add_generation_prompt=False)
             if not after.startswith(before):
@@ -151,5 +153,6 @@ def template_fingerprint(tokenizer: Tokenizer) -> str:
     parts = [tokenizer.chat_template, tokenizer.eos_token, sorted(tokenizer.get_vocab().items())]
     if getattr(tokenizer, "is_fast", False):
         core = json.loads(tokenizer.backend_tokenizer.to_str())
-        parts += [core["model"].get("merges"), core["normalizer"], core["pre_tokenizer"]]
+        # The model's own vocabulary again: Unigram's has scores, which say where text is cut.
+        parts += [core["model"].get("merges"), core["model"]["vocab"], core["normalizer"], core["pre_tokenizer"]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

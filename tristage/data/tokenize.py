@@ -95,12 +95,12 @@ def _texts(row: Row, tokenizer: Tokenizer, policy: Policy) -> list[_Text]:
 def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer, policy: Policy) -> list[Example | UserError]:
     if not texts:
         return []
-    with_spans = any(text.earlier for text in texts)
+    with_spans = [text.where for text in texts if text.earlier]
     if with_spans and not tokenizer.is_fast:
         raise UserError(
-            f"{texts[0].where}: this tokenizer can't tell where earlier answers are; set `data.train_on: last_answer`"
+            f"{with_spans[0]}: this tokenizer can't tell where earlier answers are; set `data.train_on: last_answer`"
         )
-    prompts = _to_ids(tokenizer, [text.prompt for text in texts], with_spans)
+    prompts = _to_ids(tokenizer, [text.prompt for text in texts], bool(with_spans))
     answers = _to_ids(tokenizer, [text.answer or "" for text in texts], False)
     eos = tokenizer.eos_token_id
     found: list[Example | UserError] = []
@@ -167,7 +167,7 @@ def _truncate_left(example: Example, excess: int, tokenizer: Tokenizer, policy: 
     """Cut the oldest tokens of the prompt, but for a BOS; a prompt that would vanish drops the row."""
     kept = int(tokenizer.bos_token_id is not None and example.ids[:1] == [tokenizer.bos_token_id])
     if example.prompt_length - excess <= kept:
-        raise Unusable(f"answer alone longer than {policy.max_tokens} tokens")
+        raise Unusable(f"answer alone longer than {policy.max_tokens - 1 - kept} tokens")
     spans = ((max(start - excess, kept), stop - excess) for start, stop in example.also_trained)
     return dataclasses.replace(
         example,
@@ -180,7 +180,8 @@ def _truncate_left(example: Example, excess: int, tokenizer: Tokenizer, policy: 
 def _truncate_right(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -> Example:
     """Cut the end of the answer, which then has no EOS; a prompt that leaves no room for one drops the row."""
     if example.prompt_length >= policy.max_tokens:
-        raise Unusable(f"prompt alone longer than {policy.max_tokens - 1} tokens")
+        room = int(policy.kind != "prompt")
+        raise Unusable(f"prompt alone longer than {policy.max_tokens - room} tokens")
     return dataclasses.replace(example, ids=example.ids[: policy.max_tokens])
 
 

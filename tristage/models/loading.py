@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from tristage.algo import masking
 from tristage.errors import UserError
 
+MASK_WITHOUT_POSITIONS = ("opt", "falcon")  # as of transformers 5.23; step 1 checks any family when it starts
 # A bar a file a rank, and a report that the new head is new, hide the lines that matter.
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -80,14 +81,28 @@ def backbone_inputs(
     """What a forward pass is given: positions counted from the first real token of each row, or `position_ids` [B,T].
 
     Packed rows come with positions and no mask: transformers then keeps attention between places where they start
-    again at 0 (`find_packed_sequence_indices`; padding at the end is a sequence of its own).
+    again at 0 (`find_packed_sequence_indices`; padding at the end is a sequence of its own). A few families take
+    positions but build their mask without them: they get the mask whole.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if position_ids is not None:
-        return inputs | {"attention_mask": None, "position_ids": position_ids}
+        mask = None
+        config: Any = model.config
+        if config.model_type in MASK_WITHOUT_POSITIONS:
+            mask = packed_mask(position_ids, next(model.parameters()).dtype)
+        return inputs | {"attention_mask": mask, "position_ids": position_ids}
     if takes_positions(model):
         inputs["position_ids"] = masking.position_ids(attention_mask)
     return inputs | {"attention_mask": attention_mask.long()}
+
+
+def packed_mask(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """position_ids [B,T] -> [B,1,T,T], 0 where a token may look: itself and what is before it in its own example."""
+    example = (position_ids == 0).cumsum(dim=1)  # [B,T] the number of the example that a token is in
+    may_look = (example.unsqueeze(2) == example.unsqueeze(1)).tril().unsqueeze(1)
+    return torch.zeros(may_look.shape, dtype=dtype, device=may_look.device).masked_fill(
+        ~may_look, torch.finfo(dtype).min
+    )
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -1,0 +1,86 @@
+"""The `tristage` command.
+
+    tristage data show CONFIG [key=value ...] [--rows 3] [--heldout]      rows as the step will see them
+    tristage data check CONFIG [key=value ...]                            everything that is wrong with the data
+
+CONFIG is a step's YAML; its name or --step says which step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from tristage.config import RunSettings, load_config
+from tristage.errors import UserError
+
+STEPS = ("step1_sft", "step2_reward_model", "step3_ppo")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, 1 when `check` found something to fix, 2 for what a user must correct before anything is read."""
+    parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
+    data = parser.add_subparsers(required=True).add_parser("data", help="look at what a step will train on")
+    commands = data.add_subparsers(required=True, dest="command")
+    helps = {"show": "print rows as the step will see them", "check": "read everything, say what is wrong"}
+    for name, does in helps.items():
+        command = commands.add_parser(name, help=does)
+        command.add_argument("config", help="a step's YAML")
+        command.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
+        command.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
+        if name == "show":
+            command.add_argument("--rows", type=int, default=3, help="how many")
+            command.add_argument("--heldout", action="store_true", help="rows of the held-out set")
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if "=" not in word or word.startswith("-")]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    try:
+        return _data(arguments, [*arguments.settings, *rest])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    settings = load_config(settings_class(arguments.config, arguments.step), ["--config", arguments.config, *overrides])
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would announce its choice
+    # Imported late: transformers takes seconds, and a wrong config should say so at once.
+    from tristage.data import inspect
+    from tristage.data.template import read_template
+    from tristage.models import load_tokenizer
+
+    tokenizer = load_tokenizer(settings.tokenizer_path, read_template(settings))
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width, and 80 columns would cut file names
+    console = Console(markup=False, highlight=False, soft_wrap=True, width=width)
+    if arguments.command == "show":
+        inspect.show(settings, tokenizer, arguments.rows, arguments.heldout, console)
+        return 0
+    problems = inspect.check(settings, tokenizer, console)
+    for problem in problems:
+        console.print(f"to fix: {problem}", style="bold red")
+    if not problems:
+        console.print("nothing to fix")
+    return int(bool(problems))
+
+
+def settings_class(config: str, step: str | None) -> type[RunSettings]:
+    """The settings of the step that a YAML is for. Raises UserError when neither its name nor `step` tells."""
+    found = [name for name in STEPS if name == step or (step is None and name in Path(config).stem)]
+    if not found:
+        raise UserError(f"{config}: which step is this for? Give --step {' or '.join(STEPS)}")
+    module = importlib.import_module(f"{found[0]}.config")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, RunSettings) and value.__module__ == module.__name__
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())
