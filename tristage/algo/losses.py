@@ -1,4 +1,6 @@
-"""Losses of the supervised step and of the reward model, unreduced: the caller sums and divides, once.
+"""Losses of the supervised step, of the reward model and of learning from preferences without one, unreduced.
+
+The caller sums and divides, once.
 
 Letters: B rows, T positions, V vocabulary, N answers of all prompts laid flat, P prompts, M ordered pairs.
 """
@@ -15,6 +17,7 @@ from .logprobs import token_logprobs
 from .masking import at_least_float32, masked_mean
 
 RankingForm = Literal["pairs", "best"]
+DPOForm = Literal["sigmoid", "ipo"]
 
 
 def lm_loss(logits: Tensor, ids: Tensor, loss_mask: Tensor) -> Tensor:
@@ -78,3 +81,37 @@ def ranking_loss(scores: Tensor, prompt_index: Tensor, ranks: Tensor, form: Rank
         logprobs = torch.where(of_prompt, scores, -torch.inf).log_softmax(dim=1)  # [P,N]
         return -masked_mean(logprobs, of_prompt & (ranks == best_ranks), dim=1)
     raise ValueError(f"ranking form must be 'pairs' or 'best', got {form!r}")
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    form: DPOForm = "sigmoid",
+) -> Tensor:
+    """Log-probabilities of whole answers, each [B] -> [B]: one loss a pair.
+
+    With gap = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected):
+      "sigmoid": -log sigmoid(beta * gap)    (Rafailov et al. 2023, "Direct Preference Optimization", eq. 7);
+                 `label_smoothing` as in pairwise_loss
+      "ipo":     (gap - 1 / (2 beta))^2      (Azar et al. 2023, "A General Theoretical Paradigm", eq. 17)
+    """
+    chosen = at_least_float32(policy_chosen) - at_least_float32(ref_chosen)
+    rejected = at_least_float32(policy_rejected) - at_least_float32(ref_rejected)
+    if form == "sigmoid":
+        return pairwise_loss(beta * chosen, beta * rejected, label_smoothing=label_smoothing)
+    if form == "ipo":
+        return (chosen - rejected - 1 / (2 * beta)) ** 2
+    raise ValueError(f"DPO form must be 'sigmoid' or 'ipo', got {form!r}")
+
+
+def simpo_loss(policy_chosen_mean: Tensor, policy_rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
+    """Mean log-probability a token of each answer, [B] and [B] -> [B]: -log sigmoid(beta * (chosen - rejected) - gamma).
+
+    No reference; `gamma` is the margin to reach (Meng et al. 2024, "SimPO", eq. 6).
+    """
+    chosen, rejected = at_least_float32(policy_chosen_mean), at_least_float32(policy_rejected_mean)
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
