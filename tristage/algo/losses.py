@@ -109,7 +109,7 @@ def dpo_loss(
 
 
 def simpo_loss(policy_chosen_mean: Tensor, policy_rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
-    """Mean log-probability a token of each answer, [B] and [B] -> [B]: -log sigmoid(beta * (chosen - rejected) - gamma).
+    """Mean log-probability a token of each answer, [B], [B] -> [B]: -log sigmoid(beta * (chosen - rejected) - gamma).
 
     No reference; `gamma` is the margin to reach (Meng et al. 2024, "SimPO", eq. 6).
     """
