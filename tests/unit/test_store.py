@@ -155,7 +155,8 @@ def test_a_changed_file_of_the_same_size_and_time_is_not_served_stale(file, call
     ids=["sft", "truncated", "prompt", "ranking", "text"],
 )
 def test_items_come_back_as_they_were_encoded(tmp_path, monkeypatch, rows, policy):
-    monkeypatch.setattr(store, "CHUNK", 2)  # several Arrow batches
+    monkeypatch.setattr(store, "CHUNK", 2)
+    monkeypatch.setattr(store, "CHUNKS_A_BATCH", 1)  # several Arrow batches
     file = write(tmp_path / "rows.jsonl", rows)
     source = SourceSettings(path=str(file))
     read = [read_row(place, source, policy.kind) for place in open_source(source).rows()]
@@ -302,6 +303,7 @@ DAMAGES = {"a byte short": lambda content: content[:-1], "empty": lambda _: b"",
 )
 def test_a_set_that_was_damaged_is_made_again(file, calls, monkeypatch, name, damage):
     monkeypatch.setattr(store, "CHUNK", 2)
+    monkeypatch.setattr(store, "CHUNKS_A_BATCH", 1)
     whole = list(prepared(file).rows)
     target = file.parent / "cache" / folders(file)[0] / name
     content = damage(target.read_bytes())
