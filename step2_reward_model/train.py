@@ -3,7 +3,8 @@
     deepspeed --module step2_reward_model.train --config configs/quickstart/step2_reward_model.yaml [key=value ...]
 
 The score of an answer is the scalar head's value at its last real token, the EOS. All answers of a prompt are in one
-forward; the loss is the mean over the prompts of the whole optimizer step of the ranking loss of one prompt.
+forward; the loss is the mean over the prompts of the whole optimizer step of the ranking loss of one prompt. Last, the
+scores are shifted and scaled, so that those of the best training answers have mean 0 and deviation 1.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from step2_reward_model.config import RewardModelConfig
-from step2_reward_model.evaluate import evaluate, pair_metrics
+from step2_reward_model.evaluate import evaluate, pair_metrics, pair_options, prompt_losses
+from step2_reward_model.measures import length_warning
 from tristage import dist, run
-from tristage.algo.losses import RankingForm, ranking_loss
 from tristage.batches import PreferenceBatch
 from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, load_config
-from tristage.data.collate import collate_ranking, pick
-from tristage.data.loader import Loader
+from tristage.data.collate import collate_ranking, collate_sft, pick
+from tristage.data.loader import Loader, evaluation_rows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
+from tristage.data.tokenize import Example, RankedExamples
 from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import last_token_scores, load_reward_model, save_model
@@ -72,41 +75,80 @@ def train(
     watch = Stopwatch(device)
     with RunLog(output, "reward model", loader.total_steps, first, SHOWN) as log:
         if first == 0:
-            log.write(0, "heldout", evaluate(engine, heldout, settings, tokenizer, device))
+            log.write(0, "heldout", evaluate(engine, heldout, settings, tokenizer, device).metrics())
         for step in range(first + 1, loader.total_steps + 1):
             with watch("step"):
                 micro_batches = [
                     collate_ranking(pick(rows, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
                 ]
-                metrics = reward_model_step(engine, micro_batches, settings.loss, device)
+                metrics = reward_model_step(engine, micro_batches, settings.loss, device, **pair_options(settings))
             log.write(step, "train", metrics | watch.take())
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
-                log.write(step, "heldout", evaluate(engine, heldout, settings, tokenizer, device))
+                measured = evaluate(engine, heldout, settings, tokenizer, device)
+                log.write(step, "heldout", measured.metrics())
+                if last and (warning := length_warning(measured)):
+                    dist.print0(warning)
             if last or (settings.save_every and step % settings.save_every == 0):
                 save_checkpoint(settings, step, {"model": engine})
+    if settings.normalize:
+        normalize_scores(engine, rows, settings, tokenizer, device)
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 2 is done: {output / 'final'}")
 
 
 def reward_model_step(
-    engine: Any, micro_batches: list[PreferenceBatch], form: RankingForm, device: torch.device
+    engine: Any, micro_batches: list[PreferenceBatch], form: str, device: torch.device, **options: float
 ) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective."""
+    """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective.
+
+    `form` is the setting `loss`, `options` are evaluate.pair_options.
+    """
     engine.train()
     prompts = sum(int(batch.is_real.sum()) for batch in micro_batches)
     global_prompts = dist.sum_over_ranks({"prompts": prompts}, device)["prompts"]
     averages = Averages()
     for batch in micro_batches:
         batch = batch.to(device)
-        scores = last_token_scores(engine(batch.input_ids, batch.attention_mask), batch.attention_mask)
-        losses = ranking_loss(scores, batch.prompt_index, batch.ranks, form=form)
+        values = engine(batch.input_ids, batch.attention_mask)
+        losses = prompt_losses(values, batch, form, **options)
         loss_sum = torch.where(batch.is_real, losses, 0.0).sum()
         backward_mean(engine, loss_sum, global_prompts)
         averages.add("reward_model/loss", loss_sum.detach(), batch.is_real.sum())
-        pair_metrics(averages, scores.detach(), batch)
+        pair_metrics(averages, last_token_scores(values.detach(), batch.attention_mask), batch)
     report = optimizer_step(engine)
     return averages.reduce(device) | report.metrics()
+
+
+@torch.no_grad()
+def normalize_scores(engine: Any, rows: Rows, settings: RewardModelConfig, tokenizer: Any, device: torch.device) -> None:
+    """Make scores of the best answers of (a fixed sample of) the training prompts mean 0, deviation 1. A collective.
+
+    The micro-batches and the order of the sums are the same for any number of ranks, and so is the result.
+    """
+    engine.eval()
+    sample = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.normalize_rows]
+    best = [best_answer(rows[int(row)]) for row in sample]
+    lengths = [len(example.ids) for example in best]
+    found: dict[int, float] = {}
+    for micro in evaluation_rows(lengths, settings.micro_batch, dist.world_size(), dist.rank()):
+        batch = collate_sft(pick(best, micro), tokenizer.pad_token_id).to(device)
+        scores = last_token_scores(engine(batch.input_ids, batch.attention_mask), batch.attention_mask)
+        found.update({row: score for row, score in zip(micro, scores.tolist(), strict=True) if row is not None})
+    of_all = {row: score for part in dist.gather_objects(found) for row, score in part.items()}
+    scores_in_order = np.array([of_all[row] for row in range(len(best))])
+    mean, std = float(scores_in_order.mean()), float(scores_in_order.std())
+    if not 0 < std < float("inf"):
+        dist.print0(f"warning: scores of {len(best)} best training answers have deviation {std}: not normalised")
+        return
+    engine.module.normalize(mean, std)
+    dist.print0(f"scores of {len(best)} best training answers: mean {mean:.4g} becomes 0, deviation {std:.4g} 1")
+
+
+def best_answer(item: RankedExamples) -> Example:
+    """The answer with the lowest rank, the first of several."""
+    examples, ranks = item
+    return examples[ranks.index(min(ranks))]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tristage.config import BatchPlan, Kind, OptimizerSettings, RunSettings, Settings
+from tristage.config import BatchPlan, Kind, OptimizerSettings, RunSettings, Settings, Sources
 from tristage.errors import UserError
 
 
@@ -25,6 +25,12 @@ class TrainedModel(Settings):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
 
 
+class CriticModel(TrainedModel):
+    """The critic: not there when advantages come from groups of responses (ppo.advantage rloo or grpo)."""
+
+    warmup_iterations: int = Field(0, ge=0, description="First iterations in which only the critic learns.")
+
+
 class FrozenModel(Settings):
     """Reference or reward model: only asked, never trained."""
 
@@ -32,10 +38,45 @@ class FrozenModel(Settings):
     deepspeed: str = Field(description="DeepSpeed JSON of this engine, ZeRO stage 0 (whole) or 3 (partitioned).")
 
 
+class RewardFunction(Settings):
+    """A Python function as a reward, alone or beside the reward model."""
+
+    function: str = Field(description="package.module:function, (prompts, responses) -> scores, lists of one length.")
+    weight: float = Field(1.0, description="Factor of its scores in the sum.")
+
+
+class RewardModel(FrozenModel):
+    """What responses are trained towards: weight * reward model + the weighted functions."""
+
+    deepspeed: str = Field("../deepspeed/zero0.json", description="DeepSpeed JSON, ZeRO stage 0 or 3.")
+    weight: float = Field(1.0, description="Factor of the reward model's score.")
+    score: Literal["last", "mean"] = Field(
+        "last", description="A response's score: the value at its last token, or the mean over its tokens."
+    )
+    functions: tuple[RewardFunction, ...] = Field((), description="Functions added to the reward model's score.")
+
+
+class EMASettings(Settings):
+    """A moving average of the actor's weights in float32, evaluated and exported beside it."""
+
+    decay: float = Field(0.992, gt=0, lt=1, description="Share that the average keeps at each optimizer step.")
+    start: float = Field(0.0, ge=0, lt=1, description="Share of all optimizer steps before it starts to average.")
+
+
+class PretrainingMix(Settings):
+    """The pretraining loss in the actor's step (InstructGPT, Ouyang et al. 2022, eq. 2)."""
+
+    data: Sources = Field(min_length=1, description="Sources of plain text.")
+    coef: float = Field(27.8, gt=0, description="Weight of the language-model loss, a mean over tokens.")
+    block_tokens: int = Field(512, gt=1, description="Tokens of one block of text.")
+    blocks: int = Field(gt=0, description="Blocks in one optimizer step, over all ranks.")
+
+
 class RolloutSettings(Settings):
     """How responses are sampled."""
 
-    prompts: int = Field(gt=0, description="Prompts of one iteration, over all ranks, one response each.")
+    prompts: int = Field(gt=0, description="Prompts of one iteration, over all ranks.")
+    samples: int = Field(1, gt=0, description="Responses to each prompt; rloo and grpo need two or more.")
     rows_at_once: int = Field(64, gt=0, description="Rows one rank decodes at once; independent of micro_batch.")
     max_response_tokens: int = Field(gt=0, description="A response without EOS ends here.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it.")
@@ -52,13 +93,41 @@ class PPOSettings(Settings):
     epochs: int = Field(1, gt=0, description="Passes over the experience of one iteration.")
     minibatch: int = Field(gt=0, description="Rows in one optimizer step, over all ranks.")
     micro_batch: int = Field(gt=0, description="Rows in one forward and backward on one rank.")
-    clip: float = Field(0.2, gt=0, description="The probability ratio is clipped to 1 +- this.")
+    advantage: Literal["gae", "rloo", "grpo"] = Field(
+        "gae", description="From the critic (gae), or from the other responses to the prompt, without a critic."
+    )
+    clip: float = Field(0.2, gt=0, lt=1, description="The probability ratio is clipped to 1 +- this.")
+    clip_high: float | None = Field(None, gt=0, description="The upper clip, where it is another one (DAPO).")
+    dual_clip: float | None = Field(
+        None, gt=1, description="A negative advantage costs at most this times itself; 3 is usual, null is off."
+    )
+    value_loss: Literal["clipped", "huber"] = Field("clipped", description="Squared and clipped, or Huber's.")
     value_clip: float | None = Field(0.2, gt=0, description="Values move at most this far a rollout; null is off.")
+    huber_delta: float = Field(1.0, gt=0, description="Error at which Huber's loss turns linear.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, nats a token.")
+    target_kl: float | None = Field(
+        None, gt=0, description="No further epoch once policy/approx_kl of one is above this; null: all epochs."
+    )
+    whiten: bool = Field(True, description="Advantages of gae to mean 0 and variance 1 over the iteration's tokens.")
+    bootstrap: bool = Field(
+        False, description="A response cut off at the token limit is worth its last state's value, not 0, afterwards."
+    )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount a token.")
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda.")
-    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward.")
+    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty.")
     kl_kind: Literal["k1", "k2", "k3"] = Field("k1", description="Estimator of the KL penalty.")
-    reward_clip: float | None = Field(5.0, gt=0, description="The score is clipped to +- this; null is off.")
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="The penalty is part of the rewards, or added to the loss with its own gradient."
+    )
+    kl_target: float | None = Field(
+        None, gt=0, description="Nats a response that an adaptive kl_coef steers to; null: kl_coef is fixed."
+    )
+    kl_horizon: float = Field(10_000.0, gt=0, description="Responses that an adaptive kl_coef takes to react.")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="Taken off the score of a response without EOS.")
+    scale_reward: bool = Field(False, description="Divide scores by the standard deviation of all scores so far.")
+    reward_clip: float | None = Field(
+        5.0, gt=0, description="The score, penalised and scaled, is clipped to +- this; null is off."
+    )
 
 
 class PPOConfig(RunSettings):
@@ -67,9 +136,11 @@ class PPOConfig(RunSettings):
     kind: ClassVar[Kind] = "prompt"
     step: ClassVar[int] = 3
     actor: TrainedModel
-    critic: TrainedModel
+    critic: CriticModel | None = None
     reference: FrozenModel
-    reward: FrozenModel
+    reward: RewardModel
+    ema: EMASettings | None = None
+    pretraining: PretrainingMix | None = None
     max_prompt_tokens: int = Field(256, gt=0, description="Tokens of a prompt; see `data.too_long`.")
     iterations: int = Field(gt=0, description="Rollouts, each followed by its updates.")
     rollout: RolloutSettings
@@ -85,26 +156,43 @@ class PPOConfig(RunSettings):
     def _check(self) -> PPOConfig:
         if self.actor.model is None:
             raise ValueError("key `actor.model` is missing; give step 1's final folder")
-        if self.reward.model is None:
-            raise ValueError("key `reward.model` is missing; give step 2's final folder")
-        if self.rollout.prompts % self.ppo.minibatch:
+        if self.reward.model is None and not self.reward.functions:
+            raise ValueError("key `reward.model` is missing; give step 2's final folder, or `reward.functions`")
+        if self.responses % self.ppo.minibatch:
+            what = "rollout.prompts" if self.rollout.samples == 1 else "rollout.prompts x rollout.samples"
             raise ValueError(
-                f"rollout.prompts {self.rollout.prompts} is not a multiple of ppo.minibatch {self.ppo.minibatch}; "
-                "change one of them"
+                f"{what} {self.responses} is not a multiple of ppo.minibatch {self.ppo.minibatch}; change one of them"
             )
+        self._check_advantage()
         return self
+
+    def _check_advantage(self) -> None:
+        if self.ppo.advantage == "gae":
+            if self.critic is None:
+                raise ValueError("key `critic` is missing; give it, or set `ppo.advantage` to rloo or grpo")
+            return
+        if self.rollout.samples < 2:
+            raise ValueError(
+                f"ppo.advantage {self.ppo.advantage} compares responses to one prompt; set rollout.samples to 2 or more"
+            )
+        if self.critic is not None:
+            raise ValueError(f"ppo.advantage {self.ppo.advantage} has no critic; remove `critic` or set it to null")
 
     @property
     def actor_path(self) -> str:
         return str(self.actor.model)
 
     @property
-    def reward_path(self) -> str:
-        return str(self.reward.model)
+    def critic_path(self) -> str | None:
+        """The reward model's weights by default; without a reward model the actor's, with a new head."""
+        if self.critic is None:
+            return None
+        return self.critic.model or self.reward.model or self.actor_path
 
     @property
-    def critic_path(self) -> str:
-        return self.critic.model or self.reward_path
+    def responses(self) -> int:
+        """Responses of one iteration, over all ranks."""
+        return self.rollout.prompts * self.rollout.samples
 
     @property
     def reference_path(self) -> str:
@@ -125,7 +213,13 @@ class PPOConfig(RunSettings):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, the length of both schedules."""
-        return self.iterations * self.ppo.epochs * (self.rollout.prompts // self.ppo.minibatch)
+        return self.iterations * self.ppo.epochs * (self.responses // self.ppo.minibatch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of the iterations in which the actor stands still."""
+        warm = 0 if self.critic is None else min(self.critic.warmup_iterations, self.iterations)
+        return warm * (self.total_steps // self.iterations)
 
     def plan(self, world_size: int) -> BatchPlan:
         """Batches of the updates. Raises UserError when rows don't divide over ranks."""
@@ -134,5 +228,13 @@ class PPOConfig(RunSettings):
                 f"{self.file}: rollout.prompts {self.rollout.prompts} is not a multiple of {world_size} ranks; "
                 "change it or the number of ranks"
             )
+        if self.pretraining is not None:
+            self.pretraining_plan(world_size)
         keys = f"{self.file}: ppo.minibatch, ppo.micro_batch"
         return BatchPlan.make(self.ppo.minibatch, self.ppo.micro_batch, world_size, keys)
+
+    def pretraining_plan(self, world_size: int) -> BatchPlan:
+        """Batches of the pretraining mix. Raises UserError when blocks don't divide over ranks."""
+        assert self.pretraining is not None
+        keys = f"{self.file}: pretraining.blocks, ppo.micro_batch"
+        return BatchPlan.make(self.pretraining.blocks, self.ppo.micro_batch, world_size, keys)

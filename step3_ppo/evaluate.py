@@ -5,41 +5,44 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from step3_ppo.config import PPOConfig
-from step3_ppo.rollout import Engines, collect, response_metrics, rows_of_all_ranks
-from tristage import dist
+from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
+from step3_ppo.rewards import RewardTerm, TextScorer, decode, load_function, load_reward_terms, score_texts
+from step3_ppo.rollout import collect, response_metrics, rows_of_all_ranks
+from tristage import dist, run
 from tristage.batches import PromptBatch
-from tristage.data.collate import collate_prompts, pick
+from tristage.config import BatchPlan, load_config
+from tristage.data.collate import collate_prompts
 from tristage.data.loader import evaluation_rows
+from tristage.data.sets import load_sets
 from tristage.data.store import Rows
-from tristage.errors import UserError
 from tristage.metrics import Stopwatch
 from tristage.rollout import PaddedRollout
 
-Grader = Callable[[list[str], list[str]], list[float]]
 EVALUATION_DRAW = 0  # iterations count from 1; every evaluation samples with the same numbers
 
 
-def load_grader(name: str | None, file: str) -> Grader | None:
-    """The function that `grader` names. Raises UserError when it cannot be imported."""
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{file}: key `grader`: {name} cannot be imported ({error}); write module:function") from None
+def prompt_batch(
+    rows: Rows,
+    indices: Sequence[int],
+    places: Sequence[int | None],
+    settings: PPOConfig,
+    tokenizer: Any,
+    samples: int = 1,
+) -> PromptBatch:
+    """This rank's prompts, each `samples` times, left padded to max_prompt_tokens: all ranks have as many columns.
 
-
-def prompt_batch(rows: Rows, indices: list[int | None], settings: PPOConfig, tokenizer: Any) -> PromptBatch:
-    """Some prompts, left padded to max_prompt_tokens, so that all ranks have as many columns."""
-    return collate_prompts(pick(rows, indices), indices, tokenizer.pad_token_id, settings.max_prompt_tokens)
+    `indices` are the prompts of all ranks, `places` those in `indices` that are this rank's (None: a filler).
+    """
+    wide = [place for place in places for _ in range(samples)]
+    draws = [None if place is None else place * samples + i % samples for i, place in enumerate(wide)]
+    examples = [None if place is None else rows[indices[place]] for place in wide]
+    return collate_prompts(examples, draws, tokenizer.pad_token_id, settings.max_prompt_tokens)
 
 
 def evaluate(
@@ -48,37 +51,57 @@ def evaluate(
     rows: Rows,
     settings: PPOConfig,
     tokenizer: Any,
-    grader: Grader | None,
+    functions: list[RewardTerm],
+    grader: TextScorer | None,
     device: torch.device,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(metrics, samples) of one sampled response to every held-out prompt. A collective."""
-    indices = [row for (row,) in evaluation_rows(rows.lengths, 1, dist.world_size(), dist.rank())]
-    batch = prompt_batch(rows, indices, settings, tokenizer).to(device)
-    own = collect(engines, rollouts, batch, EVALUATION_DRAW, settings, Stopwatch(device))
+    places = [row for (row,) in evaluation_rows(rows.lengths, 1, dist.world_size(), dist.rank())]
+    batch = prompt_batch(rows, range(len(rows)), places, settings, tokenizer).to(device)
+    own = collect(engines, rollouts, batch, EVALUATION_DRAW, settings, Stopwatch(device), functions)
     gather = rows_of_all_ranks(batch)
     sequences = own.sequences.map(gather)
     logprobs, ref_logprobs, entropy, scores, real = (
         gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, batch.is_real)
     )
-    found = response_metrics(sequences, logprobs, ref_logprobs, entropy, scores, real.float())
+    terms = {name: gather(term) for name, term in own.terms.items()}
+    found = response_metrics(sequences, logprobs, ref_logprobs, entropy, scores, terms, real.float())
     metrics = {name: float(value) for name, value in found.items()}
     if not dist.is_main():
         return metrics, []
     kept = real.nonzero().flatten().tolist()
-    prompts = _decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask, kept)
-    responses = _decode(tokenizer, sequences.responses, sequences.response_mask, kept)
+    prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask, kept)
+    responses = decode(tokenizer, sequences.responses, sequences.response_mask, kept)
     samples = [
         {"prompt": prompt, "response": response, "score": float(scores[row])}
         for prompt, response, row in zip(prompts, responses, kept, strict=True)
     ]
     if grader is not None:
-        grades = grader(prompts, responses)
+        grades = score_texts(grader, prompts, responses, "grader").tolist()
         metrics["objective/grade"] = sum(grades) / len(grades)
         for sample, grade in zip(samples, grades, strict=True):
             sample["grade"] = grade
     return metrics, samples[: settings.num_samples]
 
 
-def _decode(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> list[str]:
-    kept = [ids[row][mask[row]].tolist() for row in rows]
-    return [text.strip() for text in tokenizer.batch_decode(kept, skip_special_tokens=True)]
+def main(argv: list[str]) -> None:
+    settings = load_config(PPOConfig, argv)
+    dist.check_device(settings.device, settings.file)
+    configs = engine_configs(settings, BatchPlan.make(dist.world_size(), 1, dist.world_size()))
+    configs.pop("critic", None)
+    tokenizer = check_models(settings)
+    functions = load_reward_terms(settings)
+    grader = None if settings.grader is None else load_function(settings.grader, settings.file, "grader")
+    _, heldout = load_sets(settings, tokenizer)
+    device = dist.init(settings.device)
+    engines = build_engines(settings, configs, tokenizer, train=False)
+    rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
+    metrics, samples = evaluate(engines, rollouts, heldout, settings, tokenizer, functions, grader, device)
+    for sample in samples:
+        dist.print0(f"\n{sample['prompt']}\n-> {sample['response']}\n   score {sample['score']:.3f}")
+    for name, value in metrics.items():
+        dist.print0(f"{name} {value:.4f}")
+
+
+if __name__ == "__main__":
+    run.entry_point(main)

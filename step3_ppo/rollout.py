@@ -7,65 +7,116 @@ everything is response-aligned, [B,R], with one mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from step3_ppo.config import PPOConfig
+from step3_ppo.engines import Engines
+from step3_ppo.rewards import RewardTerm, decode, score_texts
 from tristage import dist
 from tristage.algo.masking import masked_mean, masked_moments, masked_sum, whiten
-from tristage.algo.ppo import explained_variance, gae, kl_estimate, shaped_rewards
+from tristage.algo.ppo import (
+    KLController,
+    RunningMoments,
+    explained_variance,
+    gae,
+    group_advantages,
+    kl_estimate,
+    shaped_rewards,
+)
 from tristage.batches import Experience, PromptBatch, Sequences
 from tristage.metrics import Stopwatch
 from tristage.models import last_token_scores
 from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
 
 
-class Engines(NamedTuple):
-    """The four DeepSpeed engines of step 3."""
+@dataclass
+class Control:
+    """What carries over from one iteration to the next beside the weights; part of every checkpoint."""
 
-    actor: Any
-    critic: Any
-    reference: Any
-    reward: Any
+    kl: KLController
+    scores: RunningMoments = field(default_factory=RunningMoments)  # of `ppo.scale_reward`
+
+    @classmethod
+    def of(cls, settings: PPOConfig) -> Control:
+        ppo = settings.ppo
+        return cls(KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl": self.kl.state_dict(), "scores": self.scores.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kl.load_state_dict(state["kl"])
+        self.scores.load_state_dict(state["scores"])
 
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """This rank's sampled responses and what actor, reference and reward model say of them."""
+    """This rank's sampled responses and what actor, reference and rewards say of them."""
 
     sequences: Sequences
     logprobs: torch.Tensor  # [B,R]
     ref_logprobs: torch.Tensor  # [B,R]
     entropy: torch.Tensor  # [B,R]
-    scores: torch.Tensor  # [B]
+    terms: dict[str, torch.Tensor]  # [B] each part of the reward, by name
+    scores: torch.Tensor  # [B] their weighted sum
 
 
 @torch.no_grad()
 def collect(
-    engines: Engines, rollouts: PaddedRollout, prompts: PromptBatch, draw: int, settings: PPOConfig, watch: Stopwatch
+    engines: Engines,
+    rollouts: PaddedRollout,
+    prompts: PromptBatch,
+    draw: int,
+    settings: PPOConfig,
+    watch: Stopwatch,
+    functions: list[RewardTerm],
 ) -> Responses:
     """Sample one response a prompt and score it. A collective.
 
-    `draw` numbers the sampling: the same (seed, draw, prompt) gives the same response on any number of ranks.
+    `draw` numbers the sampling: the same (seed, draw, draw_index) gives the same response on any number of ranks.
     """
     rollout = settings.rollout
     with watch("rollout"):
-        uniforms = row_uniforms(settings.seed, draw, prompts.row_index, rollout.max_response_tokens)
+        uniforms = row_uniforms(settings.seed, draw, prompts.draw_index, rollout.max_response_tokens)
         request = SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms)
         sampling = SamplingConfig(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         batch = rollouts.generate(request, sampling)
         sequences = Sequences(batch.input_ids, batch.attention_mask, rollouts.eos_id, prompts.input_ids.shape[1])
     with watch("score"):
-        for engine in engines:
+        for engine in engines.present():
             engine.eval()
         logprobs, entropy = _score_policy(engines.actor, sequences, settings, with_entropy=True)
         ref_logprobs, _ = _score_policy(engines.reference, sequences, settings, with_entropy=False)
-        (scores,) = _in_micro_batches(
-            sequences, settings, lambda micro: (last_token_scores(engines.reward(micro.ids, micro.mask), micro.mask),)
-        )
-    return Responses(sequences, logprobs, ref_logprobs, entropy, scores)
+        terms = _reward_terms(engines, rollouts.tokenizer, sequences, settings, functions)
+        weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
+        scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
+    return Responses(sequences, logprobs, ref_logprobs, entropy, terms, scores)
+
+
+def _reward_terms(
+    engines: Engines, tokenizer: Any, sequences: Sequences, settings: PPOConfig, functions: list[RewardTerm]
+) -> dict[str, torch.Tensor]:
+    """[B] of each part of the reward: "model", and every function by its name."""
+    terms: dict[str, torch.Tensor] = {}
+    if engines.reward is not None:
+
+        def score(micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            values = engines.reward(micro.ids, micro.mask)
+            return last_token_scores(values, micro.mask), micro.align(values[:, 1:])
+
+        last, values = _in_micro_batches(sequences, settings, score)
+        mean = masked_mean(values, sequences.response_mask, dim=1)
+        terms["model"] = last if settings.reward.score == "last" else mean
+    if functions:
+        prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask)
+        responses = decode(tokenizer, sequences.responses, sequences.response_mask)
+        for name, function, _ in functions:
+            found = score_texts(function, prompts, responses, f"reward function {name}")
+            terms[name] = found.to(sequences.input_ids.device)
+    return terms
 
 
 @torch.no_grad()
@@ -76,53 +127,102 @@ def make_experience(
     iteration: int,
     settings: PPOConfig,
     watch: Stopwatch,
+    control: Control,
+    functions: list[RewardTerm],
 ) -> tuple[Experience, dict[str, float]]:
     """One iteration's experience, all N rows on every rank, and its metrics. A collective.
 
-    1. Sample and score (collect); 2. values of every state; 3. bring all ranks' rows together;
-    4. rewards, advantages, returns; 5. advantages whitened over all N rows.
+    1. Sample and score (collect); 2. values of every state; 3. bring all ranks' rows together; 4. rewards;
+    5. advantages and returns; 6. the KL coefficient of the next iteration.
 
     Rows are token ids and a few numbers a token: gathering them is cheap, and makes minibatches, whitening and
     metrics the same for any number of ranks.
     """
     ppo = settings.ppo
-    own = collect(engines, rollouts, prompts, iteration, settings, watch)  # 1
+    own = collect(engines, rollouts, prompts, iteration, settings, watch, functions)  # 1
     with watch("score"):
-        (own_values,) = _in_micro_batches(  # 2
-            own.sequences, settings, lambda micro: (micro.before_response(engines.critic(micro.ids, micro.mask)),)
-        )
+        own_values, own_final = _values(engines, own.sequences, settings)  # 2
         gather = rows_of_all_ranks(prompts)  # 3
         sequences = own.sequences.map(gather)
-        logprobs, ref_logprobs, entropy, scores, values = (
-            gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, own_values)
+        logprobs, ref_logprobs, entropy, raw_scores, values, final_values = (
+            gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, own_values, own_final)
         )
+        terms = {name: gather(scores) for name, scores in own.terms.items()}
         mask = sequences.response_mask
-        rewards = shaped_rewards(  # 4
-            scores, logprobs, ref_logprobs, mask, ppo.kl_coef, ppo.reward_clip, ppo.kl_kind
-        )
-        advantages, returns = gae(values, rewards, mask, ppo.gamma, ppo.lam)
-        mean, var = masked_moments(advantages, mask)
-        whitened = whiten(advantages, mask, mean, var)  # 5
-    experience = Experience(sequences, logprobs, ref_logprobs, values, whitened, returns)
+        scores = shape_scores(raw_scores, sequences.ended, settings, control)  # 4
+        kl_coef = control.kl.coef if ppo.kl_in == "reward" else 0.0
+        rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, ppo.reward_clip, ppo.kl_kind)
+        group = gather(prompts.draw_index) // settings.rollout.samples
+        after = torch.where(sequences.ended, 0.0, final_values) if ppo.bootstrap else None
+        advantages, returns, moments = _advantages(rewards, values, after, mask, group, settings)  # 5
+    experience = Experience(sequences, logprobs, ref_logprobs, values, advantages, returns, control.kl.coef)
     clipped = torch.zeros_like(scores) if ppo.reward_clip is None else (scores.abs() > ppo.reward_clip).float()
-    metrics = response_metrics(sequences, logprobs, ref_logprobs, entropy, scores, torch.ones_like(scores)) | {
+    everyone = torch.ones_like(scores)
+    metrics = response_metrics(sequences, logprobs, ref_logprobs, entropy, raw_scores, terms, everyone) | {
         "objective/reward": masked_sum(rewards, mask, dim=1).mean(),
         "objective/score_clipfrac": clipped.mean(),
-        "advantages/mean": mean,
-        "advantages/std": var.sqrt(),
-        "value/mean": masked_mean(values, mask),
-        "value/return": masked_mean(returns, mask),
-        "value/explained_variance": explained_variance(values, returns, mask),
+        "objective/kl_coef": torch.tensor(control.kl.coef),
+        "advantages/mean": moments[0],
+        "advantages/std": moments[1].sqrt(),
     }
+    if engines.critic is not None:
+        metrics |= {
+            "value/mean": masked_mean(values, mask),
+            "value/return": masked_mean(returns, mask),
+            "value/explained_variance": explained_variance(values, returns, mask),
+        }
+    control.kl.update(float(metrics["objective/kl"]), len(scores))  # 6
     return experience, {name: float(value) for name, value in metrics.items()}
 
 
+def shape_scores(scores: torch.Tensor, ended: torch.Tensor, settings: PPOConfig, control: Control) -> torch.Tensor:
+    """scores [N], ended [N] bool -> [N]: less the penalty of a missing EOS, then over the running deviation."""
+    scores = scores - settings.ppo.missing_eos_penalty * (~ended).float()
+    if settings.ppo.scale_reward:
+        control.scores.update(scores)
+        scores = scores / control.scores.std
+    return scores
+
+
+def _values(engines: Engines, sequences: Sequences, settings: PPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The critic's values of the states before each response token [B,R] and after the last one [B]; else 0."""
+    if engines.critic is None:
+        nothing = torch.zeros(sequences.response_mask.shape, device=sequences.input_ids.device)
+        return nothing, nothing[:, 0]
+
+    def score(micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        values = engines.critic(micro.ids, micro.mask)
+        return micro.before_response(values), last_token_scores(values, micro.mask)
+
+    before, after = _in_micro_batches(sequences, settings, score)
+    return before, after
+
+
+def _advantages(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    after: torch.Tensor | None,
+    mask: torch.Tensor,
+    group: torch.Tensor,
+    settings: PPOConfig,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """(advantages [N,R], returns [N,R], their mean and variance before any whitening)."""
+    ppo = settings.ppo
+    if ppo.advantage != "gae":
+        one = group_advantages(masked_sum(rewards, mask, dim=1), group, ppo.advantage)  # one a response
+        advantages = torch.where(mask, one.unsqueeze(1), 0.0)
+        return advantages, torch.zeros_like(advantages), masked_moments(advantages, mask)
+    advantages, returns = gae(values, rewards, mask, ppo.gamma, ppo.lam, after)
+    mean, var = masked_moments(advantages, mask)
+    return (whiten(advantages, mask, mean, var) if ppo.whiten else advantages), returns, (mean, var)
+
+
 def rows_of_all_ranks(prompts: PromptBatch) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function [B,...] -> [N,...] that gathers, ordered by the prompts' places in their set.
+    """A function [B,...] -> [N,...] that gathers, ordered by the numbers of the draws.
 
     In rank order a minibatch, and so the update, would hold other rows on another number of ranks.
     """
-    order = dist.all_gather_rows(prompts.row_index).argsort(stable=True)
+    order = dist.all_gather_rows(prompts.draw_index).argsort(stable=True)
     return lambda x: dist.all_gather_rows(x)[order]
 
 
@@ -132,13 +232,15 @@ def response_metrics(
     ref_logprobs: torch.Tensor,
     entropy: torch.Tensor,
     scores: torch.Tensor,
+    terms: dict[str, torch.Tensor],
     weight: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Means over rows of weight 1 (weight [B] is 0 for fillers) of what one looks at first."""
     mask = sequences.response_mask & (weight > 0).unsqueeze(1)
     rows = weight.sum().clamp(min=1)
     kl = kl_estimate(logprobs, ref_logprobs, "k1")
-    return {
+    parts = {f"objective/score_{name}": (term * weight).sum() / rows for name, term in terms.items()}
+    return (parts if len(parts) > 1 else {}) | {
         "objective/score": (scores * weight).sum() / rows,
         "objective/score_std": scores[weight > 0].std(correction=0),
         "objective/kl": masked_sum(kl, mask) / rows,

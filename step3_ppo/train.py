@@ -7,39 +7,33 @@ One iteration: sample responses, score them (rollout.py), then some optimizer st
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from step3_ppo.config import PPOConfig
-from step3_ppo.evaluate import Grader, evaluate, load_grader, prompt_batch
-from step3_ppo.rollout import Engines, make_experience
-from step3_ppo.update import check_first_iteration, ppo_update
+from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
+from step3_ppo.evaluate import evaluate, prompt_batch
+from step3_ppo.rewards import RewardTerm, TextScorer, load_function, load_reward_terms
+from step3_ppo.rollout import Control, make_experience
+from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
-from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
-from tristage.config import (
-    BatchPlan,
-    load_config,
-    read_deepspeed_json,
-    require_folder_or_hub_id,
-    world_size_from_environment,
-)
-from tristage.data.loader import Loader
-from tristage.data.sets import fingerprint, load_sets
+from tristage.batches import PromptBatch, SFTBatch
+from tristage.checkpoint import check_resumable, load_checkpoint, load_control, save_checkpoint
+from tristage.config import BatchPlan, load_config, world_size_from_environment
+from tristage.data.collate import collate_sft, pick
+from tristage.data.loader import Loader, deal
+from tristage.data.packing import Blocks
+from tristage.data.sets import fingerprint, load_sets, load_text_blocks
 from tristage.data.store import Rows
-from tristage.data.template import read_template
-from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine, zero_stage
+from tristage.ema import WeightAverage
+from tristage.engine import zero_stage
 from tristage.errors import UserError
 from tristage.metrics import RunLog, Stopwatch
-from tristage.models import (
-    check_model,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-    require_same_tokenizer,
-    save_model,
-)
+from tristage.models import save_model
 from tristage.rollout import PaddedRollout
 
+TRAINED: tuple[str, ...] = ("actor", "critic")
 SHOWN = {
     "objective/score": "score",
     "objective/kl": "kl",
@@ -49,13 +43,15 @@ SHOWN = {
 }
 
 
-class EngineConfigs(NamedTuple):
-    """The DeepSpeed configs of the four engines."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before any model does."""
 
-    actor: dict[str, Any]
-    critic: dict[str, Any]
-    reference: dict[str, Any]
-    reward: dict[str, Any]
+    prompts: Rows
+    heldout: Rows
+    pretraining: Blocks | None
+    functions: list[RewardTerm]
+    grader: TextScorer | None
 
 
 def main(argv: list[str]) -> None:
@@ -63,123 +59,120 @@ def main(argv: list[str]) -> None:
     dist.check_device(settings.device, settings.file)
     plan = settings.plan(world_size_from_environment())
     configs = engine_configs(settings, plan)
-    check_resumable(settings, {"actor": zero_stage(configs.actor), "critic": zero_stage(configs.critic)})
+    check_resumable(settings, {name: zero_stage(configs[name]) for name in TRAINED if name in configs})
     tokenizer = check_models(settings)
-    grader = load_grader(settings.grader, settings.file)
+    train(settings, plan, configs, tokenizer, load_inputs(settings, tokenizer))
+
+
+def load_inputs(settings: PPOConfig, tokenizer: Any) -> Inputs:
+    """Prompts, text and functions. Raises UserError."""
+    functions = load_reward_terms(settings)
+    grader = None if settings.grader is None else load_function(settings.grader, settings.file, "grader")
     prompts, heldout = load_sets(settings, tokenizer)
     if len(prompts) < settings.rollout.prompts:
         raise UserError(
             f"{settings.file}: rollout.prompts is {settings.rollout.prompts} but `data.train` gives only "
             f"{len(prompts)} prompts; lower it or give more prompts"
         )
-    train(settings, plan, configs, tokenizer, prompts, heldout, grader)
-
-
-def engine_configs(settings: PPOConfig, plan: BatchPlan) -> EngineConfigs:
-    """The four DeepSpeed configs. Raises UserError for a frozen engine at ZeRO 1 or 2, which shard what it lacks."""
-    found = {}
-    for name in EngineConfigs._fields:
-        engine = getattr(settings, name)
-        template = read_deepspeed_json(engine.deepspeed, settings, f"{name}.deepspeed")
-        clip_norm = engine.optimizer.clip_norm if name in ("actor", "critic") else 0.0
-        found[name] = engine_config(template, settings.precision, plan, clip_norm)
-        if name in ("reference", "reward") and zero_stage(found[name]) not in (0, 3):
-            raise UserError(
-                f"{settings.file}: key `{name}.deepspeed`: ZeRO stage {zero_stage(found[name])} shards gradients and "
-                "optimizer, which a frozen model has not; use stage 0 or 3"
-            )
-    return EngineConfigs(**found)
-
-
-def check_models(settings: PPOConfig) -> Any:
-    """The actor's tokenizer, after making sure that all four folders are there, agree and hold what they should."""
-    paths = {
-        "actor.model": settings.actor_path,
-        "reference.model": settings.reference_path,
-        "reward.model": settings.reward_path,
-        "critic.model": settings.critic_path,
-    }
-    for key, path in paths.items():
-        require_folder_or_hub_id(path, settings, key)
-    tokenizers = {f"{key} ({path})": load_tokenizer(path) for key, path in paths.items()}
-    if (template := read_template(settings)) is not None:
-        tokenizers[f"data.template ({settings.data.template})"] = load_tokenizer(settings.actor_path, template)
-    require_same_tokenizer(tokenizers)
-    for key, path in paths.items():
-        check_model(path, settings.max_tokens, reward_model=key in ("reward.model", "critic.model"))
-    return next(iter(tokenizers.values()))
-
-
-def build_engines(settings: PPOConfig, configs: EngineConfigs, tokenizer: Any) -> Engines:
-    """Load the four models, one after the other, and hand each to its DeepSpeed engine."""
-    common: dict[str, Any] = {"dtype": DTYPES[settings.precision], "max_tokens": settings.max_tokens}
-
-    def trained(name: str, load: Any, path: str) -> Any:
-        spec, config = getattr(settings, name), getattr(configs, name)
-        model = load(
-            path, tokenizer, engine_config=config, gradient_checkpointing=spec.gradient_checkpointing, **common
-        )
-        return train_engine(model, config, spec.optimizer, settings.total_steps)
-
-    def frozen(name: str, load: Any, path: str) -> Any:
-        config = getattr(configs, name)
-        return frozen_engine(load(path, tokenizer, engine_config=config, **common), config)
-
-    return Engines(
-        actor=trained("actor", load_causal_lm, settings.actor_path),
-        critic=trained("critic", load_reward_model, settings.critic_path),
-        reference=frozen("reference", load_causal_lm, settings.reference_path),
-        reward=frozen("reward", load_reward_model, settings.reward_path),
-    )
+    mix = settings.pretraining
+    blocks = None if mix is None else load_text_blocks(mix.data, settings, tokenizer, mix.block_tokens)
+    return Inputs(prompts, heldout, blocks, functions, grader)
 
 
 def train(
-    settings: PPOConfig,
-    plan: BatchPlan,
-    configs: EngineConfigs,
-    tokenizer: Any,
-    prompts: Rows,
-    heldout: Rows,
-    grader: Grader | None,
+    settings: PPOConfig, plan: BatchPlan, configs: dict[str, dict[str, Any]], tokenizer: Any, inputs: Inputs
 ) -> None:
     """Iterate from the latest checkpoint, or from the start, to the last iteration; export actor and critic."""
-    device, output = run.start(settings, fingerprint([prompts, heldout])), Path(settings.output)
-    dist.print0(f"step 3, PPO: {settings.rollout.prompts} prompts an iteration, {settings.ppo.epochs} epochs, {plan}")
+    device = run.start(settings, fingerprint([inputs.prompts, inputs.heldout]))
+    output = Path(settings.output)
+    dist.print0(f"step 3, PPO: {settings.responses} responses an iteration, {settings.ppo.epochs} epochs, {plan}")
     if settings.rollout.top_p < 1 or settings.rollout.top_k:
         dist.print0("rollout.top_p or top_k filters sampling: the sampled law is not the scored one, KL is biased")
     engines = build_engines(settings, configs, tokenizer)
-    trained = {"actor": engines.actor, "critic": engines.critic}
+    trained = {name: getattr(engines, name) for name in TRAINED if name in configs}
     first = load_checkpoint(settings, trained)
+    control, average = restored(settings, engines)
+    extras = actor_extras(settings, inputs, average, tokenizer)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
-    loader = prompt_loader(prompts, settings)
+    loader = prompt_loader(inputs.prompts, settings)
     watch = Stopwatch(device)
     with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
 
         def evaluate_now(iteration: int) -> None:
+            arguments = (inputs.heldout, settings, tokenizer, inputs.functions, inputs.grader, device)
             with watch("evaluate"):
-                metrics, samples = evaluate(engines, rollouts, heldout, settings, tokenizer, grader, device)
+                metrics, samples = evaluate(engines, rollouts, *arguments)
+                if average is not None and iteration:
+                    with average.in_place():
+                        averaged, _ = evaluate(engines, rollouts, *arguments)
+                    metrics |= {f"ema/{name}": value for name, value in averaged.items()}
             log.write(iteration, "heldout", metrics | watch.take())
             log.write_samples(iteration, samples)
 
         if first == 0:
             evaluate_now(0)
         for iteration in range(first + 1, settings.iterations + 1):
-            indices = [row for (row,) in loader.step_rows(iteration - 1)]
-            batch = prompt_batch(prompts, indices, settings, tokenizer).to(device)
-            experience, metrics = make_experience(engines, rollouts, batch, iteration, settings, watch)
+            batch = next_prompts(loader, iteration, inputs.prompts, settings, tokenizer).to(device)
+            experience, metrics = make_experience(
+                engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
+            )
             if iteration == 1:
                 check_first_iteration(engines, experience, settings, plan)
             with watch("update"):
-                metrics |= ppo_update(engines, experience, iteration, settings, plan)
+                metrics |= ppo_update(engines, experience, iteration, settings, plan, extras)
             log.write(iteration, "train", metrics | throughput(experience, watch))
             last = iteration == settings.iterations
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):
                 evaluate_now(iteration)
             if last or (settings.save_every and iteration % settings.save_every == 0):
-                save_checkpoint(settings, iteration, trained)
+                own = None if average is None else average.state_dict()
+                save_checkpoint(settings, iteration, trained, control.state_dict(), own)
     save_model(engines.actor, tokenizer, output / "final")
-    save_model(engines.critic, tokenizer, output / "final_critic")
+    if engines.critic is not None:
+        save_model(engines.critic, tokenizer, output / "final_critic")
+    if average is not None:
+        with average.in_place():
+            save_model(engines.actor, tokenizer, output / "final_ema")
     dist.print0(f"step 3 is done: {output / 'final'}")
+
+
+def restored(settings: PPOConfig, engines: Engines) -> tuple[Control, WeightAverage | None]:
+    """KL coefficient, reward scale and moving average, as the latest checkpoint has them or new."""
+    control, average = Control.of(settings), None
+    if settings.ema is not None:
+        steps = settings.total_steps - settings.warmup_steps
+        average = WeightAverage(engines.actor, settings.ema.decay, int(settings.ema.start * steps))
+    state, own = load_control(settings)
+    if state is not None:
+        control.load_state_dict(state)
+    if average is not None and own is not None:
+        average.load_state_dict(own)
+    return control, average
+
+
+def actor_extras(
+    settings: PPOConfig, inputs: Inputs, average: WeightAverage | None, tokenizer: Any
+) -> ActorExtras:
+    """The pretraining mix and the moving average, where the settings ask for them."""
+    after_step = None if average is None else average.update
+    mix, blocks = settings.pretraining, inputs.pretraining
+    if mix is None or blocks is None:
+        return ActorExtras(after_step=after_step)
+    plan = settings.pretraining_plan(dist.world_size())
+    epochs = settings.total_steps * mix.blocks / len(blocks)
+    loader = Loader(blocks.lengths, plan, dist.rank(), settings.seed, epochs)
+
+    def batches(step: int) -> list[SFTBatch]:
+        return [collate_sft(pick(blocks, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step)]
+
+    return ActorExtras(batches, mix.coef, after_step)
+
+
+def next_prompts(loader: Loader, iteration: int, prompts: Rows, settings: PPOConfig, tokenizer: Any) -> PromptBatch:
+    """This rank's prompts of an iteration, each rollout.samples times."""
+    rows = loader.all_rows(iteration - 1)
+    places = [place for (place,) in deal(range(len(rows)), prompts.lengths[rows], loader.plan, loader.rank)]
+    return prompt_batch(prompts, rows, places, settings, tokenizer, settings.rollout.samples)
 
 
 def prompt_loader(prompts: Rows, settings: PPOConfig) -> Loader:

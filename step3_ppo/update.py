@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from step3_ppo.config import PPOConfig
-from step3_ppo.rollout import Engines
+from step3_ppo.engines import Engines
 from tristage import dist
 from tristage.algo.masking import masked_sum
-from tristage.algo.ppo import clipped_policy_loss, clipped_value_loss, kl_estimate
-from tristage.batches import Experience
+from tristage.algo.ppo import clipped_policy_loss, clipped_value_loss, huber_value_loss, kl_estimate
+from tristage.batches import Experience, SFTBatch
 from tristage.config import BatchPlan
 from tristage.data.loader import deal
 from tristage.engine import backward_mean, optimizer_step
@@ -22,74 +24,141 @@ from tristage.metrics import Averages
 FIRST_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 
 
+@dataclass
+class ActorExtras:
+    """What else happens in the actor's optimizer step, if anything."""
+
+    pretraining: Callable[[int], list[SFTBatch]] | None = None  # optimizer step -> this rank's blocks of text
+    pretraining_coef: float = 0.0
+    after_step: Callable[[int, bool], None] | None = None  # (optimizer step, whether it was skipped)
+
+
+NOTHING_ELSE = ActorExtras()
+
+
 def ppo_update(
-    engines: Engines, experience: Experience, iteration: int, settings: PPOConfig, plan: BatchPlan
+    engines: Engines,
+    experience: Experience,
+    iteration: int,
+    settings: PPOConfig,
+    plan: BatchPlan,
+    extras: ActorExtras = NOTHING_ELSE,
 ) -> dict[str, float]:
     """All optimizer steps of one iteration; metrics averaged over tokens, epochs and ranks. A collective.
 
     Rows are shuffled anew each epoch over all ranks; the set of rows of a minibatch, and so the update, does not
-    depend on the number of ranks or the micro-batch.
+    depend on the number of ranks or the micro-batch. While the critic warms up, the actor stands still.
     """
     device = experience.logprobs.device
     averages = Averages()
     lengths = experience.sequences.attention_mask.sum(dim=1).tolist()
-    engines.actor.train()
-    engines.critic.train()
+    warming = settings.critic is not None and iteration <= settings.critic.warmup_iterations
+    for engine in (engines.actor, engines.critic):
+        if engine is not None:
+            engine.train()
+    steps = len(experience.logprobs) // plan.global_batch
+    epoch = 0
     for epoch in range(settings.ppo.epochs):
         order = np.random.default_rng([settings.seed, iteration, epoch]).permutation(len(experience.logprobs))
-        for minibatch in np.split(order, len(order) // plan.global_batch):
-            _minibatch_step(engines, experience, minibatch.tolist(), lengths, settings, plan, averages)
-    return averages.reduce(device)
+        epoch_kl = Averages()
+        for place, rows in enumerate(np.split(order, steps)):
+            number = ((iteration - 1) * settings.ppo.epochs + epoch) * steps + place  # optimizer step, 0-based
+            minibatch = Minibatch(engines, experience, settings, averages, epoch_kl, warming)
+            minibatch.step(rows.tolist(), lengths, plan, number, extras)
+        if settings.ppo.target_kl is not None and not warming:
+            # Reduced first: all ranks stop together.
+            if epoch_kl.reduce(device)["policy/approx_kl"] > settings.ppo.target_kl:
+                break
+    return averages.reduce(device) | {"policy/epochs": epoch + 1.0}
 
 
-def _minibatch_step(
-    engines: Engines,
-    experience: Experience,
-    rows: list[int],
-    lengths: list[int],
-    settings: PPOConfig,
-    plan: BatchPlan,
-    averages: Averages,
-) -> None:
+@dataclass
+class Minibatch:
     """One optimizer step of actor and critic: losses summed over micro-batches, divided by the real tokens of all."""
-    global_tokens = float(experience.mask[rows].sum())
-    for micro in deal(rows, lengths, plan, dist.rank()):
-        _backward(engines, experience, torch.tensor(micro), global_tokens, settings, averages)
-    for name, engine in (("policy", engines.actor), ("value", engines.critic)):
-        for metric, value in optimizer_step(engine).metrics(name).items():
-            averages.add(metric, value, 1)
 
+    engines: Engines
+    experience: Experience
+    settings: PPOConfig
+    averages: Averages
+    epoch_kl: Averages
+    warming: bool  # the critic alone learns
 
-def _backward(
-    engines: Engines,
-    experience: Experience,
-    rows: torch.Tensor,
-    global_tokens: float,
-    settings: PPOConfig,
-    averages: Averages,
-) -> None:
-    """Forward and backward of actor and critic on one micro-batch; rows [b] index the experience."""
-    ppo, micro, mask = settings.ppo, experience.sequences.micro_batch(rows), experience.mask[rows]
-    old_logprobs, advantages = experience.logprobs[rows], experience.advantages[rows]
-    old_values, returns = experience.values[rows], experience.returns[rows]
+    def step(self, rows: list[int], lengths: list[int], plan: BatchPlan, number: int, extras: ActorExtras) -> None:
+        global_tokens = float(self.experience.mask[rows].sum())
+        for micro in deal(rows, lengths, plan, dist.rank()):
+            places = torch.tensor(micro)
+            if not self.warming:
+                self._actor_backward(places, global_tokens)
+            if self.engines.critic is not None:
+                self._critic_backward(places, global_tokens)
+        if not self.warming:
+            if extras.pretraining is not None:
+                self._pretraining_backward(extras.pretraining(number), extras.pretraining_coef)
+            skipped = self._step("policy", self.engines.actor)
+            if extras.after_step is not None:
+                extras.after_step(number, skipped)
+        if self.engines.critic is not None:
+            self._step("value", self.engines.critic)
 
-    logprobs = micro.align(engines.actor(micro.ids, micro.mask, micro.score_mask, settings.rollout.temperature)[0])
-    policy_loss = masked_sum(clipped_policy_loss(logprobs, old_logprobs, advantages, ppo.clip), mask)
-    backward_mean(engines.actor, policy_loss, global_tokens)
+    def _step(self, name: str, engine: Any) -> bool:
+        report = optimizer_step(engine)
+        for metric, value in report.metrics(name).items():
+            self.averages.add(metric, value, 1)
+        return report.skipped
 
-    values = micro.before_response(engines.critic(micro.ids, micro.mask))
-    value_loss = masked_sum(clipped_value_loss(values, old_values, returns, ppo.value_clip), mask)
-    backward_mean(engines.critic, value_loss, global_tokens)
+    def _actor_backward(self, rows: torch.Tensor, global_tokens: float) -> None:
+        """Forward and backward of the actor on one micro-batch; rows [b] index the experience."""
+        experience, ppo = self.experience, self.settings.ppo
+        micro, mask = experience.sequences.micro_batch(rows), experience.mask[rows]
+        old_logprobs, advantages = experience.logprobs[rows], experience.advantages[rows]
+        temperature, with_entropy = self.settings.rollout.temperature, ppo.entropy_coef > 0
+        found = self.engines.actor(micro.ids, micro.mask, micro.score_mask, temperature, with_entropy)
+        logprobs, entropy = (micro.align(x) for x in found)
+        losses = clipped_policy_loss(logprobs, old_logprobs, advantages, ppo.clip, ppo.clip_high, ppo.dual_clip)
+        if ppo.kl_in == "loss":
+            losses = losses + experience.kl_coef * kl_estimate(logprobs, experience.ref_logprobs[rows], ppo.kl_kind)
+        if with_entropy:
+            losses = losses - ppo.entropy_coef * entropy
+        loss = masked_sum(losses, mask)
+        backward_mean(self.engines.actor, loss, global_tokens)
+        with torch.no_grad():
+            tokens, ratio = mask.sum(), (logprobs - old_logprobs).exp()
+            outside = (ratio < 1 - ppo.clip) | (ratio > 1 + (ppo.clip_high or ppo.clip))
+            approx_kl = masked_sum(kl_estimate(old_logprobs, logprobs, "k3"), mask)
+            self.averages.add("policy/loss", loss, tokens)
+            self.averages.add("policy/ratio", masked_sum(ratio, mask), tokens)
+            self.averages.add("policy/clipfrac", masked_sum(outside.float(), mask), tokens)
+            for averages in (self.averages, self.epoch_kl):
+                averages.add("policy/approx_kl", approx_kl, tokens)
 
-    with torch.no_grad():
-        tokens, ratio = mask.sum(), (logprobs - old_logprobs).exp()
-        value_clip = float("inf") if ppo.value_clip is None else ppo.value_clip
-        averages.add("policy/loss", policy_loss, tokens)
-        averages.add("policy/ratio", masked_sum(ratio, mask), tokens)
-        averages.add("policy/clipfrac", masked_sum(((ratio - 1).abs() > ppo.clip).float(), mask), tokens)
-        averages.add("policy/approx_kl", masked_sum(kl_estimate(old_logprobs, logprobs, "k3"), mask), tokens)
-        averages.add("value/loss", value_loss, tokens)
-        averages.add("value/clipfrac", masked_sum(((values - old_values).abs() > value_clip).float(), mask), tokens)
+    def _critic_backward(self, rows: torch.Tensor, global_tokens: float) -> None:
+        """The same of the critic."""
+        experience, ppo = self.experience, self.settings.ppo
+        micro, mask = experience.sequences.micro_batch(rows), experience.mask[rows]
+        old_values, returns = experience.values[rows], experience.returns[rows]
+        values = micro.before_response(self.engines.critic(micro.ids, micro.mask))
+        if ppo.value_loss == "huber":
+            losses, clip = huber_value_loss(values, returns, ppo.huber_delta), None
+        else:
+            losses, clip = clipped_value_loss(values, old_values, returns, ppo.value_clip), ppo.value_clip
+        loss = masked_sum(losses, mask)
+        backward_mean(self.engines.critic, loss, global_tokens)
+        with torch.no_grad():
+            tokens = mask.sum()
+            far = (values - old_values).abs() > (float("inf") if clip is None else clip)
+            self.averages.add("value/loss", loss, tokens)
+            self.averages.add("value/clipfrac", masked_sum(far.float(), mask), tokens)
+
+    def _pretraining_backward(self, batches: list[SFTBatch], coef: float) -> None:
+        """coef * mean over the blocks' tokens of -log p, added to the actor's gradient (InstructGPT, eq. 2)."""
+        device = self.experience.logprobs.device
+        tokens = float(sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches))
+        global_tokens = dist.sum_over_ranks({"tokens": tokens}, device)["tokens"]
+        for batch in batches:
+            batch = batch.to(device)
+            logprobs, _ = self.engines.actor(batch.input_ids, batch.attention_mask, batch.loss_mask)
+            backward_mean(self.engines.actor, -coef * logprobs.sum(), global_tokens)
+            self.averages.add("policy/pretraining_loss", -logprobs.detach().sum(), batch.loss_mask[:, 1:].sum())
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ class PreferenceBatch(_Batch):
 
     input_ids: torch.Tensor  # [N,T] long
     attention_mask: torch.Tensor  # [N,T] bool
+    answer_mask: torch.Tensor  # [N,T] bool, True on the answer and its EOS
     prompt_index: torch.Tensor  # [N] long, the prompt of each answer: 0..prompts-1, ascending
     ranks: torch.Tensor  # [N] float32, 0 is the best answer
     is_real: torch.Tensor  # [prompts] bool, False for a filler prompt
@@ -53,7 +54,7 @@ class PromptBatch(_Batch):
 
     input_ids: torch.Tensor  # [B,P] long
     attention_mask: torch.Tensor  # [B,P] bool
-    row_index: torch.Tensor  # [B] long, the row's place in the prompt set; -1 in a filler row
+    draw_index: torch.Tensor  # [B] long, the response's number among the iteration's of all ranks; -1 in a filler row
     is_real: torch.Tensor  # [B] bool, False for a filler row
 
 
@@ -147,6 +148,7 @@ class Experience:
     values: torch.Tensor  # [N,R] of the state before each token
     advantages: torch.Tensor  # [N,R] whitened over all rows
     returns: torch.Tensor  # [N,R]
+    kl_coef: float = 0.0  # of this iteration
 
     @property
     def mask(self) -> torch.Tensor:

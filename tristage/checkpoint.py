@@ -9,14 +9,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tristage import dist
 from tristage.config import RunSettings, world_size_from_environment
 from tristage.errors import UserError
 from tristage.models.saving import remove_tree
 
 
-def save_checkpoint(settings: RunSettings, step: int, engines: dict[str, Any]) -> None:
+def save_checkpoint(
+    settings: RunSettings,
+    step: int,
+    engines: dict[str, Any],
+    control: dict[str, Any] | None = None,
+    own: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write every engine as checkpoint `step`, then point `latest` at it. A collective.
+
+    `control` (numbers, the same on every rank) and `own` (tensors of this rank) are what else carries over.
 
     It is written beside and renamed, so a checkpoint folder is whole; older ones than the last `keep_last`
     are removed afterwards. Data order and sampling are functions of (seed, step) and need no state of their own.
@@ -30,10 +40,12 @@ def save_checkpoint(settings: RunSettings, step: int, engines: dict[str, Any]) -
     dist.barrier()
     for name, engine in engines.items():
         engine.save_checkpoint(str(partial), tag=name, save_latest=False)
+    if own is not None:
+        torch.save(own, partial / f"own_rank{dist.rank()}.pt")
     dist.barrier()
     if dist.is_main():
         stages = {name: engine.zero_optimization_stage() for name, engine in engines.items()}
-        state = {"step": step, "ranks": dist.world_size(), "zero_stages": stages}
+        state = {"step": step, "ranks": dist.world_size(), "zero_stages": stages, "control": control}
         (partial / "state.json").write_text(json.dumps(state))
         remove_tree(folder)
         partial.rename(folder)
@@ -90,6 +102,16 @@ def load_checkpoint(settings: RunSettings, engines: dict[str, Any]) -> int:
     step = int(json.loads((folder / "state.json").read_text())["step"])
     dist.print0(f"resumed from {folder}")
     return step
+
+
+def load_control(settings: RunSettings) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor] | None]:
+    """(`control`, `own` of this rank) of the latest checkpoint; None for what it has not."""
+    folder = _checkpoint_to_resume(settings)
+    if folder is None:
+        return None, None
+    own = folder / f"own_rank{dist.rank()}.pt"
+    state = json.loads((folder / "state.json").read_text())
+    return state.get("control"), torch.load(own, weights_only=True) if own.is_file() else None
 
 
 def _checkpoint_to_resume(settings: RunSettings) -> Path | None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from tristage.config import RunSettings, load_config
 from tristage.errors import UserError
 
-STEPS = ("step1_sft", "step2_reward_model", "step3_ppo")
+STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -403,6 +403,7 @@ __all__ = [
     "RunSettings",
     "Settings",
     "SourceSettings",
+    "Sources",
     "TrainSettings",
     "find_file",
     "load_config",

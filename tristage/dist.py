@@ -110,6 +110,12 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
+def broadcast(x: torch.Tensor, source: int) -> None:
+    """Overwrite x on every rank with that of rank `source`."""
+    if world_size() > 1:
+        torch_dist.broadcast(x, source)
+
+
 def barrier() -> None:
     if world_size() > 1:
         torch_dist.barrier()

@@ -229,6 +229,14 @@ def _whole_parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
             offload.setup_zero_stage3_hooks()
 
 
+def refresh_persistent(engine: deepspeed.DeepSpeedEngine) -> None:
+    """After partitions were written by hand: ZeRO-3 keeps small parameters whole as well, which then need renewing."""
+    small = getattr(engine.optimizer, "persistent_parameters", None)
+    if engine.zero_optimization_stage() == 3 and small:
+        small[0].partition(small)
+        small[0].all_gather(small)
+
+
 def parameters_fit(engine: deepspeed.DeepSpeedEngine, device: torch.device, headroom: float = 0.5) -> bool:
     """Whether all parameters, gathered, take at most `headroom` of this device's free memory."""
     size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters())

@@ -16,8 +16,9 @@ NOT_OURS |= {"__pycache__", "output", "build", "shared"}
 REQUIRED = (
     *("README.md", "setup.cfg", "pyproject.toml", "constraints.txt", ".gitignore", ".ci/run"),
     *("configs/quickstart", "configs/deepspeed", "launch/common.sh", "launch/quickstart.sh", "launch/test.sh"),
-    *("launch/pipeline.sh", "launch/step1_sft.sh", "launch/step2_reward_model.sh", "launch/step3_ppo.sh"),
-    *("step1_sft/train.py", "step2_reward_model/train.py", "step3_ppo/train.py", "tristage", "tests"),
+    *("launch/pipeline.sh", "launch/step1_sft.sh", "launch/step2_reward_model.sh", "launch/step2_dpo.sh"),
+    *("launch/step3_ppo.sh", "step1_sft/train.py", "step2_reward_model/train.py", "step2_dpo/train.py"),
+    *("step3_ppo/train.py", "tristage", "tests"),
 )
 
 

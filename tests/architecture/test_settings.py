@@ -75,7 +75,7 @@ READ = read_attributes()
 
 
 def test_the_settings_of_every_step_are_found():
-    assert {"step1_sft", "step2_reward_model", "step3_ppo"} <= set(STEPS)
+    assert {"step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo"} <= set(STEPS)
     assert {("SFTConfig", "model"), ("OptimizerSettings", "eps"), ("PPOSettings", "lam")} <= set(ALL_FIELDS)
 
 

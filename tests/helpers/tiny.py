@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from step1_sft.config import SFTConfig
+from step2_dpo.config import DPOConfig
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
 from tristage import dist
@@ -206,6 +207,14 @@ def sft_config(folder: Path, model: str, rows: str, stage: int = 0, *overrides: 
 def reward_model_config(folder: Path, model: str, rows: str, stage: int = 0, *overrides: str) -> RewardModelConfig:
     path = write_yaml(folder / "reward.yaml", _train_values(folder / "reward", model, rows, stage))
     return load_config(RewardModelConfig, ["--config", path, *overrides])
+
+
+def dpo_config(folder: Path, model: str, rows: str, stage: int = 0, *overrides: str) -> DPOConfig:
+    """With a reference unless `overrides` say `loss=simpo`."""
+    values = _train_values(folder / "dpo", model, rows, stage)
+    if "loss=simpo" not in overrides:
+        values["reference"] = {"deepspeed": deepspeed_json(3 if stage == 3 else 0)}
+    return load_config(DPOConfig, ["--config", write_yaml(folder / "dpo.yaml", values), *overrides])
 
 
 def ppo_values(folder: Path, actor: str, reward: str, prompts: str, stage: int = 0) -> dict[str, Any]:

@@ -16,6 +16,7 @@ REPO = Path(__file__).parents[2]
 LAUNCHERS = {
     "launch/step1_sft.sh": "step1_sft.train",
     "launch/step2_reward_model.sh": "step2_reward_model.train",
+    "launch/step2_dpo.sh": "step2_dpo.train",
     "launch/step3_ppo.sh": "step3_ppo.train",
 }
 SFT = "launch/step1_sft.sh"

@@ -12,8 +12,10 @@ from transformers import AutoModelForSequenceClassification
 import step3_ppo.rollout
 import step3_ppo.train
 from step3_ppo.config import PPOConfig
-from step3_ppo.evaluate import evaluate, prompt_batch
-from step3_ppo.rollout import make_experience, rows_of_all_ranks
+from step3_ppo.engines import build_engines, check_models, engine_configs
+from step3_ppo.evaluate import evaluate
+from step3_ppo.rewards import load_reward_terms
+from step3_ppo.rollout import Control, make_experience, rows_of_all_ranks
 from step3_ppo.update import check_first_iteration, ppo_update
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
@@ -36,20 +38,23 @@ class Run:
         self.settings: PPOConfig = load_config(PPOConfig, ["--config", config, *overrides])
         dist.init("cpu")
         self.plan = self.settings.plan(dist.world_size())
-        configs = step3_ppo.train.engine_configs(self.settings, self.plan)
-        self.tokenizer = step3_ppo.train.check_models(self.settings)
+        configs = engine_configs(self.settings, self.plan)
+        self.tokenizer = check_models(self.settings)
         self.prompts, self.heldout = load_sets(self.settings, self.tokenizer)
-        self.engines = step3_ppo.train.build_engines(self.settings, configs, self.tokenizer)
+        self.engines = build_engines(self.settings, configs, self.tokenizer)
+        self.control, self.functions = Control.of(self.settings), load_reward_terms(self.settings)
         self.rollouts = PaddedRollout(self.engines.actor, self.tokenizer, self.settings.rollout.rows_at_once)
         self.loader = step3_ppo.train.prompt_loader(self.prompts, self.settings)
 
     def batch(self, iteration: int = 1) -> Any:
-        rows = [row for (row,) in self.loader.step_rows(iteration - 1)]
-        return prompt_batch(self.prompts, rows, self.settings, self.tokenizer)
+        return step3_ppo.train.next_prompts(self.loader, iteration, self.prompts, self.settings, self.tokenizer)
 
     def experience(self, iteration: int = 1) -> tuple[Experience, dict[str, float]]:
         batch = self.batch(iteration)
-        return make_experience(self.engines, self.rollouts, batch, iteration, self.settings, Stopwatch(CPU))
+        watch = Stopwatch(CPU)
+        return make_experience(
+            self.engines, self.rollouts, batch, iteration, self.settings, watch, self.control, self.functions
+        )
 
     def check(self, experience: Experience) -> None:
         check_first_iteration(self.engines, experience, self.settings, self.plan)
@@ -58,7 +63,7 @@ class Run:
         return ppo_update(self.engines, experience, iteration, self.settings, self.plan)
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate(self.engines, self.rollouts, self.heldout, self.settings, self.tokenizer, None, CPU)
+        return evaluate(self.engines, self.rollouts, self.heldout, self.settings, self.tokenizer, [], None, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +156,7 @@ def test_log_probabilities_that_are_not_numbers_fail_the_first_check(configs: di
 @torch.no_grad()
 def scores_one_by_one(run: Run, experience: Experience) -> torch.Tensor:
     """transformers' own reward model on each unpadded dialogue: its number at the last token."""
-    model = AutoModelForSequenceClassification.from_pretrained(run.settings.reward_path, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(run.settings.reward.model, dtype=torch.float32).eval()
     sequences = experience.sequences
     dialogues = [ids[mask] for ids, mask in zip(sequences.input_ids, sequences.attention_mask, strict=True)]
     return torch.stack([model.score(model.model(ids[None]).last_hidden_state)[0, -1, 0] for ids in dialogues])
@@ -284,7 +289,7 @@ def on_two_ranks(rank: int, config: str) -> dict[str, Any]:
     experience, metrics = run.experience()
     run.check(experience)
     metrics, samples = run.evaluate()
-    own = rows_of_all_ranks(run.batch())(torch.full((len(run.batch().row_index),), rank))
+    own = rows_of_all_ranks(run.batch())(torch.full((len(run.batch().draw_index),), rank))
     return {
         "advantages": experience.advantages.numpy(),
         "mask": experience.mask.numpy(),

@@ -107,7 +107,7 @@ def make_prompts(tokenizer: Any, rows: list[int] | None = None, width: int | Non
 
 def sample(rollout: PaddedRollout, prompts: PromptBatch, sampling: SamplingConfig | None = None) -> Sequences:
     sampling = sampling or SamplingConfig(TOKENS, 1.0, 1.0, 0)
-    uniforms = row_uniforms(0, 1, prompts.row_index, sampling.max_new_tokens)
+    uniforms = row_uniforms(0, 1, prompts.draw_index, sampling.max_new_tokens)
     batch = rollout.generate(SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms), sampling)
     return Sequences(batch.input_ids, batch.attention_mask, rollout.eos_id, prompts.input_ids.shape[1])
 

@@ -76,6 +76,14 @@ def test_ranking_by_hand():
         [5, 6, 7, 8, 9],
     ]
     assert batch.attention_mask.sum(dim=1).tolist() == [3, 4, 4, 2, 5]
+    assert batch.answer_mask.int().tolist() == [
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1],
+    ]
+    assert batch.answer_mask.dtype == torch.bool
     assert batch.prompt_index.tolist() == [0, 0, 0, 1, 1]
     assert batch.ranks.tolist() == [1, 0, 2, 0, 1] and batch.ranks.dtype == torch.float32
     assert batch.is_real.tolist() == [True, True]
@@ -92,7 +100,7 @@ def test_prompts_are_left_padded():
     batch = collate_prompts([SHORT, LONG, None], [7, 3, None], PAD)
     assert batch.input_ids.tolist() == [[0, 0, 0, 5, 1], [5, 6, 7, 8, 9], [0, 0, 0, 5, 1]]
     assert batch.attention_mask.int().tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
-    assert batch.row_index.tolist() == [7, 3, -1] and batch.is_real.tolist() == [True, True, False]
+    assert batch.draw_index.tolist() == [7, 3, -1] and batch.is_real.tolist() == [True, True, False]
 
 
 def test_prompts_can_be_padded_to_a_width_that_all_ranks_share():
@@ -109,7 +117,7 @@ def test_a_micro_batch_of_fillers_still_has_a_token_to_run_on():
     for batch in (sft, ranking, prompts):
         assert batch.input_ids.tolist() == [[PAD], [PAD]] and batch.attention_mask.all()
     assert not sft.loss_mask.any() and not ranking.is_real.any() and not prompts.is_real.any()
-    assert ranking.ranks.tolist() == [0, 1] and prompts.row_index.tolist() == [-1, -1]
+    assert ranking.ranks.tolist() == [0, 1] and prompts.draw_index.tolist() == [-1, -1]
 
 
 # -- packed rows -------------------------------------------------------------------------------------------

@@ -410,20 +410,20 @@ def load_ppo(path: str, *words: str) -> PPOConfig:
 
 def test_critic_starts_from_the_reward_model_and_reference_from_the_actor(ppo_yaml):
     settings = load_ppo(ppo_yaml)
-    assert (settings.actor_path, settings.reward_path) == ("sft/final", "rm/final")
+    assert (settings.actor_path, settings.reward.model) == ("sft/final", "rm/final")
     assert (settings.critic_path, settings.reference_path) == ("rm/final", "sft/final")
 
 
 def test_critic_and_reference_can_start_elsewhere(ppo_yaml):
     settings = load_ppo(ppo_yaml, "critic.model=c", "reference.model=r")
     assert (settings.critic_path, settings.reference_path) == ("c", "r")
-    assert (settings.actor_path, settings.reward_path) == ("sft/final", "rm/final")
+    assert (settings.actor_path, settings.reward.model) == ("sft/final", "rm/final")
 
 
 @pytest.mark.parametrize("key, step", [("actor.model", 1), ("reward.model", 2)])
 def test_ppo_needs_the_folders_of_steps_1_and_2(ppo_yaml, key, step):
     message = error_of(ppo_yaml, f"{key}=null", settings_class=PPOConfig)
-    assert message == f"{ppo_yaml}: key `{key}` is missing; give step {step}'s final folder"
+    assert message.startswith(f"{ppo_yaml}: key `{key}` is missing; give step {step}'s final folder")
 
 
 def test_prompts_are_whole_minibatches(ppo_yaml):

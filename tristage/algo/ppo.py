@@ -14,6 +14,7 @@ inputs must be finite there: pass them through `zero_masked` if they may not be.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from .masking import at_least_float32, masked_moments, zero_masked
 
 KLKind = Literal["k1", "k2", "k3"]
+GroupBaseline = Literal["rloo", "grpo"]
 
 # k3 grows as r = p_ref / p_policy: one token that the reference finds e^20 times likelier drowns a batch.
 # Within +-10 (a factor of 22,000) k3 is exact; beyond, it keeps the value at the bound and its gradient is 0.
@@ -30,6 +32,8 @@ _MAX_K3_LOG_RATIO = 10.0
 _MAX_LOG_RATIO = 20.0
 # Variance below (this * float32 epsilon * mean)^2 is the rounding of the mean: the values are all the same.
 _CONSTANT_IN_EPSILONS = 16.0
+_GROUP_STD_EPSILON = 1e-4  # GRPO: keeps a nearly constant group from being blown up
+_MAX_KL_ERROR = 0.2  # Ziegler et al. 2019: one iteration never changes the coefficient by more than this share
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind = "k1") -> Tensor:
@@ -74,15 +78,19 @@ def shaped_rewards(
     return torch.where(positions == last, scores.unsqueeze(1), 0.0) - kl_coef * kl
 
 
-def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float, final_values: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """values [B,R], rewards [B,R], mask [B,R] -> (advantages [B,R], returns [B,R]), both 0 outside the mask.
 
-    The next step of a real token is the next real token of its row; after the last one the value is 0.
+    The next step of a real token is the next real token of its row. What follows the last one is worth
+    final_values [B]: 0 (None) for a response that ended, the value of its last state for one that was cut off.
     With gamma = 1, lam = 0.5, values [1, 2], rewards [0, 4]: delta_1 = 4 - 2 = 2, delta_0 = 0 + 2 - 1 = 1,
     advantages [1 + 0.5 * 2, 2] = [2, 2], returns [3, 4].
     """
     values, rewards = zero_masked(values, mask), zero_masked(rewards, mask)
-    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])  # [B]
+    next_advantage = torch.zeros_like(values[:, 0])  # [B]
+    next_value = torch.zeros_like(values[:, 0]) if final_values is None else at_least_float32(final_values)
     columns: list[Tensor] = []
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # GAE section 3
@@ -94,15 +102,28 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float)
     return zero_masked(advantages, mask), zero_masked(advantages + values, mask)
 
 
-def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
     """logprobs [B,R], old_logprobs [B,R], advantages [B,R] -> [B,R]: -min(r A, clip(r, 1-clip, 1+clip) A).
 
     With r = 1.5, clip 0.2: -1.2 for A = 1 (no gain beyond the clip), 1.5 for A = -1 (the worse is kept).
+    `clip_high` is the upper clip where it differs (Yu et al. 2025, "DAPO", eq. 10). `dual_clip` c > 1 bounds what a
+    negative advantage can cost to c |A|, however large r is (Ye et al. 2020, "Mastering Complex Control in MOBA Games
+    with Deep Reinforcement Learning", eq. 5).
     """
     log_ratio = at_least_float32(logprobs) - at_least_float32(old_logprobs)
     ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantages, clipped * advantages)  # PPO eq. 7, negated
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    gain = torch.minimum(ratio * advantages, clipped * advantages)  # PPO eq. 7
+    if dual_clip is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    return -gain
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
@@ -116,6 +137,90 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
         return 0.5 * error
     clipped = torch.clamp(values, old_values - clip, old_values + clip)
     return 0.5 * torch.maximum(error, (clipped - returns) ** 2)
+
+
+def huber_value_loss(values: Tensor, returns: Tensor, delta: float) -> Tensor:
+    """values [B,R], returns [B,R] -> [B,R]: half the squared error within +-delta, linear beyond (Huber 1964)."""
+    error = (at_least_float32(values) - returns).abs()
+    return torch.where(error <= delta, 0.5 * error**2, delta * (error - 0.5 * delta))
+
+
+def group_advantages(rewards: Tensor, group: Tensor, kind: GroupBaseline) -> Tensor:
+    """rewards [B], group long [B] -> [B]: how much better each response is than the others to its prompt.
+
+    `group` numbers the prompts; rows of a number are responses to the same one, at least two.
+      "rloo": the reward minus the mean of the others'      (Ahmadian et al. 2024, "Back to Basics", eq. 8)
+      "grpo": the reward minus the group's mean, over its standard deviation; 0 where all are equal
+              (Shao et al. 2024, "DeepSeekMath", section 4.1.2)
+    """
+    rewards = at_least_float32(rewards)
+    index: Tensor = torch.unique(group, return_inverse=True)[1]
+    same = index.unsqueeze(0) == torch.arange(int(index.max()) + 1, device=index.device).unsqueeze(1)  # [groups,B]
+    size = same.sum(dim=1)  # [groups]
+    mean = torch.where(same, rewards, 0.0).sum(dim=1) / size  # [groups]
+    if kind == "rloo":
+        return (rewards - mean[index]) * (size / (size - 1))[index]  # r - (sum - r) / (n - 1)
+    if kind == "grpo":
+        centred = rewards - mean[index]
+        std = (torch.where(same, centred**2, 0.0).sum(dim=1) / (size - 1)).sqrt()[index]  # unbiased, as in the paper
+        rounding = _CONSTANT_IN_EPSILONS * torch.finfo(torch.float32).eps * mean.abs()[index]
+        return torch.where(std > rounding, centred / (std + _GROUP_STD_EPSILON), 0.0)
+    raise ValueError(f"group baseline must be 'rloo' or 'grpo', got {kind!r}")
+
+
+class KLController:
+    """The KL coefficient of an iteration: fixed, or steered so that the KL to the reference nears `target`.
+
+    coef <- coef * (1 + clip(kl / target - 1, +-0.2) * responses / horizon)   (Ziegler et al. 2019, section 2.2)
+
+    With coef 0.1, target 6, horizon 10000: 64 responses of KL 12 give 0.1 * (1 + 0.2 * 0.0064) = 0.100128.
+    """
+
+    def __init__(self, coef: float, target: float | None = None, horizon: float = 10_000.0) -> None:
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl: float, num_responses: int) -> None:
+        """`kl`: mean over an iteration's responses, nats a response. nan leaves the coefficient alone."""
+        if self.target is None or not math.isfinite(kl):
+            return
+        error = min(max(kl / self.target - 1, -_MAX_KL_ERROR), _MAX_KL_ERROR)
+        self.coef *= 1 + error * num_responses / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coef = state["coef"]
+
+
+class RunningMoments:
+    """Mean and variance of all numbers seen so far, merged batch by batch (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: sum of (x - mean)^2
+
+    def update(self, x: Tensor) -> None:
+        """x [B]; non-finite numbers are passed over."""
+        x = x[x.isfinite()].double()
+        if not len(x):
+            return
+        mean, total = float(x.mean()), self.count + len(x)
+        shift = mean - self.mean
+        self.squares += float(((x - mean) ** 2).sum()) + shift**2 * self.count * len(x) / total
+        self.mean += shift * len(x) / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Standard deviation (unbiased); 1 until there are two different numbers, so that dividing by it is safe."""
+        variance = self.squares / max(self.count - 1, 1)
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self.squares = int(state["count"]), state["mean"], state["squares"]
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -45,22 +45,30 @@ def collate_packed(packs: Sequence[Sequence[Example] | None], pad_id: int) -> SF
 
 def _trained(example: Example) -> list[int]:
     """1 on each token that SFT learns. A row's first token has nothing before it to be predicted from."""
-    learned = [0] * example.prompt_length + [1] * (len(example.ids) - example.prompt_length)
+    learned = _answered(example)
     for start, stop in example.also_trained:
         learned[start:stop] = [1] * (stop - start)
     return [0, *learned[1:]]
+
+
+def _answered(example: Example) -> list[int]:
+    """1 on each token of the answer, its EOS included."""
+    return [0] * example.prompt_length + [1] * (len(example.ids) - example.prompt_length)
 
 
 def collate_ranking(items: Sequence[RankedExamples | None], pad_id: int) -> PreferenceBatch:
     """All answers of all prompts, one a row, right padded; K may differ by prompt."""
     pad_answer = Example([pad_id], prompt_length=1)
     filled = _fill(items, ([pad_answer, pad_answer], (0.0, 1.0)))
-    input_ids, attention_mask = _pad([example.ids for examples, _ in filled for example in examples], pad_id)
+    answers = [example for examples, _ in filled for example in examples]
+    input_ids, attention_mask = _pad([example.ids for example in answers], pad_id)
+    answer_mask, _ = _pad([_answered(example) for example in answers], 0)
     prompt_index = [index for index, (examples, _) in enumerate(filled) for _ in examples]
     ranks = [rank for _, ranks in filled for rank in ranks]
     return PreferenceBatch(
         input_ids,
         attention_mask,
+        answer_mask.bool(),
         torch.tensor(prompt_index),
         torch.tensor(ranks, dtype=torch.float32),
         _is_real(items),
@@ -68,17 +76,17 @@ def collate_ranking(items: Sequence[RankedExamples | None], pad_id: int) -> Pref
 
 
 def collate_prompts(
-    examples: Sequence[Example | None], rows: Sequence[int | None], pad_id: int, width: int | None = None
+    examples: Sequence[Example | None], draws: Sequence[int | None], pad_id: int, width: int | None = None
 ) -> PromptBatch:
-    """`rows` are the examples' places in the prompt set, as the loader gave them.
+    """`draws` number the responses of an iteration over all ranks: they decide the random numbers and the order.
 
     `width` sets the number of columns where ranks must agree on it; without it the longest prompt does.
     """
     filled = _fill(examples, Example([pad_id], prompt_length=1))
     # Left padding is right padding in a mirror.
     input_ids, attention_mask = _pad([example.ids[::-1] for example in filled], pad_id, width)
-    row_index = torch.tensor([-1 if row is None else row for row in rows])
-    return PromptBatch(input_ids.flip(1), attention_mask.flip(1), row_index, _is_real(examples))
+    draw_index = torch.tensor([-1 if draw is None else draw for draw in draws])
+    return PromptBatch(input_ids.flip(1), attention_mask.flip(1), draw_index, _is_real(examples))
 
 
 def _fill(items: Sequence[Item | None], empty: Item) -> list[Item]:

@@ -48,11 +48,14 @@ class Loader:
 
     def step_rows(self, step: int) -> list[MicroBatch]:
         """This rank's share of step `step` (0-based): `accumulation` lists of `micro_batch` rows."""
+        return deal(self.all_rows(step), self.lengths, self.plan, self.rank)
+
+    def all_rows(self, step: int) -> list[int]:
+        """All ranks' rows of a step, in the order in which they were drawn; twice the same, maybe, between epochs."""
         assert 0 <= step < self.total_steps, f"step {step} of {self.total_steps}"
         start = step * self.plan.global_batch
         stop = min(start + self.plan.global_batch, self.total_rows)
-        rows = [self._row_at(position) for position in range(start, stop)]
-        return deal(rows, self.lengths, self.plan, self.rank)
+        return [self._row_at(position) for position in range(start, stop)]
 
     def _row_at(self, position: int) -> int:
         epoch, place = divmod(position, len(self.lengths))

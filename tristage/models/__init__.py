@@ -1,7 +1,7 @@
 """Tokenizers, policies and reward models by Hugging Face folder or id."""
 
 from tristage.models.causal_lm import CausalLM, load_causal_lm
-from tristage.models.loading import check_model, check_packable
+from tristage.models.loading import check_model, check_packable, is_reward_model
 from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
 from tristage.models.saving import save_model
 from tristage.models.tokenizer import load_tokenizer, require_same_tokenizer
@@ -11,6 +11,7 @@ __all__ = [
     "RewardModel",
     "check_model",
     "check_packable",
+    "is_reward_model",
     "last_token_scores",
     "load_causal_lm",
     "load_reward_model",

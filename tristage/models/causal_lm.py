@@ -32,8 +32,8 @@ class CausalLM(nn.Module):
     With `position_ids` [B,T] a row holds several examples, each starting at 0, that do not see each other.
 
     logprobs[b,t] is log p(input_ids[b,t+1] | the tokens before it) where score_mask[b,t+1], else 0; float32, at
-    `temperature`. entropy likewise, of the whole distribution, without gradient; all 0 unless `with_entropy`, since
-    only metrics want it and it costs several passes over the logits.
+    `temperature`. entropy likewise, of the whole distribution; all 0 unless `with_entropy`, since it costs several
+    passes over the logits.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -69,12 +69,13 @@ class CausalLM(nn.Module):
                 bias=getattr(head, "bias", None),
                 temperature=temperature,
                 with_entropy=with_entropy,
+                entropy_grad=True,
             )
         else:
             logits = backbone_logits(self.model, input_ids, attention_mask, position_ids)[:, :-1]
             logits = logits[wanted].float() / temperature
             found = token_logprobs(logits, ids)
-            entropy = logits_entropy(logits.detach()) if with_entropy else found
+            entropy = logits_entropy(logits) if with_entropy else found
         return _scatter(found, wanted), _scatter(entropy, wanted) if with_entropy else found.new_zeros(wanted.shape)
 
 

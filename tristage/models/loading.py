@@ -132,6 +132,15 @@ def check_model(path: str, max_tokens: int, reward_model: bool) -> PretrainedCon
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
         raise UserError(f"{path}: the model has {positions} positions, rows up to {max_tokens}; lower the limits")
-    if reward_model and not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+    if reward_model and not _scores(config):
         raise UserError(f"{path}: holds no reward model but a {config.architectures}; give step 2's final folder")
     return config
+
+
+def is_reward_model(path: str) -> bool:
+    """Whether a model folder holds a trained scalar head, by its config."""
+    return _scores(load_config_without_dropout(path))
+
+
+def _scores(config: PretrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])

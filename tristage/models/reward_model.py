@@ -20,7 +20,11 @@ from tristage.models.loading import (
 
 
 class RewardModel(nn.Module):
-    """(input_ids [B,T], attention_mask [B,T]) -> values [B,T] float32, the scalar head at every position."""
+    """(input_ids [B,T], attention_mask [B,T]) -> values [B,T] float32, the scalar head at every position.
+
+    A normalised model's config.json has `score_offset` and `score_scale`: values are (head - offset) / scale. Without
+    them they are the head's own, as everybody else's tools see it.
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -31,6 +35,19 @@ class RewardModel(nn.Module):
             )
         self.model = model
 
+    @property
+    def score_offset(self) -> float:
+        return float(getattr(self.model.config, "score_offset", 0.0))
+
+    @property
+    def score_scale(self) -> float:
+        return float(getattr(self.model.config, "score_scale", 1.0))
+
+    def normalize(self, mean: float, std: float) -> None:
+        """From now on, and in the folder that is saved: values that had this mean and deviation have 0 and 1."""
+        offset, scale = self.score_offset + self.score_scale * mean, self.score_scale * std
+        self.model.config.update({"score_offset": offset, "score_scale": scale})
+
     def external_parameters(self) -> list[nn.Parameter]:
         """Weights that forward uses outside their own module: the scalar head."""
         return [self.model.score.weight] + ([self.model.score.bias] if self.model.score.bias is not None else [])
@@ -40,7 +57,8 @@ class RewardModel(nn.Module):
         head = self.model.score
         bias = head.bias.float() if head.bias is not None else None
         # In float32: bf16 would leave a score three significant digits.
-        return F.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+        values = F.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+        return (values - self.score_offset) / self.score_scale
 
 
 def last_token_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -65,17 +83,21 @@ def load_reward_model(
     Args:
         new_head_seed: None opens a trained reward model, head included. A seed turns a language model into an
             untrained one: its head is drawn from N(0, 1/(H+1)), standard deviation 1/sqrt(H+1), bias 0
-            (Huang et al. 2024, "The N implementation details of RLHF with PPO"), the same on every rank.
+            (Huang et al. 2024, "The N implementation details of RLHF with PPO"), the same on every rank. A folder that
+            is a reward model already keeps its head, and is trained on in the units of its scores (see _fold_scale).
 
     Raises:
         UserError: no such model, or a head was expected and is not there.
     """
     config = check_model(path, max_tokens, reward_model=new_head_seed is None)
+    is_trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     align_special_tokens(config, tokenizer)
     config.num_labels = 1
     model = from_pretrained(AutoModelForSequenceClassification, path, config, dtype, engine_config)
     reward_model = RewardModel(model)
-    if new_head_seed is not None:
+    if new_head_seed is not None and is_trained:
+        _fold_scale(reward_model, engine_config)
+    elif new_head_seed is not None:
         _init_head(model.score, new_head_seed, engine_config)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -89,3 +111,18 @@ def _init_head(head: nn.Linear, seed: int, engine_config: dict[str, Any] | None)
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
         if head.bias is not None:
             head.bias.zero_()
+
+
+def _fold_scale(reward_model: RewardModel, engine_config: dict[str, Any] | None) -> None:
+    """Move the scale of a normalised model into its head; values stay what they are.
+
+    A loss of score differences makes sigmoid(difference) a probability in the units that it was trained in. Scale 1
+    while training keeps it so: the scale of an exported folder always leads back to them.
+    """
+    offset, scale, head = reward_model.score_offset, reward_model.score_scale, reward_model.model.score
+    if scale == 1.0:
+        return
+    with gathered(list(head.parameters()), engine_config), torch.no_grad():
+        for parameter in head.parameters():
+            parameter.div_(scale)
+    reward_model.model.config.update({"score_offset": offset / scale, "score_scale": 1.0})

@@ -1,0 +1,69 @@
+"""Settings of learning from preferences without a reward model, and which go together."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from tristage.config import Kind, Settings, TrainSettings
+
+
+class ReferenceModel(Settings):
+    """What the policy is measured against: only asked, never trained."""
+
+    model: str | None = Field(None, description="Folder or id; the default is the policy's start.")
+    deepspeed: str = Field(description="DeepSpeed JSON of this engine, ZeRO stage 0 (whole) or 3 (partitioned).")
+
+
+class DPOConfig(TrainSettings):
+    """DPO, IPO or SimPO: rows are prompts with two or more ranked answers; batches count prompts."""
+
+    kind: ClassVar[Kind] = "ranking"
+    step: ClassVar[int] = 2
+    loss: Literal["sigmoid", "ipo", "simpo"] = Field(
+        "sigmoid", description="sigmoid: DPO; ipo: a fixed gap; simpo: means a token, without a reference."
+    )
+    beta: float = Field(
+        0.1, gt=0, description="Scale of the implicit reward; simpo, whose rewards are means a token, wants 2 to 10."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="sigmoid: the chance that a label is the wrong way round (conservative DPO)."
+    )
+    gamma: float | None = Field(
+        None, ge=0, description="simpo: the margin of the rewards to reach, a quarter to all of beta."
+    )
+    reference: ReferenceModel | None = Field(None, description="Reference model of sigmoid and ipo.")
+    precompute_reference: bool = Field(
+        False,
+        description="Ask the reference about every answer once, before training, and free it; kept in output/reference.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DPOConfig:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"key `label_smoothing`: {self.loss} has none; remove it or use `loss: sigmoid`")
+        return self._check_simpo() if self.loss == "simpo" else self._check_referred()
+
+    def _check_simpo(self) -> DPOConfig:
+        if self.reference is not None:
+            raise ValueError("key `reference`: simpo has no reference model; remove it")
+        if self.precompute_reference:
+            raise ValueError("key `precompute_reference`: simpo has no reference model; remove it")
+        for key in ("beta", "gamma"):
+            if key not in self.model_fields_set or getattr(self, key) is None:
+                raise ValueError(f"key `{key}` is missing; simpo has no default, `beta: 2.0` and `gamma: 1.0` are usual")
+        return self
+
+    def _check_referred(self) -> DPOConfig:
+        if self.gamma is not None:
+            raise ValueError(f"key `gamma`: {self.loss} has no target margin; remove it or use `loss: simpo`")
+        if self.reference is None:
+            raise ValueError(f"key `reference.deepspeed` is missing; {self.loss} asks a reference model, add it")
+        return self
+
+    @property
+    def reference_path(self) -> str:
+        """The reference's folder or id. Only for the losses that have one."""
+        assert self.reference is not None
+        return self.reference.model or self.model

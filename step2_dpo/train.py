@@ -1,0 +1,163 @@
+"""Step 2 without a reward model: DPO, IPO or SimPO on ranked answers.
+
+    deepspeed --module step2_dpo.train --config configs/quickstart/step2_dpo.yaml [key=value ...]
+
+All answers of a prompt are in one forward; the loss is the mean over the prompts of the whole optimizer step of the
+mean over one prompt's pairs. Before the first step the policy must be its reference to the model's precision.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from step2_dpo.config import DPOConfig
+from step2_dpo.evaluate import answer_lengths, evaluate, pair_metrics, prompt_losses
+from step2_dpo.reference import MicroBatch, Reference, answer_logprobs, check_reference, make_references
+from tristage import dist, run
+from tristage.batches import PreferenceBatch
+from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from tristage.config import BatchPlan, load_config
+from tristage.data.collate import collate_ranking, pick
+from tristage.data.loader import Loader
+from tristage.data.sets import fingerprint, load_sets
+from tristage.data.store import Rows
+from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.metrics import Averages, RunLog, Stopwatch
+from tristage.models import load_causal_lm, save_model
+
+# What rounding makes of a token's log-probability, of two forwards of the same weights; beyond it something is wrong.
+FIRST_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
+NAMES = {"sigmoid": "DPO", "ipo": "IPO", "simpo": "SimPO"}
+SHOWN = {
+    "dpo/loss": "loss",
+    "dpo/accuracy": "accuracy",
+    "dpo/margin": "margin",
+    "dpo/length_baseline": "longer-wins",
+}
+
+
+def main(argv: list[str]) -> None:
+    settings = load_config(DPOConfig, argv)
+    plan, config, tokenizer = run.check_training(settings)
+    reference_config = check_reference(settings, plan, tokenizer)
+    check_resumable(settings, {"model": zero_stage(config)})
+    sets = load_sets(settings, tokenizer)
+    train(settings, plan, config, reference_config, tokenizer, *sets)
+
+
+def train(
+    settings: DPOConfig,
+    plan: BatchPlan,
+    config: dict[str, Any],
+    reference_config: dict[str, Any] | None,
+    tokenizer: Any,
+    rows: Rows,
+    heldout: Rows,
+) -> None:
+    """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
+    device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
+    dist.print0(f"step 2, {NAMES[settings.loss]}: {plan}")
+    references = make_references(settings, reference_config, tokenizer, rows, heldout, device)
+    model = load_causal_lm(
+        settings.model,
+        tokenizer,
+        dtype=DTYPES[settings.precision],
+        engine_config=config,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        max_tokens=settings.max_tokens,
+    )
+    loader = Loader(
+        rows.lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
+    )
+    engine = train_engine(model, config, settings.optimizer, loader.total_steps)
+    first = load_checkpoint(settings, {"model": engine})
+    watch = Stopwatch(device)
+
+    def collated(step: int) -> list[tuple[MicroBatch, PreferenceBatch]]:
+        micro_batches = loader.step_rows(step - 1)
+        return [(micro, collate_ranking(pick(rows, micro), tokenizer.pad_token_id)) for micro in micro_batches]
+
+    with RunLog(output, NAMES[settings.loss], loader.total_steps, first, SHOWN) as log:
+        if first == 0:
+            check_start(engine, references.train, collated(1), settings, device)
+            log.write(0, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
+        for step in range(first + 1, loader.total_steps + 1):
+            with watch("step"):
+                metrics = dpo_step(engine, references.train, collated(step), settings, device)
+            log.write(step, "train", metrics | watch.take())
+            last = step == loader.total_steps
+            if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
+                log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
+            if last or (settings.save_every and step % settings.save_every == 0):
+                save_checkpoint(settings, step, {"model": engine})
+    save_model(engine, tokenizer, output / "final")
+    dist.print0(f"step 2 is done: {output / 'final'}")
+
+
+def dpo_step(
+    engine: Any,
+    reference: Reference,
+    micro_batches: list[tuple[MicroBatch, PreferenceBatch]],
+    settings: DPOConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective."""
+    engine.train()
+    prompts = sum(int(batch.is_real.sum()) for _, batch in micro_batches)
+    global_prompts = dist.sum_over_ranks({"prompts": prompts}, device)["prompts"]
+    averages = Averages()
+    for micro, batch in micro_batches:
+        batch = batch.to(device)
+        ref_logprobs = reference(micro, batch)
+        logprobs = answer_logprobs(engine, batch)
+        losses = prompt_losses(logprobs, ref_logprobs, batch, settings)
+        loss_sum = torch.where(batch.is_real, losses, 0.0).sum()
+        backward_mean(engine, loss_sum, global_prompts)
+        averages.add("dpo/loss", loss_sum.detach(), batch.is_real.sum())
+        pair_metrics(averages, logprobs.detach(), ref_logprobs, batch, settings)
+    report = optimizer_step(engine)
+    return averages.reduce(device) | report.metrics()
+
+
+@torch.no_grad()
+def check_start(
+    engine: Any,
+    reference: Reference,
+    micro_batches: list[tuple[MicroBatch, PreferenceBatch]],
+    settings: DPOConfig,
+    device: torch.device,
+) -> None:
+    """Before the first step, where the reference is the policy's start: every implicit reward, and so every margin, is
+    0 in training's own forward. Dropout left on, or log-probabilities of other weights or rows, fail here.
+
+    The rounding of an answer's tokens adds up like the square root of their number. A collective.
+
+    Raises:
+        RuntimeError: on every rank, with the number.
+    """
+    if settings.reference is None or settings.reference_path != settings.model:
+        return
+    engine.train()
+    micro, batch = micro_batches[0]
+    batch = batch.to(device)
+    said = reference(micro, batch)
+    assert said is not None
+    log_ratios = (answer_logprobs(engine, batch) - said).abs() / answer_lengths(batch).sqrt()
+    real = batch.is_real[batch.prompt_index]
+    # nan compares as small, so it counts as infinite
+    largest = float(log_ratios.nan_to_num(nan=torch.inf).masked_fill(~real, 0.0).max())
+    worst = dist.max_over_ranks({"log_ratio": largest}, device)["log_ratio"]
+    tolerance = FIRST_TOLERANCE[settings.precision]
+    if worst > tolerance:
+        raise RuntimeError(
+            f"before the first step an answer's log-ratio to the reference is {worst:.2e} a (root of a) token, and all "
+            f"implicit margins should be 0 (tolerance {tolerance}): policy and reference start from "
+            f"{settings.model} but their forwards differ; report this with the model's config.json"
+        )
+
+
+if __name__ == "__main__":
+    run.entry_point(main)

@@ -1,0 +1,113 @@
+"""The models of step 3: checked, loaded one after the other, each in a DeepSpeed engine of its own."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from step3_ppo.config import PPOConfig
+from tristage.config import BatchPlan, read_deepspeed_json, require_folder_or_hub_id
+from tristage.data.template import read_template
+from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine, zero_stage
+from tristage.errors import UserError
+from tristage.models import (
+    check_model,
+    is_reward_model,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    require_same_tokenizer,
+)
+
+
+class Engines(NamedTuple):
+    """The DeepSpeed engines of step 3."""
+
+    actor: Any
+    critic: Any  # None where advantages come from groups of responses
+    reference: Any
+    reward: Any  # None where functions alone are the reward
+
+    def present(self) -> list[Any]:
+        return [engine for engine in self if engine is not None]
+
+
+def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, Any]]:
+    """The DeepSpeed config of each engine that the settings ask for, by name.
+
+    Raises:
+        UserError: an unreadable JSON, or a frozen engine at ZeRO 1 or 2, which shard what it lacks.
+    """
+    found = {}
+    for name in _paths(settings):
+        engine = getattr(settings, name)
+        template = read_deepspeed_json(engine.deepspeed, settings, f"{name}.deepspeed")
+        clip_norm = engine.optimizer.clip_norm if name in ("actor", "critic") else 0.0
+        found[name] = engine_config(template, settings.precision, plan, clip_norm)
+        if name in ("reference", "reward") and zero_stage(found[name]) not in (0, 3):
+            raise UserError(
+                f"{settings.file}: key `{name}.deepspeed`: ZeRO stage {zero_stage(found[name])} shards gradients and "
+                "optimizer, which a frozen model has not; use stage 0 or 3"
+            )
+    return found
+
+
+def _paths(settings: PPOConfig) -> dict[str, str]:
+    """Engine -> model folder or id, of the engines that the settings ask for."""
+    paths = {
+        "actor": settings.actor_path,
+        "critic": settings.critic_path,
+        "reference": settings.reference_path,
+        "reward": settings.reward.model,
+    }
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def check_models(settings: PPOConfig) -> Any:
+    """The actor's tokenizer, after making sure that all folders are there, agree and hold what they should."""
+    paths = _paths(settings)
+    for name, path in paths.items():
+        require_folder_or_hub_id(path, settings, f"{name}.model")
+    order = [name for name in ("actor", "reference", "reward", "critic") if name in paths]
+    tokenizers = {f"{name}.model ({paths[name]})": load_tokenizer(paths[name]) for name in order}
+    if (template := read_template(settings)) is not None:
+        tokenizers[f"data.template ({settings.data.template})"] = load_tokenizer(settings.actor_path, template)
+    require_same_tokenizer(tokenizers)
+    for name, path in paths.items():
+        scores = name == "reward" or (name == "critic" and path != settings.actor_path)
+        check_model(path, settings.max_tokens, reward_model=scores)
+    return next(iter(tokenizers.values()))
+
+
+def build_engines(
+    settings: PPOConfig, configs: dict[str, dict[str, Any]], tokenizer: Any, train: bool = True
+) -> Engines:
+    """Load the models, one after the other, and hand each to its engine; with train=False all only answer."""
+    common: dict[str, Any] = {"dtype": DTYPES[settings.precision], "max_tokens": settings.max_tokens}
+
+    def build(name: str, load: Any, path: str, frozen: bool = False, **options: Any) -> Any:
+        if name not in configs:
+            return None
+        spec, config = getattr(settings, name), configs[name]
+        if frozen or not train:
+            return frozen_engine(load(path, tokenizer, engine_config=config, **options, **common), config)
+        model = load(
+            path,
+            tokenizer,
+            engine_config=config,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            **options,
+            **common,
+        )
+        steps = settings.total_steps - (settings.warmup_steps if name == "actor" else 0)
+        return train_engine(model, config, spec.optimizer, steps)
+
+    critic_path = settings.critic_path or ""
+    # Without a reward model to start from, the critic is the actor's network with a head of its own.
+    trained_head = not critic_path or is_reward_model(critic_path)
+    new_head: dict[str, Any] = {} if trained_head else {"new_head_seed": settings.seed}
+    return Engines(
+        actor=build("actor", load_causal_lm, settings.actor_path),
+        critic=build("critic", load_reward_model, critic_path, **new_head),
+        reference=build("reference", load_causal_lm, settings.reference_path, frozen=True),
+        reward=build("reward", load_reward_model, settings.reward.model or "", frozen=True),
+    )
