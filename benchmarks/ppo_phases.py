@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from step3_ppo.config import PPOConfig
+from step3_ppo.engines import build_engines, engine_configs
 from step3_ppo.evaluate import prompt_batch
-from step3_ppo.rollout import collect, make_experience
-from step3_ppo.train import build_engines, engine_configs
+from step3_ppo.rollout import Control, collect, make_experience
 from step3_ppo.update import ppo_update
 from tristage import dist
 from tristage.data.sets import load_sets
@@ -78,14 +78,17 @@ class Variant:
 
     def iteration(self, batch: Any, number: int) -> dict[str, float]:
         rollouts = PaddedRollout(self.engines.actor, self.tokenizer, self.settings.rollout.rows_at_once)
-        experience, _ = make_experience(self.engines, rollouts, batch, number, self.settings, self.watch)
+        control = Control.of(self.settings)
+        experience, _ = make_experience(
+            self.engines, rollouts, batch, number, self.settings, self.watch, control, functions=[]
+        )
         with self.watch("update"):
             ppo_update(self.engines, experience, number, self.settings, self.plan)
         return self.watch.take()
 
     def rollout(self, batch: Any, number: int, rows_at_once: int, gather: str) -> dict[str, float]:
         rollouts = PaddedRollout(self.engines.actor, self.tokenizer, rows_at_once, gather)
-        collect(self.engines, rollouts, batch, number, self.settings, self.watch)
+        collect(self.engines, rollouts, batch, number, self.settings, self.watch, functions=[])
         return self.watch.take()
 
 
@@ -110,7 +113,8 @@ def main(argv: list[str]) -> None:
     settings = zero2.settings
     prompts, _ = load_sets(settings, tokenizer)
     rows = settings.rollout.prompts // dist.world_size()
-    batch = prompt_batch(prompts, list(range(dist.rank() * rows, (dist.rank() + 1) * rows)), settings, tokenizer)
+    places = range(dist.rank() * rows, (dist.rank() + 1) * rows)
+    batch = prompt_batch(prompts, range(len(prompts)), places, settings, tokenizer)
     batch = batch.to(device)
     runs = {
         "zero2": lambda n: zero2.iteration(batch, n),

@@ -36,7 +36,7 @@ class DPOConfig(TrainSettings):
     reference: ReferenceModel | None = Field(None, description="Reference model of sigmoid and ipo.")
     precompute_reference: bool = Field(
         False,
-        description="Ask the reference about every answer once, before training, and free it; kept in output/reference.",
+        description="Ask the reference about all answers once, before training, and free it; kept in output/reference.",
     )
 
     @model_validator(mode="after")
@@ -52,7 +52,7 @@ class DPOConfig(TrainSettings):
             raise ValueError("key `precompute_reference`: simpo has no reference model; remove it")
         for key in ("beta", "gamma"):
             if key not in self.model_fields_set or getattr(self, key) is None:
-                raise ValueError(f"key `{key}` is missing; simpo has no default, `beta: 2.0` and `gamma: 1.0` are usual")
+                raise ValueError(f"key `{key}` is missing; simpo needs one, `beta: 2.0` and `gamma: 1.0` are usual")
         return self
 
     def _check_referred(self) -> DPOConfig:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -93,27 +92,38 @@ def make_references(
         dist.print0(f"asking the reference {settings.reference_path} about all answers, once")
         asked = ask_reference(settings, config, tokenizer)
         known = [know(asked, part, settings.micro_batch, tokenizer.pad_token_id, device) for part in (rows, heldout)]
-        del asked
-        gc.collect()  # DeepSpeed's engines hold themselves; their memory is the policy's from here on
+        asked.free()
         if dist.is_main():
             _save(file, known)
         dist.barrier()
     return References(*known)
 
 
-def ask_reference(settings: DPOConfig, config: dict[str, Any], tokenizer: Any) -> Reference:
-    """The reference model itself, asked about each batch."""
+def ask_reference(settings: DPOConfig, config: dict[str, Any], tokenizer: Any) -> Asked:
+    """Load the reference model into an engine of its own."""
     dtype = DTYPES[settings.precision]
     model = load_causal_lm(
         settings.reference_path, tokenizer, dtype=dtype, engine_config=config, max_tokens=settings.max_tokens
     )
-    engine = frozen_engine(model, config)
+    return Asked(frozen_engine(model, config))
+
+
+class Asked:
+    """The reference model itself, asked about each batch."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
 
     @torch.no_grad()
-    def asked(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:
-        return answer_logprobs(engine, batch)
+    def __call__(self, micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:
+        return answer_logprobs(self.engine, batch)
 
-    return asked
+    def free(self) -> None:
+        """Give the weights' memory back; dropping the engine would not: under ZeRO-3 DeepSpeed keeps its module."""
+        for parameter in self.engine.module.parameters():
+            share = getattr(parameter, "ds_tensor", parameter)  # the rank's, where partitioned
+            for tensor in (parameter, share):
+                tensor.data = tensor.data.new_empty(0)
 
 
 class Known:

@@ -17,7 +17,7 @@ class RewardModelConfig(TrainSettings):
     loss: Literal["pairs", "best", "tokens", "elo"] = Field(
         "pairs",
         description="pairs: every pair of a prompt's answers, at their last tokens; tokens: the same at every token "
-        "from where the two differ; best: softmax of the best among all; elo: regression on Elo ratings of the ranking.",
+        "from where the two differ; best: softmax of the best among all; elo: regression on a ranking's Elo ratings.",
     )
     margin: float = Field(
         0.0, ge=0, description="By this much a rank's difference must the better answer lead (pairs, tokens); 0 is off."
@@ -38,6 +38,6 @@ class RewardModelConfig(TrainSettings):
         for name in ("margin", "label_smoothing", "centering"):
             if getattr(self, name) and self.loss not in ("pairs", "tokens"):
                 raise ValueError(
-                    f"key `{name}`: `loss: {self.loss}` compares no pairs; set `{name}: 0`, or `loss: pairs` or `tokens`"
+                    f"key `{name}`: `loss: {self.loss}` has no pairs; set `{name}` to 0, or `loss` to pairs or tokens"
                 )
         return self

@@ -2,7 +2,7 @@
 
     python -m step2_reward_model.evaluate --config configs/quickstart/step2_reward_model.yaml model=OUT/final
 
-for the config's held-out rows, or `data.heldout=...` for others; with `--interactive` for a prompt and answers typed in.
+for the config's held-out rows, or `data.heldout=...` for others; `--interactive` takes a prompt and answers typed in.
 """
 
 from __future__ import annotations

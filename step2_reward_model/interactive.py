@@ -45,8 +45,9 @@ def scores(
     (found,) = encode([RankingRow(turns, tuple(answers), ranks, "what you typed")], tokenizer, policy)
     if isinstance(found, Exception):
         raise found
-    (examples, _), _ = found
-    batch = collate_sft(examples, tokenizer.pad_token_id).to(device)
+    item, _ = found
+    assert isinstance(item, tuple)
+    batch = collate_sft(item[0], tokenizer.pad_token_id).to(device)
     engine.eval()
     return last_token_scores(engine(batch.input_ids, batch.attention_mask), batch.attention_mask).tolist()
 

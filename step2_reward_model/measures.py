@@ -119,6 +119,6 @@ def length_warning(measured: Measurements) -> str | None:
     if low > high:
         return None
     return (
-        f"warning: accuracy {mean(measured.is_right):.3f} is not clearly above {baseline:.3f}, what always choosing the "
-        f"{rule} answer reaches on these {pairs} pairs (95 % intervals overlap); see the accuracy by length difference"
+        f"warning: accuracy {mean(measured.is_right):.3f} is not clearly above the {baseline:.3f} that always choosing "
+        f"the {rule} answer reaches on these {pairs} pairs (95 % intervals overlap); it may have learned length"
     )

@@ -121,7 +121,9 @@ def reward_model_step(
 
 
 @torch.no_grad()
-def normalize_scores(engine: Any, rows: Rows, settings: RewardModelConfig, tokenizer: Any, device: torch.device) -> None:
+def normalize_scores(
+    engine: Any, rows: Rows, settings: RewardModelConfig, tokenizer: Any, device: torch.device
+) -> None:
     """Make scores of the best answers of (a fixed sample of) the training prompts mean 0, deviation 1. A collective.
 
     The micro-batches and the order of the sums are the same for any number of ranks, and so is the result.

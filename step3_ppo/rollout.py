@@ -161,7 +161,7 @@ def make_experience(
     metrics = response_metrics(sequences, logprobs, ref_logprobs, entropy, raw_scores, terms, everyone) | {
         "objective/reward": masked_sum(rewards, mask, dim=1).mean(),
         "objective/score_clipfrac": clipped.mean(),
-        "objective/kl_coef": torch.tensor(control.kl.coef),
+        "objective/kl_coef": torch.tensor(control.kl.coef, dtype=torch.float64),
         "advantages/mean": moments[0],
         "advantages/std": moments[1].sqrt(),
     }

@@ -209,3 +209,98 @@ def clipped_policy_loss(logprob: float, old_logprob: float, advantage: float, cl
 def clipped_value_loss(value: float, old_value: float, ret: float, clip: float) -> float:
     clipped = max(old_value - clip, min(old_value + clip, value))
     return 0.5 * max((value - ret) ** 2, (clipped - ret) ** 2)
+
+
+# reward models
+
+
+def comparison_loss(better: float, worse: float, margin: float, label_smoothing: float, centering: float) -> float:
+    p = sigmoid(better - worse - margin)
+    loss = -(1 - label_smoothing) * math.log(p) - label_smoothing * math.log(1 - p)
+    return loss + centering * (better + worse) ** 2
+
+
+def ranking_loss_options(
+    scores: Tensor, prompt_index: Tensor, ranks: Tensor, margin: float, label_smoothing: float, centering: float
+) -> list[float]:
+    """As ranking_loss_pairs, with the margin of a rank and the other options."""
+    s, r = numbers(scores), numbers(ranks)
+    losses: list[list[float]] = [[] for _ in range(int(prompt_index.max()) + 1)]
+    for i, j in ranking_pairs(prompt_index, ranks):
+        loss = comparison_loss(s[i], s[j], margin * (r[j] - r[i]), label_smoothing, centering)
+        losses[int(prompt_index[i])].append(loss)
+    return [mean(one) if one else 0.0 for one in losses]
+
+
+def token_ranking_loss(
+    values: list[list[float]],
+    ids: list[list[int]],
+    prompt_index: Tensor,
+    ranks: Tensor,
+    margin: float,
+    label_smoothing: float,
+    centering: float,
+) -> list[float]:
+    """Rows without padding: values[n][t] of token ids[n][t]."""
+    r = numbers(ranks)
+    losses: list[list[float]] = [[] for _ in range(int(prompt_index.max()) + 1)]
+    for i, j in ranking_pairs(prompt_index, ranks):
+        common = 0
+        while common < min(len(ids[i]), len(ids[j])) and ids[i][common] == ids[j][common]:
+            common += 1
+        compared = [(values[i][t], values[j][t]) for t in range(common, min(len(ids[i]), len(ids[j])))]
+        if not compared:
+            compared = [(values[i][-1], values[j][-1])]
+        gap = margin * (r[j] - r[i])
+        one = mean([comparison_loss(high, low, gap, label_smoothing, centering) for high, low in compared])
+        losses[int(prompt_index[i])].append(one)
+    return [mean(one) if one else 0.0 for one in losses]
+
+
+def elo_ratings(prompt_index: Tensor, ranks: Tensor, k_factor: float, rounds: int) -> list[float]:
+    """Elo's own formulas in points, a round's games rated together; then points * ln(10) / 400."""
+    points = [0.0] * len(ranks)
+    for _ in range(rounds):
+        won = [0.0] * len(points)
+        for i in range(len(points)):
+            for j in range(len(points)):
+                if i != j and int(prompt_index[i]) == int(prompt_index[j]):
+                    score = {-1: 1.0, 0: 0.5, 1: 0.0}[int(ranks[i] > ranks[j]) - int(ranks[i] < ranks[j])]
+                    won[i] += k_factor * (score - 1 / (1 + 10 ** ((points[j] - points[i]) / 400)))
+        points = [before + gain for before, gain in zip(points, won, strict=True)]
+    return [p * math.log(10) / 400 for p in points]
+
+
+def ranking_loss_elo(scores: Tensor, prompt_index: Tensor, ranks: Tensor, k_factor: float, rounds: int) -> list[float]:
+    s, targets = numbers(scores), elo_ratings(prompt_index, ranks, k_factor, rounds)
+    losses: list[list[float]] = [[] for _ in range(int(prompt_index.max()) + 1)]
+    for i in range(len(s)):
+        losses[int(prompt_index[i])].append((s[i] - targets[i]) ** 2)
+    return [mean(one) for one in losses]
+
+
+# preferences without a reward model
+
+
+def dpo_loss(
+    policy_chosen: float, policy_rejected: float, ref_chosen: float, ref_rejected: float, beta: float, smoothing: float
+) -> float:
+    """Rafailov et al., equation 7, on log-probabilities; `smoothing` is the chance that the label is wrong."""
+    ratio_chosen, ratio_rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    right, wrong = sigmoid(beta * (ratio_chosen - ratio_rejected)), sigmoid(beta * (ratio_rejected - ratio_chosen))
+    return -(1 - smoothing) * math.log(right) - smoothing * math.log(wrong)
+
+
+def ipo_loss(
+    policy_chosen: float, policy_rejected: float, ref_chosen: float, ref_rejected: float, beta: float
+) -> float:
+    """Azar et al., equation 17: h = log of (policy(y_w) ref(y_l)) / (policy(y_l) ref(y_w)) is driven to 1 / (2 beta)."""
+    h = math.log(
+        math.exp(policy_chosen - policy_rejected) * math.exp(ref_rejected) / math.exp(ref_chosen)
+    )
+    return (h - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(chosen_mean: float, rejected_mean: float, beta: float, gamma: float) -> float:
+    """Meng et al., equation 6, on means a token."""
+    return -math.log(sigmoid(beta * chosen_mean - beta * rejected_mean - gamma))

@@ -35,7 +35,14 @@ CASES = {
     "sft_zero0": ("sft", 0, [5]),
     "ppo_zero3": ("ppo", 3, [3]),
     "twice": ("sft", 2, [2, 8]),  # first before any checkpoint
+    "ppo_everything": ("ppo", 2, [3]),
+    "ppo_everything_zero3": ("ppo", 3, [3]),
 }
+# All that carries over from one iteration to the next beside the weights, and the pretraining mix's place in its text.
+EVERYTHING = [
+    *("ppo.kl_target=0.5", "ppo.kl_horizon=50", "ppo.scale_reward=true", "ppo.missing_eos_penalty=0.5"),
+    *("ppo.bootstrap=true", "ppo.entropy_coef=0.01", "ema={decay: 0.9, start: 0.3}", "critic.warmup_iterations=1"),
+]
 
 
 class Killed(Exception):
@@ -88,7 +95,9 @@ def write_case(folder: Path, base: Path, case: str) -> list[str]:
         tiny.ppo_config(folder, str(base / "actor"), str(base / "scorer"), str(rows / "prompts.jsonl"), stage)
     argv = ["--config", str(folder / f"{step}.yaml")]
     if step == "ppo":
-        return [*argv, "save_every=2", "evaluate_every=2", "iterations=4"]
+        more = [*EVERYTHING, f"pretraining={{data: {base / 'text.txt'}, block_tokens: 16, blocks: 8}}"]
+        everything = more if "everything" in case else []
+        return [*argv, "save_every=2", "evaluate_every=2", "iterations=4", *everything]
     return [*argv, "save_every=3", "evaluate_every=4"]
 
 
@@ -98,6 +107,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = tiny.write_rows(base / "rows")
     actor = tiny.teach(tiny.write_model(base / "actor"), rows["sft"])
     tiny.write_reward_model(base / "scorer", actor)
+    (base / "text.txt").write_text("Name four fruits. fig, kiwi, lion. " * 200)
     whole = {case: write_case(base / case / "whole", base, case) for case in CASES}
     parts = {case: write_case(base / case / "parts", base, case) for case in CASES}
     run_ranks(2, run_cases, whole, parts, timeout=400)
@@ -134,6 +144,7 @@ def test_no_step_is_missing_or_written_twice(case: str, folder: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_weights_of_a_resumed_run_are_those_of_an_uninterrupted_one(case: str, folder: Path) -> None:
     finals = ["final", "final_critic"] if CASES[case][0] == "ppo" else ["final"]
+    finals += ["final_ema"] if "everything" in case else []
     start = load_file(folder / ("scorer" if case == "reward" else "actor") / "model.safetensors")
     for final in finals:
         ours, theirs = (load_file(output(folder, case, w) / final / "model.safetensors") for w in ("parts", "whole"))

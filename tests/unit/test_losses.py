@@ -135,7 +135,7 @@ def test_pairwise_gradient_raises_chosen_and_lowers_rejected() -> None:
 def test_bfloat16_scores_give_float32_losses() -> None:
     scores = torch.tensor([1.0, 0.0, 2.0], dtype=torch.bfloat16)
     assert pairwise_loss(scores, scores).dtype == torch.float32
-    for form in ("pairs", "best"):
+    for form in ("pairs", "best", "elo"):
         result = ranking_loss(scores, torch.zeros(3, dtype=torch.long), torch.arange(3.0), form)
         assert result.dtype == torch.float32
 
@@ -218,7 +218,7 @@ def test_both_ranking_forms_equal_pairwise_loss_for_two_answers() -> None:
         )
 
 
-@pytest.mark.parametrize("form", ["pairs", "best"])
+@pytest.mark.parametrize("form", ["pairs", "best", "elo"])
 def test_ranking_loss_of_a_prompt_does_not_depend_on_the_others_or_on_the_order(form: str) -> None:
     scores = torch.randn(len(PROMPTS), generator=generator(1))
     together = ranking_loss(scores, PROMPTS, RANKS, form)
@@ -230,13 +230,13 @@ def test_ranking_loss_of_a_prompt_does_not_depend_on_the_others_or_on_the_order(
     torch.testing.assert_close(ranking_loss(scores[order], PROMPTS[order], RANKS[order], form), together)
 
 
-@pytest.mark.parametrize("form", ["pairs", "best"])
+@pytest.mark.parametrize("form", ["pairs", "best", "elo"])
 def test_ranking_loss_gradients_agree_with_finite_differences(form: str) -> None:
     scores = torch.randn(len(PROMPTS), generator=generator(3), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: ranking_loss(s, PROMPTS, RANKS, form), scores)
 
 
-@pytest.mark.parametrize("form", ["pairs", "best"])
+@pytest.mark.parametrize("form", ["pairs", "best", "elo"])
 def test_a_broken_prompt_does_not_touch_the_gradient_of_the_others(form: str) -> None:
     scores = torch.randn(len(PROMPTS), generator=generator(4))
     broken = torch.where(PROMPTS == 1, torch.nan, scores)
@@ -249,5 +249,5 @@ def test_a_broken_prompt_does_not_touch_the_gradient_of_the_others(form: str) ->
 
 
 def test_an_unknown_ranking_form_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="must be 'pairs' or 'best', got 'all'"):
+    with pytest.raises(ValueError, match="must be 'pairs', 'best' or 'elo', got 'all'"):
         ranking_loss(torch.zeros(2), torch.zeros(2, dtype=torch.long), torch.arange(2.0), "all")  # type: ignore[arg-type]

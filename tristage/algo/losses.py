@@ -19,7 +19,7 @@ from .masking import at_least_float32, masked_mean, zero_masked
 
 RankingForm = Literal["pairs", "best", "elo"]
 DPOForm = Literal["sigmoid", "ipo"]
-ELO_K_FACTOR, ELO_ROUNDS = 32.0, 20  # the usual K of chess clubs
+ELO_K_FACTOR, ELO_ROUNDS = 32.0, 20  # the K of club chess; see elo_ratings
 
 
 def lm_loss(logits: Tensor, ids: Tensor, loss_mask: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def comparison_loss(
     """better [...], worse [...], margin [...] -> [...]: pairwise_loss + centering * (better + worse)^2.
 
     The second term keeps scores around 0, which a loss of differences alone leaves free (Eisenstein et al. 2023,
-    "Helping or Herding?", section 2).
+    "Helping or Herding?", eq. 2).
     """
     loss = pairwise_loss(better, worse, margin, label_smoothing)
     return loss + centering * (at_least_float32(better) + at_least_float32(worse)) ** 2 if centering else loss
