@@ -15,7 +15,7 @@ from tristage import dist, run
 from tristage.config import load_config
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import evaluation_rows
-from tristage.data.sets import load_sets
+from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
 from tristage.engine import DTYPES, frozen_engine
 from tristage.metrics import Averages
@@ -38,7 +38,7 @@ def evaluate(engine: Any, rows: Rows, micro_batch: int, tokenizer: Any, device: 
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
     _, config, tokenizer = run.check_training(settings)
-    _, heldout = load_sets(settings, tokenizer)
+    heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     model = load_causal_lm(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
     metrics = evaluate(frozen_engine(model, config), heldout, settings.micro_batch, tokenizer, device)

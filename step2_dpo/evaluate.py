@@ -18,7 +18,7 @@ from tristage.batches import PreferenceBatch
 from tristage.config import load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import evaluation_rows
-from tristage.data.sets import load_sets
+from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
 from tristage.engine import DTYPES, frozen_engine
 from tristage.errors import UserError
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
             "give the model that training started from"
         )
     reference_config = check_reference(settings, plan, tokenizer)
-    _, heldout = load_sets(settings, tokenizer)
+    heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     reference = no_reference if reference_config is None else ask_reference(settings, reference_config, tokenizer)
     model = load_causal_lm(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)

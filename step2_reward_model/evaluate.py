@@ -24,7 +24,7 @@ from tristage.batches import PreferenceBatch
 from tristage.config import load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import evaluation_rows
-from tristage.data.sets import load_sets
+from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
 from tristage.engine import DTYPES, frozen_engine
 from tristage.metrics import Averages
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     interactive = "--interactive" in argv
     settings = load_config(RewardModelConfig, [word for word in argv if word != "--interactive"])
     _, config, tokenizer = run.check_training(settings)
-    heldout = None if interactive else load_sets(settings, tokenizer)[1]
+    heldout = None if interactive else load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     if interactive:
         check_alone()

@@ -136,11 +136,11 @@ class PPOConfig(RunSettings):
     kind: ClassVar[Kind] = "prompt"
     step: ClassVar[int] = 3
     actor: TrainedModel
-    critic: CriticModel | None = None
+    critic: CriticModel | None = Field(None, description="The critic, which ppo.advantage gae needs; else null.")
     reference: FrozenModel
     reward: RewardModel
-    ema: EMASettings | None = None
-    pretraining: PretrainingMix | None = None
+    ema: EMASettings | None = Field(None, description="A moving average of the actor's weights; null: none.")
+    pretraining: PretrainingMix | None = Field(None, description="Text in the actor's steps; null: none.")
     max_prompt_tokens: int = Field(256, gt=0, description="Tokens of a prompt; see `data.too_long`.")
     iterations: int = Field(gt=0, description="Rollouts, each followed by its updates.")
     rollout: RolloutSettings

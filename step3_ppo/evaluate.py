@@ -19,7 +19,7 @@ from tristage.batches import PromptBatch
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_prompts
 from tristage.data.loader import evaluation_rows
-from tristage.data.sets import load_sets
+from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
 from tristage.metrics import Stopwatch
 from tristage.rollout import PaddedRollout
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     tokenizer = check_models(settings)
     functions = load_reward_terms(settings)
     grader = None if settings.grader is None else load_function(settings.grader, settings.file, "grader")
-    _, heldout = load_sets(settings, tokenizer)
+    heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     engines = build_engines(settings, configs, tokenizer, train=False)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)

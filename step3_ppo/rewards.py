@@ -13,6 +13,7 @@ from step3_ppo.config import PPOConfig
 from tristage.errors import UserError
 
 TextScorer = Callable[[list[str], list[str]], list[float]]  # (prompts, responses) -> scores
+TAKEN = ("model", "std", "clipfrac")  # objective/score_<name> is the reward model's score, or of all scores
 
 
 class RewardTerm(NamedTuple):
@@ -28,7 +29,7 @@ def load_function(name: str, file: str, key: str) -> TextScorer:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{file}: key `{key}`: {name} cannot be imported ({error}); write module:function") from None
     if not callable(found):
         raise UserError(f"{file}: key `{key}`: {name} is no function; write module:function")
@@ -42,6 +43,12 @@ def load_reward_terms(settings: PPOConfig) -> list[RewardTerm]:
         function = load_function(each.function, settings.file, "reward.functions")
         terms.append(RewardTerm(each.function.rpartition(":")[2], function, each.weight))
     names = [term.name for term in terms]
+    for name in names:
+        if name in TAKEN:
+            raise UserError(
+                f"{settings.file}: key `reward.functions`: `{name}` names another number of the reward; "
+                "rename the function"
+            )
     if len(set(names)) < len(names):
         raise UserError(f"{settings.file}: key `reward.functions`: two functions are called alike; rename one of them")
     return terms

@@ -140,8 +140,9 @@ def restored(settings: PPOConfig, engines: Engines) -> tuple[Control, WeightAver
     """KL coefficient, reward scale and moving average, as the latest checkpoint has them or new."""
     control, average = Control.of(settings), None
     if settings.ema is not None:
-        steps = settings.total_steps - settings.warmup_steps
-        average = WeightAverage(engines.actor, settings.ema.decay, int(settings.ema.start * steps))
+        steps = settings.total_steps - settings.warmup_steps  # the actor's, which follow the critic's warm-up
+        start = settings.warmup_steps + int(settings.ema.start * steps)
+        average = WeightAverage(engines.actor, settings.ema.decay, start)
     state, own = load_control(settings)
     if state is not None:
         control.load_state_dict(state)

@@ -1,7 +1,7 @@
 """The reward model's other losses: their gradient does not depend on how prompts were dealt to ranks either.
 
 As test_gradients.py: transformers' own model in float64, an answer at a time and without padding, against what
-DeepSpeed hands to the optimizer. Here the answers of a prompt share it, begin alike, and one pair is cut where it still agrees.
+DeepSpeed hands to the optimizer. Here answers of a prompt begin alike, and one is the beginning of another.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Python floats, lists of floats, or lists of rows. Letters: B rows, R or T positi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -294,13 +295,79 @@ def dpo_loss(
 def ipo_loss(
     policy_chosen: float, policy_rejected: float, ref_chosen: float, ref_rejected: float, beta: float
 ) -> float:
-    """Azar et al., equation 17: h = log of (policy(y_w) ref(y_l)) / (policy(y_l) ref(y_w)) is driven to 1 / (2 beta)."""
-    h = math.log(
-        math.exp(policy_chosen - policy_rejected) * math.exp(ref_rejected) / math.exp(ref_chosen)
-    )
+    """Azar et al., equation 17: h = log(policy(y_w) ref(y_l) / (policy(y_l) ref(y_w))) is driven to 1 / (2 beta)."""
+    h = math.log(math.exp(policy_chosen - policy_rejected) * math.exp(ref_rejected) / math.exp(ref_chosen))
     return (h - 1 / (2 * beta)) ** 2
 
 
 def simpo_loss(chosen_mean: float, rejected_mean: float, beta: float, gamma: float) -> float:
     """Meng et al., equation 6, on means a token."""
     return -math.log(sigmoid(beta * chosen_mean - beta * rejected_mean - gamma))
+
+
+# PPO's repertoire
+
+
+def slope(function: Callable[[float], float], x: float, step: float = 1e-6) -> float:
+    """The central difference: the derivative at x, unless there is a kink within `step`."""
+    return (function(x + step) - function(x - step)) / (2 * step)
+
+
+def policy_loss(
+    logprob: float, old_logprob: float, advantage: float, low: float, high: float, dual: float | None
+) -> float:
+    """Clipped between 1 - low and 1 + high; a negative advantage costs at most `dual` times itself."""
+    ratio = math.exp(logprob - old_logprob)
+    bounded = 1 + high if ratio > 1 + high else 1 - low if ratio < 1 - low else ratio
+    gain = min(ratio * advantage, bounded * advantage)
+    if dual is not None and advantage < 0:
+        gain = max(gain, dual * advantage)
+    return -gain
+
+
+def huber_loss(value: float, ret: float, delta: float) -> float:
+    error = abs(value - ret)
+    return 0.5 * error**2 if error <= delta else delta * error - 0.5 * delta**2
+
+
+def gae_cut_off(
+    values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float, final_values: Tensor
+) -> tuple[Any, Any]:
+    """Equation 16 where a state of value final_values[b] follows row b's last real token."""
+    all_advantages, all_returns = [], []
+    for b in range(mask.shape[0]):
+        real = [t for t in range(mask.shape[1]) if mask[b, t]]
+        v = [float(values[b, t]) for t in real] + [float(final_values[b])]
+        delta = [float(rewards[b, t]) + gamma * v[k + 1] - v[k] for k, t in enumerate(real)]
+        advantages, returns = [0.0] * mask.shape[1], [0.0] * mask.shape[1]
+        for k, t in enumerate(real):
+            advantages[t] = sum((gamma * lam) ** n * delta[k + n] for n in range(len(real) - k))
+            returns[t] = advantages[t] + v[k]
+        all_advantages.append(advantages)
+        all_returns.append(returns)
+    return all_advantages, all_returns
+
+
+def group_advantages(rewards: Tensor, group: Tensor, kind: str, epsilon: float = 0.0) -> list[float]:
+    """RLOO: less the mean of the others'. GRPO: standardised in its group, the deviation larger by `epsilon`."""
+    r = numbers(rewards)
+    result = []
+    for i in range(len(r)):
+        others = [r[j] for j in range(len(r)) if j != i and int(group[j]) == int(group[i])]
+        everyone = [*others, r[i]]
+        if kind == "rloo":
+            result.append(r[i] - mean(others))
+        else:
+            std = math.sqrt(variance(everyone) * len(everyone) / (len(everyone) - 1))
+            result.append((r[i] - mean(everyone)) / (std + epsilon))
+    return result
+
+
+def adaptive_kl_coef(coef: float, kls: list[float], target: float, num_responses: int, horizon: float) -> list[float]:
+    """Ziegler et al. 2019, section 2.2: the coefficient after each of `kls`, with K = responses / horizon."""
+    result = []
+    for kl in kls:
+        error = max(-0.2, min(0.2, (kl - target) / target))
+        coef = coef * (1 + num_responses / horizon * error)
+        result.append(coef)
+    return result

@@ -15,7 +15,7 @@ from step1_sft.config import SFTConfig
 from tests.helpers import tiny
 from tristage import dist, run
 from tristage.config import RunSettings, SourceSettings, load_config
-from tristage.data.sets import fingerprint, load_sets
+from tristage.data.sets import fingerprint, load_heldout, load_sets
 from tristage.data.store import Rows
 from tristage.errors import UserError
 from tristage.models import load_tokenizer
@@ -313,3 +313,14 @@ def test_ranks_with_other_data_are_refused(bench, monkeypatch):
         run.start(settings, "abc:21")
     assert not Path(settings.output).exists()
     assert run.start(settings, "abc:20") == torch.device("cpu") and Path(settings.output, "config.yaml").is_file()
+
+
+def test_held_out_rows_alone_are_those_of_both_and_leave_the_training_rows_unread(bench):
+    train, held = bench.file("train.jsonl", range(40)), bench.file("held.jsonl", range(40, 50))
+
+    def alone(path: str, *overrides: str) -> list[Any]:
+        return list(load_heldout(bench.settings(path, *overrides), bench.tokenizer))
+
+    for overrides in ((f"data.heldout={held}", "data.heldout_limit=7"), ()):
+        assert alone(train, *overrides) == list(bench.sets(train, *overrides)[1]) != []
+    assert len(alone(bench.file("broken.jsonl", [], bad_lines=1), f"data.heldout={held}")) == 10

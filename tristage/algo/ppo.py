@@ -118,6 +118,7 @@ def clipped_policy_loss(
     with Deep Reinforcement Learning", eq. 5).
     """
     log_ratio = at_least_float32(logprobs) - at_least_float32(old_logprobs)
+    advantages = at_least_float32(advantages)
     ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     gain = torch.minimum(ratio * advantages, clipped * advantages)  # PPO eq. 7
@@ -159,10 +160,11 @@ def group_advantages(rewards: Tensor, group: Tensor, kind: GroupBaseline) -> Ten
     size = same.sum(dim=1)  # [groups]
     mean = torch.where(same, rewards, 0.0).sum(dim=1) / size  # [groups]
     if kind == "rloo":
-        return (rewards - mean[index]) * (size / (size - 1))[index]  # r - (sum - r) / (n - 1)
+        return (rewards - mean[index]) * size[index] / (size - 1)[index]  # r - (sum - r) / (n - 1)
     if kind == "grpo":
         centred = rewards - mean[index]
-        std = (torch.where(same, centred**2, 0.0).sum(dim=1) / (size - 1)).sqrt()[index]  # unbiased, as in the paper
+        # Unbiased; the paper leaves it open.
+        std = (torch.where(same, centred**2, 0.0).sum(dim=1) / (size - 1)).sqrt()[index]
         rounding = _CONSTANT_IN_EPSILONS * torch.finfo(torch.float32).eps * mean.abs()[index]
         return torch.where(std > rounding, centred / (std + _GROUP_STD_EPSILON), 0.0)
     raise ValueError(f"group baseline must be 'rloo' or 'grpo', got {kind!r}")

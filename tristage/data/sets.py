@@ -66,6 +66,18 @@ def load_sets(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
     return whole, held
 
 
+def load_heldout(settings: RunSettings, tokenizer: Tokenizer) -> Rows:
+    """The held-out rows alone, for evaluation; training rows are read only where these are split off them."""
+    if not settings.data.heldout:
+        return load_sets(settings, tokenizer)[1]
+    data = settings.data
+    tokens = Policy(settings.kind, settings.row_tokens, data.too_long, data.train_on)
+    parts = [_prepare(source, settings, tokenizer, tokens, False, None) for source in data.heldout]
+    for part in parts:
+        report(part, "held-out")
+    return concatenate([part.rows for part in parts])[: data.heldout_limit]
+
+
 def load_parts(settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool = False) -> tuple[list[Part], list[Part]]:
     """(training, held-out) parts, one a source, before anything is joined, weighted or checked."""
     data = settings.data
