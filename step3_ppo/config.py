@@ -164,7 +164,22 @@ class PPOConfig(RunSettings):
                 f"{what} {self.responses} is not a multiple of ppo.minibatch {self.ppo.minibatch}; change one of them"
             )
         self._check_advantage()
+        self._check_unused()
         return self
+
+    def _check_unused(self) -> None:
+        """A setting that would do nothing beside the others is refused, not ignored."""
+        without_critic = {"whiten", "bootstrap", "gamma", "lam", "value_loss", "value_clip", "huber_delta"}
+        unused = without_critic if self.critic is None else set()
+        unused |= {"value_clip"} if self.ppo.value_loss == "huber" else {"huber_delta"}
+        unused |= set() if self.ppo.kl_target is not None else {"kl_horizon"}
+        for key in sorted(unused & self.ppo.model_fields_set):
+            raise ValueError(f"key `ppo.{key}` does nothing beside the other settings; remove it")
+        if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
+            raise ValueError("key `ppo.kl_target` steers kl_coef by factors, and 0 stays 0; give ppo.kl_coef a value")
+        if self.reward.model is None:
+            for key in sorted({"weight", "score", "deepspeed"} & self.reward.model_fields_set):
+                raise ValueError(f"key `reward.{key}` is of the reward model, and there is none; remove it")
 
     def _check_advantage(self) -> None:
         if self.ppo.advantage == "gae":

@@ -31,7 +31,8 @@ def logprobs(seed: int, count: int = 20) -> list[Tensor]:
 
 
 def loss_of_gap(gap: Tensor, beta: float, label_smoothing: float = 0.0, form: Any = "sigmoid") -> Tensor:
-    return dpo_loss(gap, torch.zeros_like(gap), torch.zeros_like(gap), torch.zeros_like(gap), beta, label_smoothing, form)
+    zero = torch.zeros_like(gap)
+    return dpo_loss(gap, zero, zero, zero, beta, label_smoothing, form)
 
 
 # -- by hand -----------------------------------------------------------------------------------------------
