@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from tristage import dist
+from tristage.checkpoint import latest_checkpoint
 from tristage.config import (
     BatchPlan,
     RunSettings,
@@ -88,12 +89,25 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
     if dist.is_main():
         output = Path(settings.output)
         output.mkdir(parents=True, exist_ok=True)
+        _warn_of_other_data(settings, output / "environment.json", data_fingerprint)
         origin = f"# What {settings.file} came to with its overrides; relative deepspeed paths start from its folder.\n"
         values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         (output / "config.yaml").write_text(origin + values)
-        (output / "environment.json").write_text(json.dumps(_environment(device), indent=2))
+        environment = _environment(device) | {"data": data_fingerprint}
+        (output / "environment.json").write_text(json.dumps(environment, indent=2))
     dist.barrier()
     return device
+
+
+def _warn_of_other_data(settings: RunSettings, before: Path, data_fingerprint: str) -> None:
+    if settings.resume == "never" or not before.is_file() or latest_checkpoint(before.parent) is None:
+        return
+    if json.loads(before.read_text()).get("data", data_fingerprint) != data_fingerprint:
+        print(
+            f"warning: {settings.output} was trained on other data (or another template, or other library versions) "
+            "than this run has: it goes on, but not as it would have; resume=never starts again",
+            flush=True,
+        )
 
 
 def _environment(device: torch.device) -> dict[str, object]:
