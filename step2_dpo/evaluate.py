@@ -12,8 +12,7 @@ import torch
 from step2_dpo.config import DPOConfig
 from step2_dpo.reference import Reference, answer_logprobs, ask_reference, check_reference, no_reference
 from tristage import dist, run
-from tristage.algo.losses import dpo_loss, ranking_pairs, simpo_loss
-from tristage.algo.masking import masked_mean
+from tristage.algo.losses import dpo_loss, mean_by_prompt, ranking_pairs, simpo_loss
 from tristage.batches import PreferenceBatch
 from tristage.config import load_config
 from tristage.data.collate import collate_ranking, pick
@@ -49,9 +48,7 @@ def prompt_losses(
             settings.label_smoothing,
             form=settings.loss,
         )
-    prompts = torch.arange(len(batch.is_real), device=losses.device).unsqueeze(1)
-    of_prompt = batch.prompt_index[better] == prompts  # [prompts,pairs]
-    return masked_mean(losses.expand_as(of_prompt), of_prompt, dim=1)
+    return mean_by_prompt(losses, batch.prompt_index[better], batch.prompt_index)
 
 
 def implicit_rewards(

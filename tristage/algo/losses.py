@@ -82,7 +82,7 @@ def ranking_loss(
         better, worse = ranking_pairs(prompt_index, ranks)
         wanted = margin * (ranks[worse] - ranks[better])
         losses = comparison_loss(scores[better], scores[worse], wanted, label_smoothing, centering)
-        return _mean_by_prompt(losses, prompt_index[better], prompt_index)
+        return mean_by_prompt(losses, prompt_index[better], prompt_index)
     assert not (margin or label_smoothing or centering), f"margin, label_smoothing and centering are not of {form!r}"
     if form == "best":
         of_prompt = _membership(prompt_index, prompt_index)  # [P,N]
@@ -90,7 +90,7 @@ def ranking_loss(
         logprobs = torch.where(of_prompt, scores, -torch.inf).log_softmax(dim=1)  # [P,N]
         return -masked_mean(logprobs, of_prompt & (ranks == best_ranks), dim=1)
     if form == "elo":
-        return _mean_by_prompt((scores - elo_ratings(prompt_index, ranks)) ** 2, prompt_index, prompt_index)
+        return mean_by_prompt((scores - elo_ratings(prompt_index, ranks)) ** 2, prompt_index, prompt_index)
     raise ValueError(f"ranking form must be 'pairs', 'best' or 'elo', got {form!r}")
 
 
@@ -128,7 +128,7 @@ def token_ranking_loss(
         label_smoothing,
         centering,
     )  # [M,T]
-    return _mean_by_prompt(masked_mean(losses, compared, dim=1), prompt_index[better], prompt_index)
+    return mean_by_prompt(masked_mean(losses, compared, dim=1), prompt_index[better], prompt_index)
 
 
 def comparison_loss(
@@ -174,7 +174,7 @@ def _membership(of: Tensor, prompt_index: Tensor) -> Tensor:
     return of == torch.arange(int(prompt_index.max()) + 1, device=prompt_index.device).unsqueeze(1)
 
 
-def _mean_by_prompt(losses: Tensor, of: Tensor, prompt_index: Tensor) -> Tensor:
+def mean_by_prompt(losses: Tensor, of: Tensor, prompt_index: Tensor) -> Tensor:
     """losses [M], the prompt `of` [M] each -> [P]: the mean of each prompt's; 0 where it has none."""
     of_prompt = _membership(of, prompt_index)
     return masked_mean(losses.expand_as(of_prompt), of_prompt, dim=1)
