@@ -20,6 +20,7 @@ from tristage.batches import PreferenceBatch
 from tristage.config import BatchPlan, read_deepspeed_json, require_folder_or_hub_id
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import evaluation_rows
+from tristage.data.sets import fingerprint
 from tristage.data.store import Rows
 from tristage.data.template import read_template
 from tristage.engine import DTYPES, engine_config, frozen_engine, zero_stage
@@ -164,9 +165,7 @@ def _key(settings: DPOConfig, sets: Sequence[Rows]) -> str:
     path = Path(settings.reference_path)
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else []
     known_by = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    # The fingerprint says how rows became tokens, the hashes which rows they are, in order.
-    answers = [[rows.fingerprint, hashlib.sha256(rows.column("row_hash").tobytes()).hexdigest()] for rows in sets]
-    parts = [settings.reference_path, known_by, answers, settings.precision]
+    parts = [settings.reference_path, known_by, fingerprint(sets), settings.precision]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
