@@ -28,7 +28,7 @@ from tristage.data.tokenize import Example
 from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.errors import UserError
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import check_packable, load_causal_lm, save_model
+from tristage.models import check_lora, check_packable, load_causal_lm, save_model
 
 # Mean difference of a log-probability, packed and alone: rounding is far below, seeing other rows far above.
 PACKING_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
@@ -38,6 +38,7 @@ SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
+    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
     if settings.packing:
         check_packable(settings.model)
     check_resumable(settings, {"model": zero_stage(config)})
@@ -57,6 +58,8 @@ def train(
         dtype=DTYPES[settings.precision],
         engine_config=config,
         gradient_checkpointing=settings.gradient_checkpointing,
+        lora=settings.lora,
+        lora_seed=settings.seed,
         max_tokens=settings.max_tokens,
     )
     collate: Any = collate_packed if settings.packing else collate_sft

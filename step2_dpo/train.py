@@ -26,7 +26,7 @@ from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import load_causal_lm, save_model
+from tristage.models import check_lora, load_causal_lm, save_model
 
 # What rounding makes of a token's log-probability, of two forwards of the same weights; beyond it something is wrong.
 FIRST_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
@@ -42,6 +42,7 @@ SHOWN = {
 def main(argv: list[str]) -> None:
     settings = load_config(DPOConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
+    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
     reference_config = check_reference(settings, plan, tokenizer)
     check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
@@ -67,6 +68,8 @@ def train(
         dtype=DTYPES[settings.precision],
         engine_config=config,
         gradient_checkpointing=settings.gradient_checkpointing,
+        lora=settings.lora,
+        lora_seed=settings.seed,
         max_tokens=settings.max_tokens,
     )
     loader = Loader(

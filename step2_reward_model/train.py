@@ -29,7 +29,7 @@ from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
 from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import last_token_scores, load_reward_model, save_model
+from tristage.models import check_lora, last_token_scores, load_reward_model, save_model
 
 SHOWN = {
     "reward_model/loss": "loss",
@@ -42,6 +42,7 @@ SHOWN = {
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
+    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
     check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
@@ -65,6 +66,8 @@ def train(
         engine_config=config,
         gradient_checkpointing=settings.gradient_checkpointing,
         new_head_seed=settings.seed,
+        lora=settings.lora,
+        lora_seed=settings.seed,
         max_tokens=settings.max_tokens,
     )
     loader = Loader(

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tristage.config import BatchPlan, Kind, OptimizerSettings, RunSettings, Settings, Sources
+from tristage.config import BatchPlan, Kind, LoraSettings, OptimizerSettings, RunSettings, Settings, Sources
 from tristage.errors import UserError
 
 
@@ -23,6 +23,7 @@ class TrainedModel(Settings):
     deepspeed: str = Field(description="DeepSpeed JSON of this engine, any ZeRO stage.")
     optimizer: PPOOptimizerSettings
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters; null: all weights.")
 
 
 class CriticModel(TrainedModel):
@@ -137,7 +138,9 @@ class PPOConfig(RunSettings):
     step: ClassVar[int] = 3
     actor: TrainedModel
     critic: CriticModel | None = Field(None, description="The critic, which ppo.advantage gae needs; else null.")
-    reference: FrozenModel
+    reference: FrozenModel | None = Field(
+        None, description="The reference; null with actor.lora: the actor without its adapters, no second copy."
+    )
     reward: RewardModel
     ema: EMASettings | None = Field(None, description="A moving average of the actor's weights; null: none.")
     pretraining: PretrainingMix | None = Field(None, description="Text in the actor's steps; null: none.")
@@ -162,6 +165,11 @@ class PPOConfig(RunSettings):
             what = "rollout.prompts" if self.rollout.samples == 1 else "rollout.prompts x rollout.samples"
             raise ValueError(
                 f"{what} {self.responses} is not a multiple of ppo.minibatch {self.ppo.minibatch}; change one of them"
+            )
+        if self.reference is None and self.actor.lora is None:
+            raise ValueError(
+                "key `reference` is missing; give `reference.deepspeed`, or train the actor by `actor.lora`: without "
+                "its adapters it is the reference"
             )
         self._check_advantage()
         self._check_unused()
@@ -211,7 +219,7 @@ class PPOConfig(RunSettings):
 
     @property
     def reference_path(self) -> str:
-        return self.reference.model or self.actor_path
+        return (self.reference.model if self.reference is not None else None) or self.actor_path
 
     @property
     def row_tokens(self) -> int:

@@ -10,6 +10,7 @@ from tristage.data.template import read_template
 from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine, zero_stage
 from tristage.errors import UserError
 from tristage.models import (
+    check_lora,
     check_model,
     is_reward_model,
     load_causal_lm,
@@ -24,7 +25,7 @@ class Engines(NamedTuple):
 
     actor: Any
     critic: Any  # None where advantages come from groups of responses
-    reference: Any
+    reference: Any  # None where it is the actor without its adapters
     reward: Any  # None where functions alone are the reward
 
     def present(self) -> list[Any]:
@@ -56,7 +57,7 @@ def _paths(settings: PPOConfig) -> dict[str, str]:
     paths = {
         "actor": settings.actor_path,
         "critic": settings.critic_path,
-        "reference": settings.reference_path,
+        "reference": settings.reference_path if settings.reference is not None else None,
         "reward": settings.reward.model,
     }
     return {name: path for name, path in paths.items() if path is not None}
@@ -65,9 +66,10 @@ def _paths(settings: PPOConfig) -> dict[str, str]:
 def check_models(settings: PPOConfig) -> Any:
     """The actor's tokenizer, after making sure that all folders are there, agree and hold what they should."""
     paths = _paths(settings)
-    for name, path in paths.items():
-        require_folder_or_hub_id(path, settings, f"{name}.model")
-    order = [name for name in ("actor", "reference", "reward", "critic") if name in paths]
+    # The critic last: its folder is the reward model's unless it has a key of its own.
+    order: list[str] = [name for name in ("actor", "reference", "reward", "critic") if name in paths]
+    for name in order:
+        require_folder_or_hub_id(paths[name], settings, f"{name}.model")
     tokenizers = {f"{name}.model ({paths[name]})": load_tokenizer(paths[name]) for name in order}
     if (template := read_template(settings)) is not None:
         tokenizers[f"data.template ({settings.data.template})"] = load_tokenizer(settings.actor_path, template)
@@ -75,6 +77,9 @@ def check_models(settings: PPOConfig) -> Any:
     for name, path in paths.items():
         scores = name == "reward" or (name == "critic" and path != settings.actor_path)
         check_model(path, settings.max_tokens, reward_model=scores)
+        if name in ("actor", "critic"):
+            lora = getattr(settings, name).lora
+            check_lora(lora, path, f"{settings.file}: key `{name}.lora.targets`")
     return next(iter(tokenizers.values()))
 
 
@@ -95,6 +100,8 @@ def build_engines(
             tokenizer,
             engine_config=config,
             gradient_checkpointing=spec.gradient_checkpointing,
+            lora=spec.lora,
+            lora_seed=settings.seed,
             **options,
             **common,
         )

@@ -21,6 +21,7 @@ from tristage.data.collate import collate_prompts
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
+from tristage.errors import UserError
 from tristage.metrics import Stopwatch
 from tristage.rollout import PaddedRollout
 
@@ -87,6 +88,11 @@ def evaluate(
 def main(argv: list[str]) -> None:
     settings = load_config(PPOConfig, argv)
     dist.check_device(settings.device, settings.file)
+    if settings.reference is None:
+        raise UserError(
+            f"{settings.file}: key `reference` is missing; an exported folder has no adapters to switch off, give "
+            "reference.model (where actor.lora started) and reference.deepspeed"
+        )
     configs = engine_configs(settings, BatchPlan.make(dist.world_size(), 1, dist.world_size()))
     configs.pop("critic", None)
     tokenizer = check_models(settings)

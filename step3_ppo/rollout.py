@@ -28,7 +28,7 @@ from tristage.algo.ppo import (
 )
 from tristage.batches import Experience, PromptBatch, Sequences
 from tristage.metrics import Stopwatch
-from tristage.models import last_token_scores
+from tristage.models import adapters_off, last_token_scores
 from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
 
 
@@ -89,7 +89,7 @@ def collect(
         for engine in engines.present():
             engine.eval()
         logprobs, entropy = _score_policy(engines.actor, sequences, settings, with_entropy=True)
-        ref_logprobs, _ = _score_policy(engines.reference, sequences, settings, with_entropy=False)
+        ref_logprobs = _reference_logprobs(engines, sequences, settings)
         terms = _reward_terms(engines, rollouts.tokenizer, sequences, settings, functions)
         weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
         scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
@@ -261,6 +261,14 @@ def _score_policy(
         return tuple(micro.align(x) for x in found)
 
     return _in_micro_batches(sequences, settings, score)
+
+
+def _reference_logprobs(engines: Engines, sequences: Sequences, settings: PPOConfig) -> torch.Tensor:
+    """[B,R] of the reference; without an engine of its own it is the actor, its adapters off."""
+    if engines.reference is not None:
+        return _score_policy(engines.reference, sequences, settings, with_entropy=False)[0]
+    with adapters_off(engines.actor.module):
+        return _score_policy(engines.actor, sequences, settings, with_entropy=False)[0]
 
 
 def _in_micro_batches(

@@ -2,6 +2,7 @@
 
     tristage data show CONFIG [key=value ...] [--rows 3] [--heldout]      rows as the step will see them
     tristage data check CONFIG [key=value ...]                            everything that is wrong with the data
+    tristage merge BASE ADAPTER OUT                                       a LoRA adapter into the model it is for
 
 CONFIG is a step's YAML; its name or --step says which step.
 """
@@ -25,7 +26,27 @@ STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 when `check` found something to fix, 2 for what a user must correct before anything is read."""
     parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
-    data = parser.add_subparsers(required=True).add_parser("data", help="look at what a step will train on")
+    subcommands = parser.add_subparsers(required=True, dest="subcommand")
+    _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))
+    _data_arguments(subcommands.add_parser("data", help="look at what a step will train on"))
+    arguments, rest = parser.parse_known_args(argv)
+    is_data = arguments.subcommand == "data"
+    if unknown := [word for word in rest if not is_data or "=" not in word or word.startswith("-")]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    try:
+        return _data(arguments, [*arguments.settings, *rest]) if is_data else _merge(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _merge_arguments(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("base", help="folder or id of the model that the adapter was trained on")
+    merge.add_argument("adapter", help="folder of the adapter, such as OUT/final_adapter")
+    merge.add_argument("out", help="folder to write: weights, config, tokenizer")
+
+
+def _data_arguments(data: argparse.ArgumentParser) -> None:
     commands = data.add_subparsers(required=True, dest="command")
     helps = {"show": "print rows as the step will see them", "check": "read everything, say what is wrong"}
     for name, does in helps.items():
@@ -36,14 +57,15 @@ def main(argv: list[str] | None = None) -> int:
         if name == "show":
             command.add_argument("--rows", type=int, default=3, help="how many")
             command.add_argument("--heldout", action="store_true", help="rows of the held-out set")
-    arguments, rest = parser.parse_known_args(argv)
-    if unknown := [word for word in rest if "=" not in word or word.startswith("-")]:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    try:
-        return _data(arguments, [*arguments.settings, *rest])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from tristage.models import merge_adapter  # late, as in _data
+
+    merge_adapter(arguments.base, arguments.adapter, arguments.out)
+    print(f"{arguments.base} with {arguments.adapter} is in {arguments.out}")
+    return 0
 
 
 def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:

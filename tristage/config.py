@@ -58,6 +58,22 @@ class OptimizerSettings(Settings):
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
 
 
+def _as_words(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters are trained beside linear layers, which are frozen like everything else but a scalar head."""
+
+    rank: int = Field(16, gt=0, description="Inner dimension of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
+    targets: Annotated[tuple[str, ...], BeforeValidator(_as_words)] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="Endings of the names of linear layers, such as q_proj; all-linear: all but the output projection.",
+    )
+
+
 class CleanRule(Settings):
     """One regular expression over some text columns of a source, applied before a row is read."""
 
@@ -203,6 +219,7 @@ class TrainSettings(RunSettings):
     optimizer: OptimizerSettings
     deepspeed: str = Field(description="DeepSpeed JSON: ZeRO stage, offload, communication.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters; null: all weights.")
     group_by_length: bool = Field(
         False, description="Steps of rows of like length: less padding, but rows of a step are then less mixed."
     )
@@ -399,6 +416,7 @@ __all__ = [
     "CleanRule",
     "DataSettings",
     "Kind",
+    "LoraSettings",
     "OptimizerSettings",
     "RunSettings",
     "Settings",

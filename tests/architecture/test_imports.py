@@ -18,6 +18,7 @@ SOURCES = LIBRARY + sorted(path for step in STEPS for path in (REPO / step).rglo
 HOMES = {
     "deepspeed": ("tristage/engine.py", "tristage/rollout/"),
     "torch.distributed": ("tristage/dist.py",),
+    "peft": ("tristage/models/",),
     "transformers": ("tristage/models/", "tristage/rollout/", "tristage/quickstart/", "tristage/data/template.py"),
 }
 # Imports inside functions, each with its reason beside it in the source.

@@ -371,3 +371,17 @@ def adaptive_kl_coef(coef: float, kls: list[float], target: float, num_responses
         coef = coef * (1 + num_responses / horizon * error)
         result.append(coef)
     return result
+
+
+# ---- LoRA (Hu et al. 2021, eq. 3) -----------------------------------------------------------------------------------
+
+
+def lora_changes(adapters: dict[str, Tensor], scale: float, transposed: bool) -> dict[str, Tensor]:
+    """{"X.lora_A.default.weight": A [rank,in], "X.lora_B.default.weight": B [out,rank]} -> {"X.weight": scale B A}."""
+    found = {}
+    for name, a in adapters.items():
+        layer, is_a, _ = name.partition(".lora_A.")
+        if is_a:
+            change = scale * (adapters[f"{layer}.lora_B.default.weight"] @ a)
+            found[f"{layer}.weight"] = change.T if transposed else change
+    return found

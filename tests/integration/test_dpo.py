@@ -234,6 +234,17 @@ def test_a_policy_that_is_not_its_reference_stops_before_the_first_step(folder: 
     assert not read_metrics(folder / "moved/dpo/metrics.jsonl")
 
 
+def test_adapters_learn_beside_a_reference_that_is_their_start(folder: Path) -> None:
+    words = ["lora={rank: 4, alpha: 8}", "max_steps=4"]
+    argv = ["--config", tiny.dpo_config(folder / "lora", str(folder / "model"), str(folder / "short/ranking.jsonl"),
+                                        0, *words).file, *words]  # fmt: skip
+    with tiny.one_rank():
+        step2_dpo.train.main(argv)
+    start, end = load_file(folder / "model/model.safetensors"), weights(folder, "lora")
+    assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
+    assert (folder / "lora/dpo/final_adapter/adapter_model.safetensors").is_file()
+
+
 def test_another_reference_than_the_start_may_differ(folder: Path) -> None:
     other = tiny.write_model(folder / "untaught", seed=5)
     words = [f"reference.model={other}", "max_steps=1"]

@@ -2,13 +2,16 @@
 
 from tristage.models.causal_lm import CausalLM, load_causal_lm
 from tristage.models.loading import check_model, check_packable, is_reward_model
+from tristage.models.lora import adapters_off, check_lora
 from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
-from tristage.models.saving import save_model
+from tristage.models.saving import merge_adapter, save_model
 from tristage.models.tokenizer import load_tokenizer, require_same_tokenizer
 
 __all__ = [
     "CausalLM",
     "RewardModel",
+    "adapters_off",
+    "check_lora",
     "check_model",
     "check_packable",
     "is_reward_model",
@@ -16,6 +19,7 @@ __all__ = [
     "load_causal_lm",
     "load_reward_model",
     "load_tokenizer",
+    "merge_adapter",
     "require_same_tokenizer",
     "save_model",
 ]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tristage.algo.logprobs import entropy as logits_entropy
 from tristage.algo.logprobs import linear_token_logprobs, token_logprobs
+from tristage.config import LoraSettings
 from tristage.models.loading import (
     align_special_tokens,
     backbone_hidden,
@@ -21,6 +22,7 @@ from tristage.models.loading import (
     check_model,
     from_pretrained,
 )
+from tristage.models.lora import add_adapters
 
 # Config keys of families whose logits are more than weight @ hidden (Gemma 2, Cohere, Granite, ...).
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -101,9 +103,13 @@ def load_causal_lm(
     dtype: torch.dtype,
     engine_config: dict[str, Any] | None = None,
     gradient_checkpointing: bool = False,
+    lora: LoraSettings | None = None,
+    lora_seed: int = 0,
     max_tokens: int = 1,
 ) -> CausalLM:
     """A policy from a Hugging Face folder or id, all dropouts 0; partitioned while loading under ZeRO-3.
+
+    With `lora` it is frozen, beside adapters that are drawn from `lora_seed`.
 
     Raises:
         UserError: no such model, one whose vocabulary is smaller than the tokenizer's, or with fewer positions
@@ -115,6 +121,8 @@ def load_causal_lm(
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    if lora is not None:
+        add_adapters(model, lora, path, lora_seed)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return CausalLM(model)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from tristage.config import LoraSettings
 from tristage.engine import gathered
 from tristage.errors import UserError
 from tristage.models.loading import (
@@ -17,6 +18,7 @@ from tristage.models.loading import (
     check_model,
     from_pretrained,
 )
+from tristage.models.lora import add_adapters
 
 
 class RewardModel(nn.Module):
@@ -76,6 +78,8 @@ def load_reward_model(
     engine_config: dict[str, Any] | None = None,
     gradient_checkpointing: bool = False,
     new_head_seed: int | None = None,
+    lora: LoraSettings | None = None,
+    lora_seed: int = 0,
     max_tokens: int = 1,
 ) -> RewardModel:
     """A reward model or critic from a Hugging Face folder or id, all dropouts 0.
@@ -85,6 +89,7 @@ def load_reward_model(
             untrained one: its head is drawn from N(0, 1/(H+1)), standard deviation 1/sqrt(H+1), bias 0
             (Huang et al. 2024, "The N implementation details of RLHF with PPO"), the same on every rank. A folder that
             is a reward model already keeps its head, and is trained on in the units of its scores (see _fold_scale).
+        lora: freezes all but the head, beside adapters that are drawn from `lora_seed`.
 
     Raises:
         UserError: no such model, or a head was expected and is not there.
@@ -99,6 +104,8 @@ def load_reward_model(
         _fold_scale(reward_model, engine_config)
     elif new_head_seed is not None:
         _init_head(model.score, new_head_seed, engine_config)
+    if lora is not None:
+        add_adapters(model, lora, path, lora_seed)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return reward_model

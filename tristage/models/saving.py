@@ -1,34 +1,78 @@
-"""Final exports: an ordinary Hugging Face folder, tokenizer and chat template included."""
+"""Final exports: an ordinary Hugging Face folder, tokenizer and chat template included; beside it the adapter alone."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from tristage import dist
 from tristage.engine import full_state_dict
+from tristage.errors import UserError
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.loading import load_config_without_dropout
+from tristage.models.lora import has_adapters, load_adapter, merged_state, read_adapter_config, save_adapter
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 
 
 def save_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write an engine's model (a CausalLM or RewardModel wrapper) as safetensors with config and tokenizer.
 
-    A collective under ZeRO-3; rank 0 writes. The folder appears whole or not at all: it is written beside and
-    renamed.
+    A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter.
     """
     state = full_state_dict(engine)
     if dist.is_main():
         model = engine.module.model
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        beside = folder.with_name(folder.name + ".partial")
-        remove_tree(beside)
-        model.save_pretrained(beside, state_dict=state)
-        tokenizer.save_pretrained(beside)
-        remove_tree(folder)
-        beside.rename(folder)
+        if has_adapters(model):
+            with _whole(folder.with_name(folder.name + "_adapter")) as beside:
+                save_adapter(model, state, beside)
+                tokenizer.save_pretrained(beside)
+        with _whole(folder) as beside:
+            model.save_pretrained(beside, state_dict=merged_state(model, state))
+            tokenizer.save_pretrained(beside)
     dist.barrier()
+
+
+def merge_adapter(base: str, adapter: str, out: str) -> None:
+    """Write the model of `base` with the LoRA adapter in the folder `adapter` merged, as the folder `out`.
+
+    Raises:
+        UserError: no such adapter or base, they don't belong together, or `out` is there.
+    """
+    if Path(out).exists():
+        raise UserError(f"{out}: is there already; name a new folder")
+    scores = read_adapter_config(adapter).task_type == "SEQ_CLS"
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{adapter}: holds no {weights.name}; give a folder such as OUT/final_adapter")
+    # The tokenizer that it was trained with, when it is there: its template may be another than the base's.
+    tokenizer = load_tokenizer(adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base)
+    options: dict[str, Any] = {"dtype": load_config_without_dropout(base).dtype}
+    if scores:
+        model: Any = load_reward_model(base, tokenizer, new_head_seed=0, **options).model  # the adapter has its head
+    else:
+        model = load_causal_lm(base, tokenizer, **options).model
+    load_adapter(model, adapter, load_file(weights))
+    with _whole(Path(out)) as beside:
+        model.save_pretrained(beside, state_dict=merged_state(model, model.state_dict()))
+        tokenizer.save_pretrained(beside)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end: it appears whole or not at all."""
+    beside = folder.with_name(folder.name + ".partial")
+    remove_tree(beside)
+    yield beside
+    remove_tree(folder)
+    beside.rename(folder)
 
 
 def remove_tree(folder: Path) -> None:
