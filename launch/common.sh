@@ -90,10 +90,16 @@ launch_step() {
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
         [[ "$given" =~ \ (--(num_gpus|num_accelerators|hostfile|include|exclude)|-[Hie]\ ) ]] || options+=(--num_gpus 2)
     fi
+    local port=none
     if [[ ! "$given" =~ \ (--(master_port|hostfile)|-H\ ) ]]; then
-        options+=(--master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
+        port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+        options+=(--master_port "$port")
     fi
-    deepspeed --log_level error --no_local_rank "${options[@]}" --module "$module" --config "$config" "${settings[@]}"
+    local status=0
+    deepspeed --log_level error --no_local_rank "${options[@]}" --module "$module" --config "$config" "${settings[@]}" || status=$?
+    # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
+    [[ "$port" == none ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
+    return "$status"
 }
 
 # run_step NAME MODULE CONFIG OUT ...: launch_step, unless OUT/final says that the step is finished.

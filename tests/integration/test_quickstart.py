@@ -45,7 +45,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("quick start")  # a space in every path
     write_configs(folder / "configs")
     out = folder / "out"
+    (folder / "shared_memory").write_text("\n".join(buffers()))
     return out, folder / "configs", run_quickstart(out, folder / "configs")
+
+
+def buffers() -> set[str]:
+    """What DeepSpeed's CPU op keeps in shared memory."""
+    return {path.name for path in Path("/dev/shm").glob("deepspeed_allreduce_buffer*")}
+
+
+def test_runs_leave_nothing_in_shared_memory(run):
+    """DeepSpeed's CPU op would: 66 MiB a rank, until the machine restarts."""
+    out, _, _ = run
+    assert buffers() <= set((out.parent / "shared_memory").read_text().split("\n"))
 
 
 def heldout(out: Path, step: str, metric: str) -> tuple[float, float]:

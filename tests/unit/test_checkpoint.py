@@ -84,7 +84,7 @@ def test_a_checkpoint_holds_its_step_ranks_and_stages(settings):
     folder = Path(settings.output) / "checkpoints" / "step_000012"
     assert sorted(path.name for path in folder.iterdir()) == ["actor", "critic", "state.json"]
     state = json.loads((folder / "state.json").read_text())
-    assert state == {"step": 12, "ranks": 1, "zero_stages": {"actor": 3, "critic": 1}}
+    assert state == {"step": 12, "ranks": 1, "zero_stages": {"actor": 3, "critic": 1}, "control": None}
 
 
 # -- killed while saving -----------------------------------------------------------------------------------
