@@ -20,25 +20,21 @@ from tristage.batches import SFTBatch
 from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_packed, collate_sft, pick
-from tristage.data.loader import Loader
 from tristage.data.packing import PackedRows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example
-from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.errors import UserError
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import check_lora, check_packable, load_causal_lm, save_model
+from tristage.models import check_packable, load_causal_lm, save_model
 
-# Mean difference of a log-probability, packed and alone: rounding is far below, seeing other rows far above.
-PACKING_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
 
 
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
-    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
     if settings.packing:
         check_packable(settings.model)
     check_resumable(settings, {"model": zero_stage(config)})
@@ -52,21 +48,10 @@ def train(
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
     device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
     dist.print0(f"step 1, supervised fine-tuning: {plan}")
-    model = load_causal_lm(
-        settings.model,
-        tokenizer,
-        dtype=DTYPES[settings.precision],
-        engine_config=config,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        lora=settings.lora,
-        lora_seed=settings.seed,
-        max_tokens=settings.max_tokens,
-    )
+    model = run.load_trained(load_causal_lm, settings, config, tokenizer)
     collate: Any = collate_packed if settings.packing else collate_sft
     trained = PackedRows(rows, settings.max_tokens, settings.seed) if settings.packing else rows
-    loader = Loader(
-        trained.lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
-    )
+    loader = run.train_loader(settings, trained.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     if settings.packing:
         check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)
@@ -100,7 +85,7 @@ def check_packing(engine: Any, pack: list[Example], settings: SFTConfig, pad_id:
         logprobs, _ = engine(batch.input_ids, batch.attention_mask, batch.loss_mask, position_ids=batch.position_ids)
         found.append(logprobs[batch.loss_mask[:, 1:]])  # row by row: both batches have the tokens in the same order
     difference = float((found[0] - found[1]).abs().mean())
-    if not difference < PACKING_TOLERANCE[settings.precision]:
+    if not difference < FORWARD_TOLERANCE[settings.precision]:
         raise UserError(
             f"{settings.file}: key `packing`: log-probabilities of packed rows differ by {difference:.2g} from those "
             "of the rows alone, this model sees across them; set `packing: false`"

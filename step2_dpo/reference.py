@@ -15,16 +15,15 @@ import numpy as np
 import torch
 
 from step2_dpo.config import DPOConfig
-from tristage import dist
+from tristage import dist, run
 from tristage.batches import PreferenceBatch
-from tristage.config import BatchPlan, read_deepspeed_json, require_folder_or_hub_id
+from tristage.config import BatchPlan, require_folder_or_hub_id
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint
 from tristage.data.store import Rows
 from tristage.data.template import read_template
-from tristage.engine import DTYPES, engine_config, frozen_engine, zero_stage
-from tristage.errors import UserError
+from tristage.engine import DTYPES, frozen_engine
 from tristage.models import check_model, load_causal_lm, load_tokenizer, require_same_tokenizer
 
 MicroBatch = Sequence[int | None]
@@ -48,13 +47,7 @@ def check_reference(settings: DPOConfig, plan: BatchPlan, tokenizer: Any) -> dic
     """
     if settings.reference is None:
         return None
-    template = read_deepspeed_json(settings.reference.deepspeed, settings, "reference.deepspeed")
-    config = engine_config(template, settings.precision, plan)
-    if zero_stage(config) not in (0, 3):
-        raise UserError(
-            f"{settings.file}: key `reference.deepspeed`: ZeRO stage {zero_stage(config)} shards gradients and "
-            "optimizer, which a frozen model has not; use stage 0 or 3"
-        )
+    config = run.frozen_config(settings, settings.reference.deepspeed, "reference.deepspeed", plan)
     path = settings.reference_path
     require_folder_or_hub_id(path, settings, "reference.model")
     theirs = load_tokenizer(path, read_template(settings))

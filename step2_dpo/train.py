@@ -21,15 +21,12 @@ from tristage.batches import PreferenceBatch
 from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, pick
-from tristage.data.loader import Loader
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
-from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import check_lora, load_causal_lm, save_model
+from tristage.models import load_causal_lm, save_model
 
-# What rounding makes of a token's log-probability, of two forwards of the same weights; beyond it something is wrong.
-FIRST_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 NAMES = {"sigmoid": "DPO", "ipo": "IPO", "simpo": "SimPO"}
 SHOWN = {
     "dpo/loss": "loss",
@@ -42,7 +39,6 @@ SHOWN = {
 def main(argv: list[str]) -> None:
     settings = load_config(DPOConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
-    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
     reference_config = check_reference(settings, plan, tokenizer)
     check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
@@ -62,19 +58,8 @@ def train(
     device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
     dist.print0(f"step 2, {NAMES[settings.loss]}: {plan}")
     references = make_references(settings, reference_config, tokenizer, rows, heldout, device)
-    model = load_causal_lm(
-        settings.model,
-        tokenizer,
-        dtype=DTYPES[settings.precision],
-        engine_config=config,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        lora=settings.lora,
-        lora_seed=settings.seed,
-        max_tokens=settings.max_tokens,
-    )
-    loader = Loader(
-        rows.lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
-    )
+    model = run.load_trained(load_causal_lm, settings, config, tokenizer)
+    loader = run.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first = load_checkpoint(settings, {"model": engine})
     watch = Stopwatch(device)
@@ -153,7 +138,7 @@ def check_start(
     # nan compares as small, so it counts as infinite
     largest = float(log_ratios.nan_to_num(nan=torch.inf).masked_fill(~real, 0.0).max())
     worst = dist.max_over_ranks({"log_ratio": largest}, device)["log_ratio"]
-    tolerance = FIRST_TOLERANCE[settings.precision]
+    tolerance = FORWARD_TOLERANCE[settings.precision]
     if worst > tolerance:
         raise RuntimeError(
             f"before the first step an answer's log-ratio to the reference is {worst:.2e} a (root of a) token, and all "

@@ -23,13 +23,13 @@ from tristage.batches import PreferenceBatch
 from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, collate_sft, pick
-from tristage.data.loader import Loader, evaluation_rows
+from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
-from tristage.engine import DTYPES, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.engine import backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import check_lora, last_token_scores, load_reward_model, save_model
+from tristage.models import last_token_scores, load_reward_model, save_model
 
 SHOWN = {
     "reward_model/loss": "loss",
@@ -42,7 +42,6 @@ SHOWN = {
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
-    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
     check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
@@ -59,20 +58,8 @@ def train(
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
     device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
     dist.print0(f"step 2, reward model: {plan}")
-    model = load_reward_model(
-        settings.model,
-        tokenizer,
-        dtype=DTYPES[settings.precision],
-        engine_config=config,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        new_head_seed=settings.seed,
-        lora=settings.lora,
-        lora_seed=settings.seed,
-        max_tokens=settings.max_tokens,
-    )
-    loader = Loader(
-        rows.lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
-    )
+    model = run.load_trained(load_reward_model, settings, config, tokenizer, new_head_seed=settings.seed)
+    loader = run.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first = load_checkpoint(settings, {"model": engine})
     watch = Stopwatch(device)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from step3_ppo.config import PPOConfig
+from tristage import run
 from tristage.config import BatchPlan, read_deepspeed_json, require_folder_or_hub_id
 from tristage.data.template import read_template
-from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine, zero_stage
-from tristage.errors import UserError
+from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine
 from tristage.models import (
     check_lora,
     check_model,
@@ -40,15 +40,12 @@ def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, 
     """
     found = {}
     for name in _paths(settings):
-        engine = getattr(settings, name)
-        template = read_deepspeed_json(engine.deepspeed, settings, f"{name}.deepspeed")
-        clip_norm = engine.optimizer.clip_norm if name in ("actor", "critic") else 0.0
-        found[name] = engine_config(template, settings.precision, plan, clip_norm)
-        if name in ("reference", "reward") and zero_stage(found[name]) not in (0, 3):
-            raise UserError(
-                f"{settings.file}: key `{name}.deepspeed`: ZeRO stage {zero_stage(found[name])} shards gradients and "
-                "optimizer, which a frozen model has not; use stage 0 or 3"
-            )
+        engine, key = getattr(settings, name), f"{name}.deepspeed"
+        if name in ("reference", "reward"):
+            found[name] = run.frozen_config(settings, engine.deepspeed, key, plan)
+        else:
+            template = read_deepspeed_json(engine.deepspeed, settings, key)
+            found[name] = engine_config(template, settings.precision, plan, engine.optimizer.clip_norm)
     return found
 
 

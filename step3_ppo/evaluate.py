@@ -12,7 +12,7 @@ import torch
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
-from step3_ppo.rewards import RewardTerm, TextScorer, decode, load_function, load_reward_terms, score_texts
+from step3_ppo.rewards import RewardTerm, TextScorer, decode, load_grader, load_reward_terms, score_texts
 from step3_ppo.rollout import collect, response_metrics, rows_of_all_ranks
 from tristage import dist, run
 from tristage.batches import PromptBatch
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     configs.pop("critic", None)
     tokenizer = check_models(settings)
     functions = load_reward_terms(settings)
-    grader = None if settings.grader is None else load_function(settings.grader, settings.file, "grader")
+    grader = load_grader(settings)
     heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     engines = build_engines(settings, configs, tokenizer, train=False)

@@ -36,6 +36,11 @@ def load_function(name: str, file: str, key: str) -> TextScorer:
     return found  # type: ignore[no-any-return]
 
 
+def load_grader(settings: PPOConfig) -> TextScorer | None:
+    """The function that `grader` names, if any. Raises UserError."""
+    return None if settings.grader is None else load_function(settings.grader, settings.file, "grader")
+
+
 def load_reward_terms(settings: PPOConfig) -> list[RewardTerm]:
     """The functions of `reward.functions`. Raises UserError."""
     terms = []

@@ -103,13 +103,13 @@ def _reward_terms(
     terms: dict[str, torch.Tensor] = {}
     if engines.reward is not None:
 
-        def score(micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def score(micro: Any) -> tuple[torch.Tensor]:
             values = engines.reward(micro.ids, micro.mask)
-            return last_token_scores(values, micro.mask), micro.align(values[:, 1:])
+            if settings.reward.score == "last":
+                return (last_token_scores(values, micro.mask),)
+            return (masked_mean(values, micro.score_mask, dim=1),)
 
-        last, values = _in_micro_batches(sequences, settings, score)
-        mean = masked_mean(values, sequences.response_mask, dim=1)
-        terms["model"] = last if settings.reward.score == "last" else mean
+        (terms["model"],) = _in_micro_batches(sequences, settings, score)
     if functions:
         prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask)
         responses = decode(tokenizer, sequences.responses, sequences.response_mask)

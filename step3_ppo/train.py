@@ -14,7 +14,7 @@ from typing import Any
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
 from step3_ppo.evaluate import evaluate, prompt_batch
-from step3_ppo.rewards import RewardTerm, TextScorer, load_function, load_reward_terms
+from step3_ppo.rewards import RewardTerm, TextScorer, load_grader, load_reward_terms
 from step3_ppo.rollout import Control, make_experience
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 def load_inputs(settings: PPOConfig, tokenizer: Any) -> Inputs:
     """Prompts, text and functions. Raises UserError."""
     functions = load_reward_terms(settings)
-    grader = None if settings.grader is None else load_function(settings.grader, settings.file, "grader")
+    grader = load_grader(settings)
     prompts, heldout = load_sets(settings, tokenizer)
     if len(prompts) < settings.rollout.prompts:
         raise UserError(

@@ -17,11 +17,8 @@ from tristage.algo.ppo import clipped_policy_loss, clipped_value_loss, huber_val
 from tristage.batches import Experience, SFTBatch
 from tristage.config import BatchPlan
 from tristage.data.loader import deal
-from tristage.engine import backward_mean, optimizer_step
+from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step
 from tristage.metrics import Averages
-
-# With the weights that sampled, ratio and KL are 1 and 0 but for rounding; beyond this something is wrong.
-FIRST_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 
 
 @dataclass
@@ -178,7 +175,7 @@ def check_first_iteration(engines: Engines, experience: Experience, settings: PP
     if settings.reference_path != settings.actor_path:
         kl = 0.0
     worst: dict[str, Any] = dist.max_over_ranks({"log_ratio": log_ratio, "kl": kl}, experience.logprobs.device)
-    tolerance = FIRST_TOLERANCE[settings.precision]
+    tolerance = FORWARD_TOLERANCE[settings.precision]
     if max(worst.values()) > tolerance:
         raise RuntimeError(
             f"before the first update the log-ratio is {worst['log_ratio']:.2e} and the KL to the reference "

@@ -58,7 +58,7 @@ class OptimizerSettings(Settings):
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
 
 
-def _as_words(value: Any) -> Any:
+def _split_at_commas(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -67,7 +67,7 @@ class LoraSettings(Settings):
 
     rank: int = Field(16, gt=0, description="Inner dimension of the adapters.")
     alpha: float = Field(32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
-    targets: Annotated[tuple[str, ...], BeforeValidator(_as_words)] = Field(
+    targets: Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)] = Field(
         ("all-linear",),
         min_length=1,
         description="Endings of the names of linear layers, such as q_proj; all-linear: all but the output projection.",
@@ -116,10 +116,6 @@ def _as_sources(value: Any) -> Any:
     return [{"path": source} if isinstance(source, str) else source for source in several]
 
 
-def _as_shares(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
-
-
 Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_as_sources)]
 
 
@@ -131,7 +127,7 @@ class DataSettings(Settings):
     heldout_fraction: float = Field(
         0.05, gt=0, lt=1, description="Share of prompts held out of `train` when `heldout` is null."
     )
-    data_split: Annotated[tuple[float, ...], BeforeValidator(_as_shares)] | None = Field(
+    data_split: Annotated[tuple[float, ...], BeforeValidator(_split_at_commas)] | None = Field(
         None, description="Shares of the training prompts for steps 1, 2 and 3, such as 2,4,4; null: all to each."
     )
     split_seed: int = Field(

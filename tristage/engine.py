@@ -29,6 +29,9 @@ from tristage.config import BatchPlan, OptimizerSettings
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# By how much rounding may move a token's log-probability between two forwards of the same weights: beyond it something
+# is wrong (dropout left on, another mask, rows that see each other).
+FORWARD_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 
 
 def engine_config(template: dict[str, Any], precision: str, plan: BatchPlan, clip_norm: float = 0.0) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from tristage.config import (
     require_folder_or_hub_id,
     world_size_from_environment,
 )
+from tristage.data.loader import Loader
 from tristage.data.template import read_template
-from tristage.engine import engine_config
+from tristage.engine import DTYPES, engine_config, zero_stage
 from tristage.errors import UserError
-from tristage.models import check_model, load_tokenizer
+from tristage.models import check_lora, check_model, load_tokenizer
 
 EXIT_USER_ERROR = 2
 # torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
@@ -67,7 +68,48 @@ def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], 
     config = engine_config(template, settings.precision, plan, settings.optimizer.clip_norm)
     require_folder_or_hub_id(settings.model, settings, "model")
     check_model(settings.model, settings.max_tokens, reward_model=False)
-    return plan, config, load_tokenizer(settings.model, read_template(settings))
+    tokenizer = load_tokenizer(settings.model, read_template(settings))
+    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
+    return plan, config, tokenizer
+
+
+def frozen_config(settings: RunSettings, deepspeed_json: str, key: str, plan: BatchPlan) -> dict[str, Any]:
+    """The DeepSpeed config of a model that only answers, from the JSON that `key` names.
+
+    Raises:
+        UserError: an unreadable JSON, or ZeRO 1 or 2, which shard what such a model lacks.
+    """
+    config = engine_config(read_deepspeed_json(deepspeed_json, settings, key), settings.precision, plan)
+    if zero_stage(config) not in (0, 3):
+        raise UserError(
+            f"{settings.file}: key `{key}`: ZeRO stage {zero_stage(config)} shards gradients and "
+            "optimizer, which a frozen model has not; use stage 0 or 3"
+        )
+    return config
+
+
+def load_trained(
+    load: Callable[..., Any], settings: TrainSettings, config: dict[str, Any], tokenizer: Any, **options: Any
+) -> Any:
+    """The model that step 1 or 2 trains: `load` is load_causal_lm or load_reward_model, with `options` of its own."""
+    return load(
+        settings.model,
+        tokenizer,
+        dtype=DTYPES[settings.precision],
+        engine_config=config,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        lora=settings.lora,
+        lora_seed=settings.seed,
+        max_tokens=settings.max_tokens,
+        **options,
+    )
+
+
+def train_loader(settings: TrainSettings, lengths: Sequence[int] | np.ndarray, plan: BatchPlan) -> Loader:
+    """This rank's batches of step 1 or 2, of rows of these `lengths` in tokens."""
+    return Loader(
+        lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
+    )
 
 
 def start(settings: RunSettings, data_fingerprint: str) -> torch.device:

@@ -70,23 +70,29 @@ def load_heldout(settings: RunSettings, tokenizer: Tokenizer) -> Rows:
     """The held-out rows alone, for evaluation; training rows are read only where these are split off them."""
     if not settings.data.heldout:
         return load_sets(settings, tokenizer)[1]
-    data = settings.data
-    tokens = Policy(settings.kind, settings.row_tokens, data.too_long, data.train_on)
-    parts = [_prepare(source, settings, tokenizer, tokens, False, None) for source in data.heldout]
+    parts = _heldout_parts(settings, tokenizer, skip_bad=False)
     for part in parts:
         report(part, "held-out")
-    return concatenate([part.rows for part in parts])[: data.heldout_limit]
+    return concatenate([part.rows for part in parts])[: settings.data.heldout_limit]
 
 
 def load_parts(settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool = False) -> tuple[list[Part], list[Part]]:
     """(training, held-out) parts, one a source, before anything is joined, weighted or checked."""
     data = settings.data
-    tokens = Policy(settings.kind, settings.row_tokens, data.too_long, data.train_on)
-    whole = [_prepare(source, settings, tokenizer, tokens, skip_bad, data.limit) for source in data.train]
+    whole = [_prepare(source, settings, tokenizer, _policy(settings), skip_bad, data.limit) for source in data.train]
     train = [_share(part, _trained_here(part.rows, settings)) for part in whole]
     if data.heldout:
-        return train, [_prepare(source, settings, tokenizer, tokens, skip_bad, None) for source in data.heldout]
+        return train, _heldout_parts(settings, tokenizer, skip_bad)
     return train, [_share(part, _held_out(part.rows, settings)) for part in whole]
+
+
+def _heldout_parts(settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool) -> list[Part]:
+    tokens = _policy(settings)
+    return [_prepare(source, settings, tokenizer, tokens, skip_bad, None) for source in settings.data.heldout]
+
+
+def _policy(settings: RunSettings) -> Policy:
+    return Policy(settings.kind, settings.row_tokens, settings.data.too_long, settings.data.train_on)
 
 
 def load_text_blocks(

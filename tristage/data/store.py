@@ -9,6 +9,7 @@ ranks join a process group: no rank can time out in a collective while another t
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import itertools
 import json
@@ -75,7 +76,7 @@ class Rows(Sequence[Any]):
     def __getitem__(self, i: int | slice) -> Any:
         """An Example, or RankedExamples of a ranked set; of a slice, Rows."""
         if isinstance(i, slice):
-            return self.take(self._index[i], relative=False)
+            return Rows(self._table, self.fingerprint, self._index[i])
         row = int(self._index[i])
         ids, lengths, ranks, spans = (self._list(name, row) for name in ("ids", "lengths", "ranks", "also_trained"))
         prompt_length = self._table["prompt_length"][row].as_py()
@@ -95,9 +96,9 @@ class Rows(Sequence[Any]):
         """A numeric column of SCHEMA, one number a row."""
         return self._table[name].to_numpy()[self._index]
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """[rows] int32, tokens of each row's longest answer."""
+        """[rows] int32, tokens of each row's longest answer; read once, for it is asked for at every turn."""
         return self.column("length")
 
     def tokens(self, i: int, start: int, stop: int) -> list[int]:
@@ -107,10 +108,9 @@ class Rows(Sequence[Any]):
     def where(self, i: int) -> str:
         return str(self._table["where"][int(self._index[i])])
 
-    def take(self, index: np.ndarray, relative: bool = True) -> Rows:
+    def take(self, index: np.ndarray) -> Rows:
         """Some of the rows, in that order; nothing is copied."""
-        index = np.asarray(index)
-        return Rows(self._table, self.fingerprint, self._index[index] if relative else index)
+        return Rows(self._table, self.fingerprint, self._index[index])
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:

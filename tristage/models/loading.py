@@ -132,15 +132,16 @@ def check_model(path: str, max_tokens: int, reward_model: bool) -> PretrainedCon
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
         raise UserError(f"{path}: the model has {positions} positions, rows up to {max_tokens}; lower the limits")
-    if reward_model and not _scores(config):
+    if reward_model and not has_scalar_head(config):
         raise UserError(f"{path}: holds no reward model but a {config.architectures}; give step 2's final folder")
     return config
 
 
 def is_reward_model(path: str) -> bool:
     """Whether a model folder holds a trained scalar head, by its config."""
-    return _scores(load_config_without_dropout(path))
+    return has_scalar_head(load_config_without_dropout(path))
 
 
-def _scores(config: PretrainedConfig) -> bool:
+def has_scalar_head(config: PretrainedConfig) -> bool:
+    """Whether the folder of this config holds a trained reward model or critic."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])

@@ -17,6 +17,7 @@ from tristage.models.loading import (
     backbone_hidden,
     check_model,
     from_pretrained,
+    has_scalar_head,
 )
 from tristage.models.lora import add_adapters
 
@@ -95,7 +96,7 @@ def load_reward_model(
         UserError: no such model, or a head was expected and is not there.
     """
     config = check_model(path, max_tokens, reward_model=new_head_seed is None)
-    is_trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    is_trained = has_scalar_head(config)
     align_special_tokens(config, tokenizer)
     config.num_labels = 1
     model = from_pretrained(AutoModelForSequenceClassification, path, config, dtype, engine_config)
