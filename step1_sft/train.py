@@ -26,6 +26,7 @@ from tristage.data.store import Rows
 from tristage.data.tokenize import Example
 from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine, zero_stage
 from tristage.errors import UserError
+from tristage.health import Health, row_ids
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import check_packable, load_causal_lm, save_model
 
@@ -55,7 +56,7 @@ def train(
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     if settings.packing:
         check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)
-    first = load_checkpoint(settings, {"model": engine})
+    first, health = load_checkpoint(settings, {"model": engine}), Health.restored(settings)
     watch = Stopwatch(device)
     with RunLog(output, "sft", loader.total_steps, first, SHOWN) as log:
         if first == 0:
@@ -66,12 +67,15 @@ def train(
                     collate(pick(trained, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
                 ]
                 metrics = sft_step(engine, micro_batches, device)
+            health.after_step(step, engine.last_step, row_ids(trained, loader.step_rows(step - 1)))
             log.write(step, "train", metrics | watch.take())
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
-            if last or (settings.save_every and step % settings.save_every == 0):
-                save_checkpoint(settings, step, {"model": engine})
+            if last or health.must_stop or (settings.save_every and step % settings.save_every == 0):
+                save_checkpoint(settings, step, {"model": engine}, {"health": health.state()})
+            health.check(step)
+    health.check_finished()
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 1 is done: {output / 'final'}")
 

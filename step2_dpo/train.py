@@ -24,6 +24,7 @@ from tristage.data.collate import collate_ranking, pick
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.health import Health, row_ids
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import load_causal_lm, save_model
 
@@ -61,7 +62,7 @@ def train(
     model = run.load_trained(load_causal_lm, settings, config, tokenizer)
     loader = run.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
-    first = load_checkpoint(settings, {"model": engine})
+    first, health = load_checkpoint(settings, {"model": engine}), Health.restored(settings)
     watch = Stopwatch(device)
 
     def collated(step: int) -> list[tuple[MicroBatch, PreferenceBatch]]:
@@ -75,12 +76,15 @@ def train(
         for step in range(first + 1, loader.total_steps + 1):
             with watch("step"):
                 metrics = dpo_step(engine, references.train, collated(step), settings, device)
+            health.after_step(step, engine.last_step, row_ids(rows, loader.step_rows(step - 1)))
             log.write(step, "train", metrics | watch.take())
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
-            if last or (settings.save_every and step % settings.save_every == 0):
-                save_checkpoint(settings, step, {"model": engine})
+            if last or health.must_stop or (settings.save_every and step % settings.save_every == 0):
+                save_checkpoint(settings, step, {"model": engine}, {"health": health.state()})
+            health.check(step)
+    health.check_finished()
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 2 is done: {output / 'final'}")
 

@@ -28,6 +28,7 @@ from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
 from tristage.engine import backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.health import Health, row_ids
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import last_token_scores, load_reward_model, save_model
 
@@ -61,7 +62,7 @@ def train(
     model = run.load_trained(load_reward_model, settings, config, tokenizer, new_head_seed=settings.seed)
     loader = run.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
-    first = load_checkpoint(settings, {"model": engine})
+    first, health = load_checkpoint(settings, {"model": engine}), Health.restored(settings)
     watch = Stopwatch(device)
     with RunLog(output, "reward model", loader.total_steps, first, SHOWN) as log:
         if first == 0:
@@ -72,6 +73,7 @@ def train(
                     collate_ranking(pick(rows, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
                 ]
                 metrics = reward_model_step(engine, micro_batches, settings.loss, device, **pair_options(settings))
+            health.after_step(step, engine.last_step, row_ids(rows, loader.step_rows(step - 1)))
             log.write(step, "train", metrics | watch.take())
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
@@ -79,8 +81,10 @@ def train(
                 log.write(step, "heldout", measured.metrics())
                 if last and (warning := length_warning(measured)):
                     dist.print0(warning)
-            if last or (settings.save_every and step % settings.save_every == 0):
-                save_checkpoint(settings, step, {"model": engine})
+            if last or health.must_stop or (settings.save_every and step % settings.save_every == 0):
+                save_checkpoint(settings, step, {"model": engine}, {"health": health.state()})
+            health.check(step)
+    health.check_finished()
     if settings.normalize:
         normalize_scores(engine, rows, settings, tokenizer, device)
     save_model(engine, tokenizer, output / "final")

@@ -32,6 +32,14 @@ from tristage.models import adapters_off, last_token_scores
 from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
 
 
+class NotFiniteError(Exception):
+    """A score, log-probability or value of the rollout is not finite: what, and the rows of all ranks it is in."""
+
+    def __init__(self, what: str, rows: list[int]) -> None:
+        super().__init__(f"{what} of rows {rows}")
+        self.what, self.rows = what, rows
+
+
 @dataclass
 class Control:
     """What carries over from one iteration to the next beside the weights; part of every checkpoint."""
@@ -137,6 +145,9 @@ def make_experience(
 
     Rows are token ids and a few numbers a token: gathering them is cheap, and makes minibatches, whitening and
     metrics the same for any number of ranks.
+
+    Raises:
+        NotFiniteError: on all ranks; `control` is as it was.
     """
     ppo = settings.ppo
     own = collect(engines, rollouts, prompts, iteration, settings, watch, functions)  # 1
@@ -149,6 +160,7 @@ def make_experience(
         )
         terms = {name: gather(scores) for name, scores in own.terms.items()}
         mask = sequences.response_mask
+        _check_finite(mask, score=raw_scores[:, None], logprob=logprobs, reference_logprob=ref_logprobs, value=values)
         scores = shape_scores(raw_scores, sequences.ended, settings, control)  # 4
         kl_coef = control.kl.coef if ppo.kl_in == "reward" else 0.0
         rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, ppo.reward_clip, ppo.kl_kind)
@@ -173,6 +185,14 @@ def make_experience(
         }
     control.kl.update(float(metrics["objective/kl"]), len(scores))  # 6
     return experience, {name: float(value) for name, value in metrics.items()}
+
+
+def _check_finite(mask: torch.Tensor, **found: torch.Tensor) -> None:
+    """mask [N,R], each of `found` [N,R] or [N,1]. Raises NotFiniteError for the first with nan or inf in the mask."""
+    for what, numbers in found.items():
+        broken = (~numbers.isfinite() & mask).any(dim=1)
+        if broken.any():
+            raise NotFiniteError(what, broken.nonzero().flatten().tolist())
 
 
 def shape_scores(scores: torch.Tensor, ended: torch.Tensor, settings: PPOConfig, control: Control) -> torch.Tensor:

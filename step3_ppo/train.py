@@ -7,7 +7,8 @@ One iteration: sample responses, score them (rollout.py), then some optimizer st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,21 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
 from step3_ppo.evaluate import evaluate, prompt_batch
 from step3_ppo.rewards import RewardTerm, TextScorer, load_grader, load_reward_terms
-from step3_ppo.rollout import Control, make_experience
+from step3_ppo.rollout import Control, NotFiniteError, make_experience
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
 from tristage.batches import PromptBatch, SFTBatch
 from tristage.checkpoint import check_resumable, load_checkpoint, load_control, save_checkpoint
 from tristage.config import BatchPlan, load_config, world_size_from_environment
 from tristage.data.collate import collate_sft, pick
-from tristage.data.loader import Loader, deal
+from tristage.data.loader import Loader, MicroBatch, deal
 from tristage.data.packing import Blocks
 from tristage.data.sets import fingerprint, load_sets, load_text_blocks
 from tristage.data.store import Rows
 from tristage.ema import WeightAverage
-from tristage.engine import zero_stage
+from tristage.engine import StepReport, zero_stage
 from tristage.errors import UserError
+from tristage.health import Health
 from tristage.metrics import RunLog, Stopwatch
 from tristage.models import save_model
 from tristage.rollout import PaddedRollout
@@ -92,6 +94,7 @@ def train(
     trained = {name: getattr(engines, name) for name in TRAINED if name in configs}
     first = load_checkpoint(settings, trained)
     control, average = restored(settings, engines)
+    health = Health.restored(settings)
     extras = actor_extras(settings, inputs, average, tokenizer)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
     loader = prompt_loader(inputs.prompts, settings)
@@ -113,20 +116,32 @@ def train(
             evaluate_now(0)
         for iteration in range(first + 1, settings.iterations + 1):
             batch = next_prompts(loader, iteration, inputs.prompts, settings, tokenizer).to(device)
-            experience, metrics = make_experience(
-                engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
-            )
-            if iteration == 1:
-                check_first_iteration(engines, experience, settings, plan)
-            with watch("update"):
-                metrics |= ppo_update(engines, experience, iteration, settings, plan, extras)
-            log.write(iteration, "train", metrics | throughput(experience, watch))
+            names = response_names(loader, iteration, inputs.prompts, settings)
+            noticed = partial(note_minibatch, health, iteration, names)
+            try:
+                experience, metrics = make_experience(
+                    engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
+                )
+                if iteration == 1:
+                    check_first_iteration(engines, experience, settings, plan)
+                with watch("update"):
+                    metrics |= ppo_update(
+                        engines, experience, iteration, settings, plan, replace(extras, noticed=noticed)
+                    )
+                metrics |= throughput(experience, watch)
+            except NotFiniteError as found:
+                rows = [names[row] for row in found.rows]
+                health.note_bad(iteration, found.what, [{"rows": rows}] if dist.is_main() else [])
+                metrics = watch.take()
+            log.write(iteration, "train", metrics)
             last = iteration == settings.iterations
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):
                 evaluate_now(iteration)
-            if last or (settings.save_every and iteration % settings.save_every == 0):
+            if last or health.must_stop or (settings.save_every and iteration % settings.save_every == 0):
                 own = None if average is None else average.state_dict()
-                save_checkpoint(settings, iteration, trained, control.state_dict(), own)
+                save_checkpoint(settings, iteration, trained, control.state_dict() | {"health": health.state()}, own)
+            health.check(iteration)
+    health.check_finished()
     save_model(engines.actor, tokenizer, output / "final")
     if engines.critic is not None:
         save_model(engines.critic, tokenizer, output / "final_critic")
@@ -174,6 +189,18 @@ def next_prompts(loader: Loader, iteration: int, prompts: Rows, settings: PPOCon
     rows = loader.all_rows(iteration - 1)
     places = [place for (place,) in deal(range(len(rows)), prompts.lengths[rows], loader.plan, loader.rank)]
     return prompt_batch(prompts, rows, places, settings, tokenizer, settings.rollout.samples)
+
+
+def response_names(loader: Loader, iteration: int, prompts: Rows, settings: PPOConfig) -> list[str]:
+    """Where the prompt of each of the iteration's responses came from, in the order of the experience's rows."""
+    return [prompts.where(row) for row in loader.all_rows(iteration - 1) for _ in range(settings.rollout.samples)]
+
+
+def note_minibatch(
+    health: Health, iteration: int, names: list[str], report: StepReport, micro_batches: list[MicroBatch]
+) -> None:
+    """Tell `health` of one optimizer step of the iteration's updates; rows index the experience, as `names` does."""
+    health.after_step(iteration, report, [[names[row] for row in micro if row is not None] for micro in micro_batches])
 
 
 def prompt_loader(prompts: Rows, settings: PPOConfig) -> Loader:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +19,8 @@ from tristage.algo.masking import masked_sum
 from tristage.algo.ppo import clipped_policy_loss, clipped_value_loss, huber_value_loss, kl_estimate
 from tristage.batches import Experience, SFTBatch
 from tristage.config import BatchPlan
-from tristage.data.loader import deal
-from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step
+from tristage.data.loader import MicroBatch, deal
+from tristage.engine import FORWARD_TOLERANCE, StepReport, backward_mean, optimizer_steps
 from tristage.metrics import Averages
 
 
@@ -28,6 +31,7 @@ class ActorExtras:
     pretraining: Callable[[int], list[SFTBatch]] | None = None  # optimizer step -> this rank's blocks of text
     pretraining_coef: float = 0.0
     after_step: Callable[[int, bool], None] | None = None  # (optimizer step, whether it was skipped)
+    noticed: Callable[[StepReport, list[MicroBatch]], None] | None = None  # (actor and critic together, rows of each)
 
 
 NOTHING_ELSE = ActorExtras()
@@ -82,26 +86,32 @@ class Minibatch:
 
     def step(self, rows: list[int], lengths: list[int], plan: BatchPlan, number: int, extras: ActorExtras) -> None:
         global_tokens = float(self.experience.mask[rows].sum())
-        for micro in deal(rows, lengths, plan, dist.rank()):
+        dealt = deal(rows, lengths, plan, dist.rank())
+        for micro in dealt:
             places = torch.tensor(micro)
             if not self.warming:
                 self._actor_backward(places, global_tokens)
             if self.engines.critic is not None:
                 self._critic_backward(places, global_tokens)
-        if not self.warming:
-            if extras.pretraining is not None:
-                self._pretraining_backward(extras.pretraining(number), extras.pretraining_coef)
-            skipped = self._step("policy", self.engines.actor)
-            if extras.after_step is not None:
-                extras.after_step(number, skipped)
-        if self.engines.critic is not None:
-            self._step("value", self.engines.critic)
+        if not self.warming and extras.pretraining is not None:
+            self._pretraining_backward(extras.pretraining(number), extras.pretraining_coef)
+        report = self._step()
+        if not self.warming and extras.after_step is not None:
+            extras.after_step(number, report.skipped)
+        if extras.noticed is not None:
+            extras.noticed(report, dealt)
 
-    def _step(self, name: str, engine: Any) -> bool:
-        report = optimizer_step(engine)
-        for metric, value in report.metrics(name).items():
-            self.averages.add(metric, value, 1)
-        return report.skipped
+    def _step(self) -> StepReport:
+        """Both engines step, or neither; what they did together, each micro-batch's losses added up."""
+        engines = {} if self.warming else {"policy": self.engines.actor}
+        engines |= {} if self.engines.critic is None else {"value": self.engines.critic}
+        reports = optimizer_steps(*engines.values())
+        for name, report in zip(engines, reports, strict=True):
+            for metric, value in report.metrics(name).items():
+                if math.isfinite(value):
+                    self.averages.add(metric, value, 1)
+        losses = tuple(sum(each) for each in itertools.zip_longest(*(r.losses for r in reports), fillvalue=0.0))
+        return dataclasses.replace(reports[0], losses=losses)
 
     def _actor_backward(self, rows: torch.Tensor, global_tokens: float) -> None:
         """Forward and backward of the actor on one micro-batch; rows [b] index the experience."""

@@ -174,6 +174,12 @@ class RunSettings(Settings):
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept on disk.")
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after only.")
+    max_bad_steps: int = Field(
+        5, gt=0, description="Stop after this many steps in a row with a loss, gradient or score of nan or inf."
+    )
+    deterministic: bool = Field(
+        False, description="Deterministic kernels on GPUs, where torch has them: slower. CPUs need no setting."
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from output/checkpoints when there is one; never starts again."
     )

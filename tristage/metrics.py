@@ -55,6 +55,7 @@ class RunLog:
         if dist.is_main():
             _drop_lines_after(self.output / "metrics.jsonl", self.first)
             _drop_lines_after(self.output / "samples.jsonl", self.first)
+            _drop_lines_after(self.output / "health.jsonl", self.first)
             self.file = open(self.output / "metrics.jsonl", "a", encoding="utf-8")
             purge_step = self.first + 1 if self.first else 0
             self.board = SummaryWriter(str(self.output / "tensorboard"), purge_step=purge_step)

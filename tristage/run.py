@@ -128,6 +128,10 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
             )
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     if dist.is_main():
         output = Path(settings.output)
         output.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,9 @@ class PackedRows(Sequence[list[Example]]):
     def __getitem__(self, i: int) -> list[Example]:  # type: ignore[override]
         return [self.rows[int(row)] for row in self.packs[i]]  # type: ignore[misc]  # SFT rows are Examples
 
+    def where(self, i: int) -> str:
+        return ", ".join(self.rows.where(int(row)) for row in self.packs[i])
+
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
     """Rows dealt into packs of at most `capacity` tokens: in a seeded order, each to the fullest pack that takes it.
