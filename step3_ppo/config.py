@@ -55,6 +55,22 @@ class RewardModel(FrozenModel):
         "last", description="A response's score: the value at its last token, or the mean over its tokens."
     )
     functions: tuple[RewardFunction, ...] = Field((), description="Functions added to the reward model's score.")
+    on_critic: bool = Field(
+        False,
+        description="No second copy: the reward model is the critic's frozen trunk, its adapters off (critic.lora).",
+    )
+
+
+class ValueHead(Settings):
+    """The critic as one linear layer on the actor's hidden states, for want of memory: one engine, one objective.
+
+    surrogate - old_kl_coef * KL(old, new) - coef * value loss, maximised in the actor's optimizer step.
+    """
+
+    coef: float = Field(0.1, gt=0, description="Weight of the value loss, whose gradient the trunk gets as well.")
+    old_kl_coef: float = Field(
+        0.0, ge=0, description="Weight of the KL from the policy that sampled to the one being trained."
+    )
 
 
 class EMASettings(Settings):
@@ -138,6 +154,7 @@ class PPOConfig(RunSettings):
     step: ClassVar[int] = 3
     actor: TrainedModel
     critic: CriticModel | None = Field(None, description="The critic, which ppo.advantage gae needs; else null.")
+    value_head: ValueHead | None = Field(None, description="In place of a critic: a head on the actor's trunk.")
     reference: FrozenModel | None = Field(
         None, description="The reference; null with actor.lora: the actor without its adapters, no second copy."
     )
@@ -172,13 +189,14 @@ class PPOConfig(RunSettings):
                 "its adapters it is the reference"
             )
         self._check_advantage()
+        self._check_on_critic()
         self._check_unused()
         return self
 
     def _check_unused(self) -> None:
         """A setting that would do nothing beside the others is refused, not ignored."""
         without_critic = {"whiten", "bootstrap", "gamma", "lam", "value_loss", "value_clip", "huber_delta"}
-        unused = without_critic if self.critic is None else set()
+        unused = without_critic if self.critic is None and self.value_head is None else set()
         unused |= {"value_clip"} if self.ppo.value_loss == "huber" else {"huber_delta"}
         unused |= set() if self.ppo.kl_target is not None else {"kl_horizon"}
         for key in sorted(unused & self.ppo.model_fields_set):
@@ -186,20 +204,35 @@ class PPOConfig(RunSettings):
         if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
             raise ValueError("key `ppo.kl_target` steers kl_coef by factors, and 0 stays 0; give ppo.kl_coef a value")
         if self.reward.model is None:
-            for key in sorted({"weight", "score", "deepspeed"} & self.reward.model_fields_set):
+            for key in sorted({"weight", "score", "deepspeed", "on_critic"} & self.reward.model_fields_set):
                 raise ValueError(f"key `reward.{key}` is of the reward model, and there is none; remove it")
+
+    def _check_on_critic(self) -> None:
+        if not self.reward.on_critic:
+            return
+        if self.critic is None or self.critic.lora is None:
+            raise ValueError("reward.on_critic shares the critic's frozen trunk; train the critic by `critic.lora`")
+        if self.critic.model not in (None, self.reward.model):
+            raise ValueError("reward.on_critic: `critic.model` is another than `reward.model`; remove it")
+        if "deepspeed" in self.reward.model_fields_set:
+            raise ValueError("key `reward.deepspeed` does nothing beside reward.on_critic; remove it")
 
     def _check_advantage(self) -> None:
         if self.ppo.advantage == "gae":
-            if self.critic is None:
-                raise ValueError("key `critic` is missing; give it, or set `ppo.advantage` to rloo or grpo")
+            if self.critic is None and self.value_head is None:
+                raise ValueError(
+                    "key `critic` is missing; give it, or `value_head`, or set `ppo.advantage` to rloo or grpo"
+                )
+            if self.critic is not None and self.value_head is not None:
+                raise ValueError("`critic` and `value_head` are two critics; remove one of them")
             return
         if self.rollout.samples < 2:
             raise ValueError(
                 f"ppo.advantage {self.ppo.advantage} compares responses to one prompt; set rollout.samples to 2 or more"
             )
-        if self.critic is not None:
-            raise ValueError(f"ppo.advantage {self.ppo.advantage} has no critic; remove `critic` or set it to null")
+        for key in ("critic", "value_head"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"ppo.advantage {self.ppo.advantage} has no critic; remove `{key}` or set it to null")
 
     @property
     def actor_path(self) -> str:

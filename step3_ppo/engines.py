@@ -26,7 +26,7 @@ class Engines(NamedTuple):
     actor: Any
     critic: Any  # None where advantages come from groups of responses
     reference: Any  # None where it is the actor without its adapters
-    reward: Any  # None where functions alone are the reward
+    reward: Any  # None where functions alone are the reward, or the critic without its adapters is
 
     def present(self) -> list[Any]:
         return [engine for engine in self if engine is not None]
@@ -55,7 +55,7 @@ def _paths(settings: PPOConfig) -> dict[str, str]:
         "actor": settings.actor_path,
         "critic": settings.critic_path,
         "reference": settings.reference_path if settings.reference is not None else None,
-        "reward": settings.reward.model,
+        "reward": None if settings.reward.on_critic else settings.reward.model,
     }
     return {name: path for name, path in paths.items() if path is not None}
 
@@ -109,8 +109,11 @@ def build_engines(
     # Without a reward model to start from, the critic is the actor's network with a head of its own.
     trained_head = not critic_path or is_reward_model(critic_path)
     new_head: dict[str, Any] = {} if trained_head else {"new_head_seed": settings.seed}
+    if settings.reward.on_critic:
+        new_head["keep_start"] = True
     return Engines(
-        actor=build("actor", load_causal_lm, settings.actor_path),
+        # Trained with a head, and exported without it.
+        actor=build("actor", load_causal_lm, settings.actor_path, value_head=train and settings.value_head is not None),
         critic=build("critic", load_reward_model, critic_path, **new_head),
         reference=build("reference", load_causal_lm, settings.reference_path, frozen=True),
         reward=build("reward", load_reward_model, settings.reward.model or "", frozen=True),

@@ -68,6 +68,7 @@ class Responses:
     logprobs: torch.Tensor  # [B,R]
     ref_logprobs: torch.Tensor  # [B,R]
     entropy: torch.Tensor  # [B,R]
+    values: list[torch.Tensor]  # with a value head [B,R] of the states before each token and [B] after the last
     terms: dict[str, torch.Tensor]  # [B] each part of the reward, by name
     scores: torch.Tensor  # [B] their weighted sum
 
@@ -96,12 +97,12 @@ def collect(
     with watch("score"):
         for engine in engines.present():
             engine.eval()
-        logprobs, entropy = _score_policy(engines.actor, sequences, settings, with_entropy=True)
+        logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, with_entropy=True)
         ref_logprobs = _reference_logprobs(engines, sequences, settings)
         terms = _reward_terms(engines, rollouts.tokenizer, sequences, settings, functions)
         weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
         scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
-    return Responses(sequences, logprobs, ref_logprobs, entropy, terms, scores)
+    return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores)
 
 
 def _reward_terms(
@@ -109,10 +110,13 @@ def _reward_terms(
 ) -> dict[str, torch.Tensor]:
     """[B] of each part of the reward: "model", and every function by its name."""
     terms: dict[str, torch.Tensor] = {}
-    if engines.reward is not None:
+    if engines.reward is not None or settings.reward.on_critic:
 
         def score(micro: Any) -> tuple[torch.Tensor]:
-            values = engines.reward(micro.ids, micro.mask)
+            if settings.reward.on_critic:
+                values = engines.critic(micro.ids, micro.mask, start=True)
+            else:
+                values = engines.reward(micro.ids, micro.mask)
             if settings.reward.score == "last":
                 return (last_token_scores(values, micro.mask),)
             return (masked_mean(values, micro.score_mask, dim=1),)
@@ -152,7 +156,7 @@ def make_experience(
     ppo = settings.ppo
     own = collect(engines, rollouts, prompts, iteration, settings, watch, functions)  # 1
     with watch("score"):
-        own_values, own_final = _values(engines, own.sequences, settings)  # 2
+        own_values, own_final = own.values or _values(engines, own.sequences, settings)  # 2
         gather = rows_of_all_ranks(prompts)  # 3
         sequences = own.sequences.map(gather)
         logprobs, ref_logprobs, entropy, raw_scores, values, final_values = (
@@ -177,7 +181,7 @@ def make_experience(
         "advantages/mean": moments[0],
         "advantages/std": moments[1].sqrt(),
     }
-    if engines.critic is not None:
+    if settings.ppo.advantage == "gae":
         metrics |= {
             "value/mean": masked_mean(values, mask),
             "value/return": masked_mean(returns, mask),
@@ -204,18 +208,17 @@ def shape_scores(scores: torch.Tensor, ended: torch.Tensor, settings: PPOConfig,
     return scores
 
 
-def _values(engines: Engines, sequences: Sequences, settings: PPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _values(engines: Engines, sequences: Sequences, settings: PPOConfig) -> list[torch.Tensor]:
     """The critic's values of the states before each response token [B,R] and after the last one [B]; else 0."""
     if engines.critic is None:
         nothing = torch.zeros(sequences.response_mask.shape, device=sequences.input_ids.device)
-        return nothing, nothing[:, 0]
+        return [nothing, nothing[:, 0]]
 
     def score(micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
         values = engines.critic(micro.ids, micro.mask)
         return micro.before_response(values), last_token_scores(values, micro.mask)
 
-    before, after = _in_micro_batches(sequences, settings, score)
-    return before, after
+    return _in_micro_batches(sequences, settings, score)
 
 
 def _advantages(
@@ -274,11 +277,15 @@ def response_metrics(
 def _score_policy(
     engine: Any, sequences: Sequences, settings: PPOConfig, with_entropy: bool
 ) -> list[torch.Tensor]:
-    """(logprobs [B,R], entropy [B,R]) of the responses at the sampling temperature."""
+    """(logprobs [B,R], entropy [B,R]) of the responses at the sampling temperature; with a value head, as `_values`,
+    (values [B,R], after the last token [B]) as well."""
 
     def score(micro: Any) -> tuple[torch.Tensor, ...]:
-        found = engine(micro.ids, micro.mask, micro.score_mask, settings.rollout.temperature, with_entropy)
-        return tuple(micro.align(x) for x in found)
+        logprobs, entropy, *values = engine(
+            micro.ids, micro.mask, micro.score_mask, settings.rollout.temperature, with_entropy
+        )
+        more = [found for x in values for found in (micro.before_response(x), last_token_scores(x, micro.mask))]
+        return micro.align(logprobs), micro.align(entropy), *more
 
     return _in_micro_batches(sequences, settings, score)
 

@@ -120,14 +120,19 @@ class Minibatch:
         old_logprobs, advantages = experience.logprobs[rows], experience.advantages[rows]
         temperature, with_entropy = self.settings.rollout.temperature, ppo.entropy_coef > 0
         found = self.engines.actor(micro.ids, micro.mask, micro.score_mask, temperature, with_entropy)
-        logprobs, entropy = (micro.align(x) for x in found)
+        logprobs, entropy = (micro.align(x) for x in found[:2])
         losses = clipped_policy_loss(logprobs, old_logprobs, advantages, ppo.clip, ppo.clip_high, ppo.dual_clip)
         if ppo.kl_in == "loss":
             losses = losses + experience.kl_coef * kl_estimate(logprobs, experience.ref_logprobs[rows], ppo.kl_kind)
         if with_entropy:
             losses = losses - ppo.entropy_coef * entropy
         loss = masked_sum(losses, mask)
-        backward_mean(self.engines.actor, loss, global_tokens)
+        objective = loss
+        if (head := self.settings.value_head) is not None:
+            old_kl = masked_sum(kl_estimate(old_logprobs, logprobs, "k3"), mask)
+            value_loss = self._value_loss(micro.before_response(found[2]), rows)
+            objective = loss + head.old_kl_coef * old_kl + head.coef * value_loss
+        backward_mean(self.engines.actor, objective, global_tokens)
         with torch.no_grad():
             tokens, ratio = mask.sum(), (logprobs - old_logprobs).exp()
             outside = (ratio < 1 - ppo.clip) | (ratio > 1 + (ppo.clip_high or ppo.clip))
@@ -140,21 +145,25 @@ class Minibatch:
 
     def _critic_backward(self, rows: torch.Tensor, global_tokens: float) -> None:
         """The same of the critic."""
-        experience, ppo = self.experience, self.settings.ppo
-        micro, mask = experience.sequences.micro_batch(rows), experience.mask[rows]
-        old_values, returns = experience.values[rows], experience.returns[rows]
+        micro = self.experience.sequences.micro_batch(rows)
         values = micro.before_response(self.engines.critic(micro.ids, micro.mask))
+        backward_mean(self.engines.critic, self._value_loss(values, rows), global_tokens)
+
+    def _value_loss(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """values [b,R] -> the sum of their losses over real tokens, noted in the metrics."""
+        experience, ppo = self.experience, self.settings.ppo
+        mask, old_values, returns = experience.mask[rows], experience.values[rows], experience.returns[rows]
         if ppo.value_loss == "huber":
             losses, clip = huber_value_loss(values, returns, ppo.huber_delta), None
         else:
             losses, clip = clipped_value_loss(values, old_values, returns, ppo.value_clip), ppo.value_clip
         loss = masked_sum(losses, mask)
-        backward_mean(self.engines.critic, loss, global_tokens)
         with torch.no_grad():
             tokens = mask.sum()
             far = (values - old_values).abs() > (float("inf") if clip is None else clip)
             self.averages.add("value/loss", loss, tokens)
             self.averages.add("value/clipfrac", masked_sum(far.float(), mask), tokens)
+        return loss
 
     def _pretraining_backward(self, batches: list[SFTBatch], coef: float) -> None:
         """coef * mean over the blocks' tokens of -log p, added to the actor's gradient (InstructGPT, eq. 2)."""
@@ -163,7 +172,7 @@ class Minibatch:
         global_tokens = dist.sum_over_ranks({"tokens": tokens}, device)["tokens"]
         for batch in batches:
             batch = batch.to(device)
-            logprobs, _ = self.engines.actor(batch.input_ids, batch.attention_mask, batch.loss_mask)
+            logprobs = self.engines.actor(batch.input_ids, batch.attention_mask, batch.loss_mask)[0]
             backward_mean(self.engines.actor, -coef * logprobs.sum(), global_tokens)
             self.averages.add("policy/pretraining_loss", -logprobs.detach().sum(), batch.loss_mask[:, 1:].sum())
 

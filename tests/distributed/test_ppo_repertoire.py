@@ -38,8 +38,9 @@ paths = gradients.paths  # the fixture
 
 # (ranks, micro-batch) and the ZeRO stages that each runs at.
 LAYOUTS = {(1, 4): (0,), (1, 1): (2,), (2, 4): (0, 3), (2, 2): (1, 2), (2, 1): (0, 3)}
-CASES = ["policy", "pretraining", "value"]
+CASES = ["policy", "pretraining", "value", "shared"]
 CLIP_HIGH, DUAL_CLIP, ENTROPY_COEF, KL_COEF, HUBER_DELTA, MIX_COEF = 0.35, 1.3, 0.02, 0.15, 0.7, 27.8
+VALUE_COEF, OLD_KL_COEF = 0.6, 0.4
 POLICY = {"clip_high": CLIP_HIGH, "dual_clip": DUAL_CLIP, "entropy_coef": ENTROPY_COEF, "kl": KL_COEF}
 # Blocks of text: one token and the ones that are trained, of such different numbers that a mean of means would show.
 TEXT = [(1, n) for n in (3, 40, 8, 1, 21, 2, 63, 12)]
@@ -100,6 +101,42 @@ def huber_row(experience: Experience) -> Callable[[Any, int], tuple[torch.Tensor
     return loss
 
 
+def head_weights(width: int) -> torch.Tensor:
+    """Of a value head: [1,H]. It starts at 0, which would hide what its loss does to the trunk."""
+    return torch.randn(1, width, generator=torch.Generator().manual_seed(5)) * 0.3
+
+
+class WithHead:
+    """A policy of transformers' with the value head beside it."""
+
+    @staticmethod
+    def from_pretrained(path: str, dtype: torch.dtype) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model.value_head = torch.nn.Linear(model.config.hidden_size, 1, bias=False, dtype=dtype)
+        model.value_head.weight.data.copy_(head_weights(model.config.hidden_size))
+        return model
+
+
+def shared_row(experience: Experience) -> Callable[[Any, int], tuple[torch.Tensor, int]]:
+    """surrogate - OLD_KL_COEF KL(old, new) - VALUE_COEF value loss, minimised with its sign turned: notes 002."""
+    policy = gradients.policy_row(experience)
+
+    def loss(model: Any, row: int) -> tuple[torch.Tensor, int]:
+        surrogate, count = policy(model, row)
+        ids, start, kept = gradients.unpadded(experience, row)
+        logprobs = gradients.row_logprobs(model, ids, start, TEMPERATURE)
+        ratio = (logprobs - experience.logprobs[row][kept].double()).exp()
+        old_kl = (ratio - 1 - ratio.log()).sum()  # its mean over what the old policy samples is KL(old, new)
+        hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+        values = model.value_head(hidden)[start - 1 : -1, 0]
+        old, returns = experience.values[row][kept].double(), experience.returns[row][kept].double()
+        moved = old + (values - old).clamp(-CLIP, CLIP)
+        value = 0.5 * torch.maximum((values - returns) ** 2, (moved - returns) ** 2).sum()
+        return surrogate + OLD_KL_COEF * old_kl + VALUE_COEF * value, count
+
+    return loss
+
+
 @pytest.fixture(scope="module")
 def experience(paths: dict[str, str]) -> Experience:
     return torch.load(paths["experience"], weights_only=False)
@@ -119,7 +156,10 @@ def expected(paths: dict[str, str], experience: Experience) -> dict[str, dict[st
     plain = policy_oracle(paths, experience).gradient()
     text = Oracle(AutoModelForCausalLM, paths["gpt2"], texts, lengths, gradients.sft_row).gradient()
     scorer, row = AutoModelForSequenceClassification, huber_row(experience)
+    shared = Oracle(WithHead, paths["gpt2"], list(range(ROWS)), [1] * ROWS, shared_row(experience)).gradient()
+    shared["value_head.weight"] = shared.pop("model.value_head.weight")
     return {
+        "shared": shared,
         "policy": policy_oracle(paths, experience, **POLICY).gradient(),
         "pretraining": {name: plain[name] + MIX_COEF * text[name] for name in plain},
         "value": Oracle(scorer, paths["reward"], list(range(ROWS)), [1] * ROWS, row).gradient(),
@@ -173,7 +213,18 @@ def run_gradients(paths: dict[str, str], stage: int, micro_batch: int) -> dict[s
     metrics = ppo_update(Engines(actor.engine, None, None, None), experience, 1, settings, plan, extras)
     assert asked == [0] and "value/loss" not in metrics
     found["pretraining"] = actor.result(metrics, "policy/pretraining_loss", "policy/grad_norm")
+    head = f"value_head={{coef: {VALUE_COEF}, old_kl_coef: {OLD_KL_COEF}}}"
+    settings = settings_of(paths, "gradients", stage, *common, "critic=null", head, f"ppo.value_clip={CLIP}")
+    actor = Step(load_with_head, paths["gpt2"], tokenizer, config)
+    metrics = ppo_update(Engines(actor.engine, None, None, None), experience, 1, settings, plan)
+    found["shared"] = actor.result(metrics, "value/loss", "policy/grad_norm")
     return found
+
+
+def load_with_head(*arguments: Any, **options: Any) -> Any:
+    model = load_causal_lm(*arguments, **options, value_head=True)
+    model.value_head.weight.data.copy_(head_weights(model.value_head.in_features))
+    return model
 
 
 def weights_of(trained: Any) -> dict[str, np.ndarray]:

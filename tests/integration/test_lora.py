@@ -38,23 +38,29 @@ RUNS: dict[str, tuple[str, list[str]]] = {  # in this order: a step starts from 
     "reward": ("reward", [*TRAINED, "max_steps=12", "epochs=3"]),
     "apart": ("ppo", PPO),
     "within": ("ppo", [*PPO, "reference=null"]),
+    "one_trunk": ("ppo", [*PPO, "reference=null", "reward={model: SCORER, on_critic: true}"]),
     "bf16": ("sft", [LORA, "max_steps=3", "precision=bf16"]),
 }
 
 
-def run_all(rank: int, base: str) -> dict[str, int]:
-    """Every run at every stage; {run: how many policies step 3 loaded}."""
+def run_all(rank: int, base: str) -> dict[str, tuple[int, int]]:
+    """Every run at every stage; {run: how many policies and how many reward models step 3 loaded}."""
     loaded = {}
     for stage in STAGES:
         for name, (step, words) in RUNS.items():
+            scorer = f"{base}/zero{stage}/reward/reward/final"
+            words = [word.replace("SCORER", scorer) for word in words]
             argv = ["--config", f"{base}/zero{stage}/{name}/{step}.yaml", *words]
             if name == "parts":
                 with kill_at(5), pytest.raises(Killed):
                     MAINS[step](argv)
-            load = step3_ppo.engines.load_causal_lm
-            with mock.patch.object(step3_ppo.engines, "load_causal_lm", side_effect=load) as counted:
+            policy, scores = step3_ppo.engines.load_causal_lm, step3_ppo.engines.load_reward_model
+            with (
+                mock.patch.object(step3_ppo.engines, "load_causal_lm", side_effect=policy) as policies,
+                mock.patch.object(step3_ppo.engines, "load_reward_model", side_effect=scores) as scorers,
+            ):
                 MAINS[step](argv)
-            loaded[f"zero{stage}/{name}"] = counted.call_count
+            loaded[f"zero{stage}/{name}"] = policies.call_count, scorers.call_count
     return loaded
 
 
@@ -129,7 +135,16 @@ def test_the_actor_without_its_adapters_is_the_reference(stage: int, base: Path)
     kls = [line["objective/kl"] for line in lines(within, "train")]
     assert kls[0] == pytest.approx(0, abs=1e-5) and abs(kls[-1]) > 1e-4
     loaded = json.loads((base / "loaded.json").read_text())
-    assert (loaded[f"zero{stage}/within"], loaded[f"zero{stage}/apart"]) == (1, 2)
+    assert (loaded[f"zero{stage}/within"], loaded[f"zero{stage}/apart"]) == ([1, 2], [2, 2])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_critic_without_its_adapters_is_the_reward_model(stage: int, base: Path) -> None:
+    one, apart = (base / f"zero{stage}" / name / "ppo" for name in ("one_trunk", "within"))
+    for mine, its in zip(untimed(one / "metrics.jsonl"), untimed(apart / "metrics.jsonl"), strict=True):
+        assert mine == its
+    assert_equal(weights(one / "final_critic"), weights(apart / "final_critic"))
+    assert json.loads((base / "loaded.json").read_text())[f"zero{stage}/one_trunk"] == [1, 1]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -212,6 +227,10 @@ def test_tristage_merge_writes_final_again(start: str, name: str, stage: int, ba
         ("reward", ["lora={targets: score}"], "reward.yaml: key `lora.targets`: .* ends in `score`; it has"),
         ("within", ["reference=null", "actor.lora={targets: [x]}"], "key `actor.lora.targets`: .* ends in `x`; it has"),
         ("within", ["critic.lora={targets: [score]}"], "key `critic.lora.targets`: .* ends in `score`; it has"),
+        ("apart", ["critic.lora=null", "reward={model: x, on_critic: true}"], "train the critic by `critic.lora`"),
+        ("apart", ["critic={model: y, lora: {}, deepspeed: z, optimizer: {learning_rate: 1}}",
+                   "reward={model: x, on_critic: true}"], "`critic.model` is another"),
+        ("apart", ["critic.lora={}", "reward.on_critic=true"], "key `reward.deepspeed` does nothing beside"),
         ("within", ["reference=null"], "ppo.yaml: key `reference` is missing; give `reference.deepspeed`, or train"),
         ("whole", ["lora={rank: 0}"], "sft.yaml: key `lora.rank`: Input should be greater than 0; it is 0 now"),
         ("whole", ["lora={targets: []}"], "sft.yaml: key `lora.targets`: .* at least 1 item"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import step3_ppo.train
 from tests.helpers import tiny
@@ -21,8 +21,11 @@ BY_RULE = [f"reward={{functions: [{{function: {COUNT}}}]}}", f"grader={COUNT}", 
 LEARN = ["iterations=24", "actor.optimizer.learning_rate=3e-3", "actor.optimizer.schedule=constant"]
 LEARN += ["rollout.rows_at_once=64"]
 GROUPS = ["critic=null", "rollout.prompts=16", "rollout.samples=4", "ppo.minibatch=32", "ppo.micro_batch=16"]
-RISES = {
+RISES = {  # fmt: skip
     "gae": ["rollout.prompts=48", "ppo.minibatch=24", "ppo.micro_batch=12", "critic.optimizer.learning_rate=3e-3"],
+    # Slower: what moves the values moves the policy, and two objectives share one learning rate.
+    "value_head": ["rollout.prompts=48", "ppo.minibatch=24", "ppo.micro_batch=12", "critic=null",
+                   "value_head={coef: 0.5}", "actor.optimizer.learning_rate=1e-3", "iterations=40"],
     "rloo": ["ppo.advantage=rloo", *GROUPS],
     "grpo": ["ppo.advantage=grpo", *GROUPS],
 }
@@ -64,14 +67,29 @@ def lines(folder: Path, case: str, split: str = "train") -> list[dict[str, Any]]
 @pytest.mark.parametrize("kind", RISES)
 def test_a_reward_by_rule_rises_to_near_its_maximum(kind: str, folder: Path) -> None:
     before, *_, after = [line["objective/grade"] for line in lines(folder, kind, "heldout")]
-    assert before < 0.5 and after > 0.9
-    assert lines(folder, kind)[-1]["objective/score"] > 0.9
+    enough = 0.75 if kind == "value_head" else 0.9  # it is still on its way
+    assert before < 0.5 and after > enough
+    assert lines(folder, kind)[-1]["objective/score"] > enough
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_without_a_critic_no_critic_is_there(kind: str, folder: Path) -> None:
     assert not any(name.startswith("value/") for line in lines(folder, kind) for name in line)
     assert not (folder / kind / "ppo/final_critic").exists() and (folder / kind / "ppo/final").is_dir()
+
+
+def test_a_value_head_learns_on_the_actors_trunk_and_is_exported_as_a_critic(folder: Path) -> None:
+    first, *_, last = lines(folder, "value_head")
+    assert first["value/mean"] == 0 and last["value/mean"] > 0.5  # it starts at 0
+    assert last["value/loss"] < 0.5 * first["value/loss"]
+    out = folder / "value_head/ppo"
+    final, critic = (load_file(out / name / "model.safetensors") for name in ("final", "final_critic"))
+    assert not any("value" in name or "score" in name for name in final)
+    assert critic.keys() - final.keys() == {"score.weight"} and critic["score.weight"].abs().max() > 0
+    assert all(torch.equal(critic[name], final[name]) for name in critic if name in final)
+    opened = AutoModelForSequenceClassification.from_pretrained(out / "final_critic")
+    assert torch.equal(opened.score.weight, critic["score.weight"]) and opened.config.num_labels == 1
+    AutoModelForCausalLM.from_pretrained(out / "final")
 
 
 def test_a_mix_is_the_weighted_sum_of_its_parts(folder: Path) -> None:
@@ -138,7 +156,10 @@ def test_evaluate_runs_by_itself(folder: Path, capsys: pytest.CaptureFixture[str
         ([f"reward={{functions: [{{function: {COUNT}}}, {{function: {COUNT}}}]}}"], "two functions are called alike"),
         (["ppo.advantage=rloo"], "set rollout.samples to 2 or more"),
         (["ppo.advantage=grpo", "rollout.samples=2"], "has no critic; remove `critic`"),
-        (["critic=null"], "key `critic` is missing; give it, or set `ppo.advantage`"),
+        (["critic=null"], "key `critic` is missing; give it, or `value_head`, or set `ppo.advantage`"),
+        (["value_head={coef: 0.1}"], "`critic` and `value_head` are two critics"),
+        (["ppo.advantage=grpo", "rollout.samples=2", "critic=null", "value_head={}"], "no critic; remove `value_head`"),
+        (["reward.on_critic=true"], "train the critic by `critic.lora`"),
         (["ppo.kl_horizon=5"], "key `ppo.kl_horizon` does nothing"),
         (["ppo.value_loss=huber", "ppo.value_clip=0.2"], "key `ppo.value_clip` does nothing"),
         (["critic=null", "ppo.advantage=rloo", "rollout.samples=2", "ppo.gamma=1"], "key `ppo.gamma` does nothing"),

@@ -35,6 +35,7 @@ CASES = {
     "sft_zero0": ("sft", 0, [5]),
     "ppo_zero3": ("ppo", 3, [3]),
     "twice": ("sft", 2, [2, 8]),  # first before any checkpoint
+    "ppo_value_head": ("ppo", 2, [3]),
     "ppo_everything": ("ppo", 2, [3]),
     "ppo_everything_zero3": ("ppo", 3, [3]),
 }
@@ -97,6 +98,8 @@ def write_case(folder: Path, base: Path, case: str) -> list[str]:
     if step == "ppo":
         more = [*EVERYTHING, f"pretraining={{data: {base / 'text.txt'}, block_tokens: 16, blocks: 8}}"]
         everything = more if "everything" in case else []
+        if "value_head" in case:
+            everything = ["critic=null", "value_head={coef: 0.5, old_kl_coef: 0.1}"]
         return [*argv, "save_every=2", "evaluate_every=2", "iterations=4", *everything]
     return [*argv, "save_every=3", "evaluate_every=4"]
 

@@ -605,7 +605,7 @@ GROUPS = ("critic=null", "rollout.prompts=8", "rollout.samples=2")
             ["ppo.advantage=grpo", "critic=null"],
             "ppo.advantage grpo compares responses to one prompt; set rollout.samples to 2 or more",
         ),
-        (["critic=null"], "key `critic` is missing; give it, or set `ppo.advantage` to rloo or grpo"),
+        (["critic=null"], "key `critic` is missing; give it, or `value_head`, or set `ppo.advantage` to rloo or grpo"),
         (
             ["reward.model=null"],
             "key `reward.model` is missing; give step 2's final folder, or `reward.functions`",

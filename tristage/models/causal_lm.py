@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tristage.algo.logprobs import entropy as logits_entropy
 from tristage.algo.logprobs import linear_token_logprobs, token_logprobs
 from tristage.config import LoraSettings
+from tristage.errors import UserError
 from tristage.models.loading import (
     align_special_tokens,
     backbone_hidden,
@@ -35,19 +37,28 @@ class CausalLM(nn.Module):
 
     logprobs[b,t] is log p(input_ids[b,t+1] | the tokens before it) where score_mask[b,t+1], else 0; float32, at
     `temperature`. entropy likewise, of the whole distribution; all 0 unless `with_entropy`, since it costs several
-    passes over the logits.
+    passes over the logits. With a value head a third: values [B,T], of the states that end in each token.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, value_head: bool = False):
         super().__init__()
         self.model = model
+        self.value_head: nn.Linear | None = None
         changed = [getattr(model.config, name, None) for name in LOGIT_TRANSFORMS]
         self.plain_head = all(value in (None, 1, 1.0) for value in changed)
+        if value_head:
+            if not self.plain_head:
+                raise UserError(f"{model.config.model_type}: this family cannot carry `value_head`; give a `critic`")
+            # It starts at 0 (Huang et al. 2024): no value until rewards were seen.
+            width = model.get_output_embeddings().in_features
+            self.value_head = nn.Linear(width, 1, bias=False, device=model.device, dtype=model.dtype)
+            nn.init.zeros_(self.value_head.weight)
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """Weights that forward uses outside their own module: the output projection."""
+        """Weights that forward uses outside their own module: the output projection and the value head."""
         head = self.model.get_output_embeddings()
-        return [head.weight] + ([head.bias] if getattr(head, "bias", None) is not None else [])
+        values = [] if self.value_head is None else [self.value_head.weight]
+        return [head.weight, *values] + ([head.bias] if getattr(head, "bias", None) is not None else [])
 
     def forward(
         self,
@@ -57,15 +68,15 @@ class CausalLM(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         position_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         # The only shift in the project: position t predicts token t+1.
         targets, wanted = input_ids[:, 1:], score_mask[:, 1:]
         ids = targets[wanted]
         if self.plain_head:
-            hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask, position_ids)[:, :-1][wanted]
+            hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask, position_ids)
             head = self.model.get_output_embeddings()
             found, entropy = linear_token_logprobs(
-                hidden,
+                hidden[:, :-1][wanted],
                 head.weight,
                 ids,
                 bias=getattr(head, "bias", None),
@@ -78,7 +89,10 @@ class CausalLM(nn.Module):
             logits = logits[wanted].float() / temperature
             found = token_logprobs(logits, ids)
             entropy = logits_entropy(logits) if with_entropy else found
-        return _scatter(found, wanted), _scatter(entropy, wanted) if with_entropy else found.new_zeros(wanted.shape)
+        scored = (_scatter(found, wanted), _scatter(entropy, wanted) if with_entropy else found.new_zeros(wanted.shape))
+        if self.value_head is None:
+            return scored
+        return *scored, F.linear(hidden.float(), self.value_head.weight.float()).squeeze(-1)
 
 
 def backbone_logits(
@@ -106,10 +120,11 @@ def load_causal_lm(
     lora: LoraSettings | None = None,
     lora_seed: int = 0,
     max_tokens: int = 1,
+    value_head: bool = False,
 ) -> CausalLM:
     """A policy from a Hugging Face folder or id, all dropouts 0; partitioned while loading under ZeRO-3.
 
-    With `lora` it is frozen, beside adapters that are drawn from `lora_seed`.
+    With `lora` it is frozen, beside adapters that are drawn from `lora_seed`; a new value head is trained.
 
     Raises:
         UserError: no such model, one whose vocabulary is smaller than the tokenizer's, or with fewer positions
@@ -125,4 +140,4 @@ def load_causal_lm(
         add_adapters(model, lora, path, lora_seed)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return CausalLM(model)
+    return CausalLM(model, value_head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tristage.models.loading import (
     from_pretrained,
     has_scalar_head,
 )
-from tristage.models.lora import add_adapters
+from tristage.models.lora import adapters_off, add_adapters
 
 
 class RewardModel(nn.Module):
@@ -29,6 +30,8 @@ class RewardModel(nn.Module):
     them they are the head's own, as everybody else's tools see it.
     """
 
+    start_head: torch.Tensor | None  # [1,H], see keep_start
+
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -37,6 +40,7 @@ class RewardModel(nn.Module):
                 "use a decoder-only model"
             )
         self.model = model
+        self.register_buffer("start_head", None)
 
     @property
     def score_offset(self) -> float:
@@ -51,16 +55,29 @@ class RewardModel(nn.Module):
         offset, scale = self.score_offset + self.score_scale * mean, self.score_scale * std
         self.model.config.update({"score_offset": offset, "score_scale": scale})
 
+    def keep_start(self, engine_config: dict[str, Any] | None) -> None:
+        """Keep the head as it is now, so that forward(start=True) goes on to score as before any training.
+
+        The rest is there anyway when adapters alone are trained: the reward model within its critic.
+        """
+        with gathered(list(self.model.score.parameters()), engine_config):
+            head = self.model.score.weight.detach().clone()
+        self.register_buffer("start_head", head, persistent=False)
+        assert self.model.score.bias is None, "transformers' decoder-only reward models have no bias"
+
     def external_parameters(self) -> list[nn.Parameter]:
         """Weights that forward uses outside their own module: the scalar head."""
         return [self.model.score.weight] + ([self.model.score.bias] if self.model.score.bias is not None else [])
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask)
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, start: bool = False) -> torch.Tensor:
+        with adapters_off(self.model) if start else contextlib.nullcontext():
+            hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask)
         head = self.model.score
+        weight = self.start_head if start else head.weight
+        assert weight is not None, "keep_start comes first"
         bias = head.bias.float() if head.bias is not None else None
         # In float32: bf16 would leave a score three significant digits.
-        values = F.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+        values = F.linear(hidden.float(), weight.float(), bias).squeeze(-1)
         return (values - self.score_offset) / self.score_scale
 
 
@@ -82,6 +99,7 @@ def load_reward_model(
     lora: LoraSettings | None = None,
     lora_seed: int = 0,
     max_tokens: int = 1,
+    keep_start: bool = False,
 ) -> RewardModel:
     """A reward model or critic from a Hugging Face folder or id, all dropouts 0.
 
@@ -91,6 +109,7 @@ def load_reward_model(
             (Huang et al. 2024, "The N implementation details of RLHF with PPO"), the same on every rank. A folder that
             is a reward model already keeps its head, and is trained on in the units of its scores (see _fold_scale).
         lora: freezes all but the head, beside adapters that are drawn from `lora_seed`.
+        keep_start: for RewardModel.keep_start.
 
     Raises:
         UserError: no such model, or a head was expected and is not there.
@@ -105,6 +124,8 @@ def load_reward_model(
         _fold_scale(reward_model, engine_config)
     elif new_head_seed is not None:
         _init_head(model.score, new_head_seed, engine_config)
+    if keep_start:
+        reward_model.keep_start(engine_config)
     if lora is not None:
         add_adapters(model, lora, path, lora_seed)
     if gradient_checkpointing:

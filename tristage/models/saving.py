@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from tristage import dist
 from tristage.engine import full_state_dict
@@ -24,20 +26,38 @@ from tristage.models.tokenizer import load_tokenizer
 def save_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write an engine's model (a CausalLM or RewardModel wrapper) as safetensors with config and tokenizer.
 
-    A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter.
+    A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter; with a
+    value head trunk and head are written as a critic, in FOLDER_critic.
     """
     state = full_state_dict(engine)
     if dist.is_main():
-        model = engine.module.model
+        model, value_head = engine.module.model, state.pop("value_head.weight", None)
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         if has_adapters(model):
             with _whole(folder.with_name(folder.name + "_adapter")) as beside:
                 save_adapter(model, state, beside)
                 tokenizer.save_pretrained(beside)
+        state = merged_state(model, state)
         with _whole(folder) as beside:
-            model.save_pretrained(beside, state_dict=merged_state(model, state))
+            model.save_pretrained(beside, state_dict=state)
             tokenizer.save_pretrained(beside)
+        if value_head is not None:
+            with _whole(folder.with_name(folder.name + "_critic")) as beside:
+                _save_critic(model, state, value_head, beside)
+                tokenizer.save_pretrained(beside)
     dist.barrier()
+
+
+def _save_critic(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], value_head: torch.Tensor, folder: Path
+) -> None:
+    """A language model's trunk under a scalar head, as the reward models and critics that others open are kept."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        critic = AutoModelForSequenceClassification.from_config(config)
+    trunk = {name: tensor for name, tensor in state.items() if name.startswith(f"{model.base_model_prefix}.")}
+    critic.save_pretrained(folder, state_dict=trunk | {"score.weight": value_head})
 
 
 def merge_adapter(base: str, adapter: str, out: str) -> None:
