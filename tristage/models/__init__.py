@@ -1,7 +1,7 @@
 """Tokenizers, policies and reward models by Hugging Face folder or id."""
 
 from tristage.models.causal_lm import CausalLM, load_causal_lm
-from tristage.models.loading import check_model, check_packable, is_reward_model
+from tristage.models.loading import check_model, check_packable, is_reward_model, max_positions
 from tristage.models.lora import adapters_off, check_lora
 from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
 from tristage.models.saving import merge_adapter, save_model
@@ -19,6 +19,7 @@ __all__ = [
     "load_causal_lm",
     "load_reward_model",
     "load_tokenizer",
+    "max_positions",
     "merge_adapter",
     "require_same_tokenizer",
     "save_model",

@@ -33,11 +33,14 @@ def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def require_same_tokenizer(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+def require_same_tokenizer(
+    tokenizers: dict[str, PreTrainedTokenizerBase], other_fixes: dict[str, str] | None = None
+) -> None:
     """Folders that a step is given must agree on vocabulary, template and terminator.
 
     Args:
         tokenizers: what the user called each folder (for the message) -> its tokenizer.
+        other_fixes: the same names -> what else mends a disagreement of that folder.
 
     Raises:
         UserError: names the two that differ, and in what.
@@ -52,6 +55,8 @@ def require_same_tokenizer(tokenizers: dict[str, PreTrainedTokenizerBase]) -> No
             what = f"EOS token ({reference.eos_token!r} and {tokenizer.eos_token!r})"
         else:
             what = "vocabulary"
+        fix = (other_fixes or {}).get(name)
         raise UserError(
             f"{first} and {name} disagree on the {what}; train both steps from models with the same tokenizer"
+            + (f", or {fix}" if fix else "")
         )
