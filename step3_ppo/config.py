@@ -19,7 +19,11 @@ class PPOOptimizerSettings(OptimizerSettings):
 class TrainedModel(Settings):
     """Actor or critic: where it starts, how it is sharded and trained."""
 
-    model: str | None = Field(None, description="Folder or id; the critic's default: PPOConfig.critic_path.")
+    model: str | None = Field(
+        None,
+        description="Folder or id; the critic's default is the reward model's, or the actor's with a new head where "
+        "there is none or it reads other tokens (reward.retokenize).",
+    )
     deepspeed: str = Field(description="DeepSpeed JSON of this engine, any ZeRO stage.")
     optimizer: PPOOptimizerSettings
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
@@ -57,7 +61,7 @@ class RewardModel(FrozenModel):
     retokenize: bool = Field(
         False,
         description="The reward model has a tokenizer and template of its own: responses are decoded and rendered by "
-        "them. The critic then starts from critic.model, else from the actor's network with a new head.",
+        "them. The critic cannot start from it then: see critic.model.",
     )
     functions: tuple[RewardFunction, ...] = Field((), description="Functions added to the reward model's score.")
 

@@ -71,12 +71,11 @@ def check_models(settings: PPOConfig) -> Any:
         require_folder_or_hub_id(paths[name], settings, f"{name}.model")
     labels = {name: f"{name}.model ({paths[name]})" for name in order}
     tokenizers = {labels[name]: load_tokenizer(paths[name]) for name in order}
-    fixes = {label: "set `reward.retokenize: true`" for name, label in labels.items() if name == "reward"}
     if settings.reward.retokenize:
         del tokenizers[labels["reward"]]
     if (template := read_template(settings)) is not None:
         tokenizers[f"data.template ({settings.data.template})"] = load_tokenizer(settings.actor_path, template)
-    require_same_tokenizer(tokenizers, fixes)
+    require_same_tokenizer(tokenizers, {labels.get("reward", ""): "set `reward.retokenize: true`"})
     for name, path in paths.items():
         scores = name == "reward" or (name == "critic" and path != settings.actor_path)
         check_model(path, _max_tokens(settings, name), reward_model=scores)
