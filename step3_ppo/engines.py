@@ -10,6 +10,7 @@ from tristage.config import BatchPlan, read_deepspeed_json, require_folder_or_hu
 from tristage.data.template import read_template
 from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine
 from tristage.models import (
+    SAME_TOKENIZER,
     check_lora,
     check_model,
     is_reward_model,
@@ -73,9 +74,12 @@ def check_models(settings: PPOConfig) -> Any:
     tokenizers = {labels[name]: load_tokenizer(paths[name]) for name in order}
     if settings.reward.retokenize:
         del tokenizers[labels["reward"]]
+    fixes = {labels["reward"]: f"{SAME_TOKENIZER}, or set `reward.retokenize: true`"} if "reward" in labels else {}
     if (template := read_template(settings)) is not None:
-        tokenizers[f"data.template ({settings.data.template})"] = load_tokenizer(settings.actor_path, template)
-    require_same_tokenizer(tokenizers, {labels.get("reward", ""): "set `reward.retokenize: true`"})
+        label = f"data.template ({settings.data.template})"
+        tokenizers[label] = load_tokenizer(settings.actor_path, template)
+        fixes[label] = "leave `data.template` out, or train step 1 with it"
+    require_same_tokenizer(tokenizers, fixes)
     for name, path in paths.items():
         scores = name == "reward" or (name == "critic" and path != settings.actor_path)
         check_model(path, _max_tokens(settings, name), reward_model=scores)

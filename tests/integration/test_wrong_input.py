@@ -157,6 +157,11 @@ CASES = {
         [STEP3], ["reward.retokenize=true", "reward.model={other_template}", "critic.model={other_template}"],
         "actor.model ({model}) and critic.model ({other_template}) disagree on the chat template; train both steps",
     ),
+    "another template than the actor's": (
+        [STEP3], ["data.template={other_template}/chat_template.jinja"],
+        "actor.model ({model}) and data.template ({other_template}/chat_template.jinja) disagree on the chat template; "
+        "leave `data.template` out, or train step 1 with it",
+    ),
     "another reference": (
         [STEP3], ["reference.model={other_template}"],
         "actor.model ({model}) and reference.model ({other_template}) disagree on the chat template; train both steps",
