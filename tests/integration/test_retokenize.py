@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tests.helpers.ranks import run_ranks
 from tests.integration.test_ppo_invariants import ODD, RESPONSE, Run
 from tristage.errors import UserError
 from tristage.metrics import read_metrics
+from tristage.quickstart import task
+from tristage.quickstart.network import make_network, make_tokenizer
 
 OTHER_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[' + m['content'] + ']' }}"
@@ -49,11 +52,15 @@ def permute(source: str, folder: Path) -> str:
     return str(folder)
 
 
-def rewrite(source: str, folder: Path) -> str:
-    """The same reward model under another template."""
-    tiny.copy_model(source, folder)
-    (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE)
-    return str(folder)
+def write_other(folder: Path) -> str:
+    """A reward model that knows fewer words than the actor, under another template."""
+    rng = random.Random(2)
+    prompts = task.draw_prompts(20, rng)
+    tokenizer = make_tokenizer(["[]", *prompts, *(task.draw_answer(prompt, rng) for prompt in prompts)])
+    tokenizer.chat_template = OTHER_TEMPLATE
+    tokenizer.save_pretrained(folder / "base")
+    make_network(tokenizer, "gpt2", "tiny").save_pretrained(folder / "base")
+    return tiny.write_reward_model(folder, str(folder / "base"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     actor = tiny.teach(tiny.write_model(folder / "actor"), rows["sft"])
     scorer = tiny.write_reward_model(folder / "scorer", actor)
     scorers = {"same": scorer}
-    scorers |= {"permuted": permute(scorer, folder / "permuted"), "other": rewrite(scorer, folder / "other")}
+    scorers |= {"permuted": permute(scorer, folder / "permuted"), "other": write_other(folder / "other")}
     found = {}
     for name, path in scorers.items():
         values = tiny.ppo_values(folder / name / "ppo", actor, path, rows["prompts"])
@@ -123,6 +130,7 @@ def test_another_template_scores_the_text_that_it_writes(
     score: str, configs: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(configs["other"], *PLAIN, f"reward.score={score}", "ppo.micro_batch=4")
+    assert len(run.engines.reward_tokenizer) < len(run.tokenizer)
     prompts = answer(run, monkeypatch, ANSWERS)
     found = scores_of(run)
     tokenizer = AutoTokenizer.from_pretrained(run.settings.reward.model)
@@ -134,7 +142,7 @@ def test_another_template_scores_the_text_that_it_writes(
         # Of a response that is EOS alone the template writes nothing.
         said = f" {text} <eos>".removesuffix("| <eos>") if text else "<eos>"
         before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (f"[{asked}]", said))
-        values = model.score(model.model(torch.tensor([before + after])).last_hidden_state)[0, :, 0]
+        values = model.score(model.transformer(torch.tensor([before + after])).last_hidden_state)[0, :, 0]
         expected = values[-1] if score == "last" else values[len(before) :].mean()
         torch.testing.assert_close(found[draws[row]], expected, **EQUAL)
 
