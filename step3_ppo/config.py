@@ -19,7 +19,11 @@ class PPOOptimizerSettings(OptimizerSettings):
 class TrainedModel(Settings):
     """Actor or critic: where it starts, how it is sharded and trained."""
 
-    model: str | None = Field(None, description="Folder or id; the critic's default is the reward model's.")
+    model: str | None = Field(
+        None,
+        description="Folder or id; the critic's default is the reward model's, or the actor's with a new head where "
+        "there is none or it reads other tokens (reward.retokenize).",
+    )
     deepspeed: str = Field(description="DeepSpeed JSON of this engine, any ZeRO stage.")
     optimizer: PPOOptimizerSettings
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
@@ -53,6 +57,11 @@ class RewardModel(FrozenModel):
     weight: float = Field(1.0, description="Factor of the reward model's score.")
     score: Literal["last", "mean"] = Field(
         "last", description="A response's score: the value at its last token, or the mean over its tokens."
+    )
+    retokenize: bool = Field(
+        False,
+        description="The reward model has a tokenizer and template of its own: responses are decoded and rendered by "
+        "them. The critic cannot start from it then: see critic.model.",
     )
     functions: tuple[RewardFunction, ...] = Field((), description="Functions added to the reward model's score.")
     on_critic: bool = Field(
@@ -204,7 +213,8 @@ class PPOConfig(RunSettings):
         if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
             raise ValueError("key `ppo.kl_target` steers kl_coef by factors, and 0 stays 0; give ppo.kl_coef a value")
         if self.reward.model is None:
-            for key in sorted({"weight", "score", "deepspeed", "on_critic"} & self.reward.model_fields_set):
+            of_model = {"weight", "score", "deepspeed", "on_critic", "retokenize"}
+            for key in sorted(of_model & self.reward.model_fields_set):
                 raise ValueError(f"key `reward.{key}` is of the reward model, and there is none; remove it")
 
     def _check_on_critic(self) -> None:
@@ -214,6 +224,8 @@ class PPOConfig(RunSettings):
             raise ValueError("reward.on_critic shares the critic's frozen trunk; train the critic by `critic.lora`")
         if self.critic.model not in (None, self.reward.model):
             raise ValueError("reward.on_critic: `critic.model` is another than `reward.model`; remove it")
+        if self.reward.retokenize:
+            raise ValueError("reward.on_critic: the critic reads the actor's tokens; remove `reward.retokenize`")
         if "deepspeed" in self.reward.model_fields_set:
             raise ValueError("key `reward.deepspeed` does nothing beside reward.on_critic; remove it")
 
@@ -240,10 +252,13 @@ class PPOConfig(RunSettings):
 
     @property
     def critic_path(self) -> str | None:
-        """The reward model's weights by default; without a reward model the actor's, with a new head."""
+        """The reward model's weights by default; without one, or where it reads other tokens, the actor's, with a
+        new head.
+        """
         if self.critic is None:
             return None
-        return self.critic.model or self.reward.model or self.actor_path
+        same_tokens = None if self.reward.retokenize else self.reward.model
+        return self.critic.model or same_tokens or self.actor_path
 
     @property
     def responses(self) -> int:

@@ -10,6 +10,7 @@ from tristage.config import BatchPlan, read_deepspeed_json, require_folder_or_hu
 from tristage.data.template import read_template
 from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine
 from tristage.models import (
+    SAME_TOKENIZER,
     check_lora,
     check_model,
     is_reward_model,
@@ -27,9 +28,11 @@ class Engines(NamedTuple):
     critic: Any  # None where advantages come from groups of responses
     reference: Any  # None where it is the actor without its adapters
     reward: Any  # None where functions alone are the reward, or the critic without its adapters is
+    reward_tokenizer: Any = None  # no engine: what the reward model reads with, where that is not the actor's
 
     def present(self) -> list[Any]:
-        return [engine for engine in self if engine is not None]
+        engines = (self.actor, self.critic, self.reference, self.reward)
+        return [engine for engine in engines if engine is not None]
 
 
 def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, Any]]:
@@ -67,40 +70,52 @@ def check_models(settings: PPOConfig) -> Any:
     order: list[str] = [name for name in ("actor", "reference", "reward", "critic") if name in paths]
     for name in order:
         require_folder_or_hub_id(paths[name], settings, f"{name}.model")
-    tokenizers = {f"{name}.model ({paths[name]})": load_tokenizer(paths[name]) for name in order}
+    labels = {name: f"{name}.model ({paths[name]})" for name in order}
+    tokenizers = {labels[name]: load_tokenizer(paths[name]) for name in order}
+    if settings.reward.retokenize:
+        del tokenizers[labels["reward"]]
+    fixes = {labels["reward"]: f"{SAME_TOKENIZER}, or set `reward.retokenize: true`"} if "reward" in labels else {}
     if (template := read_template(settings)) is not None:
-        tokenizers[f"data.template ({settings.data.template})"] = load_tokenizer(settings.actor_path, template)
-    require_same_tokenizer(tokenizers)
+        label = f"data.template ({settings.data.template})"
+        tokenizers[label] = load_tokenizer(settings.actor_path, template)
+        fixes[label] = "leave `data.template` out, or train step 1 with it"
+    require_same_tokenizer(tokenizers, fixes)
     for name, path in paths.items():
         scores = name == "reward" or (name == "critic" and path != settings.actor_path)
-        check_model(path, settings.max_tokens, reward_model=scores)
+        check_model(path, _max_tokens(settings, name), reward_model=scores)
         if name in ("actor", "critic"):
             lora = getattr(settings, name).lora
             check_lora(lora, path, f"{settings.file}: key `{name}.lora.targets`")
     return next(iter(tokenizers.values()))
 
 
+def _max_tokens(settings: PPOConfig, name: str) -> int:
+    """Tokens of the rows that a model must be able to read. Those of other tokens are cut to what it can."""
+    return 1 if name == "reward" and settings.reward.retokenize else settings.max_tokens
+
+
 def build_engines(
     settings: PPOConfig, configs: dict[str, dict[str, Any]], tokenizer: Any, train: bool = True
 ) -> Engines:
     """Load the models, one after the other, and hand each to its engine; with train=False all only answer."""
-    common: dict[str, Any] = {"dtype": DTYPES[settings.precision], "max_tokens": settings.max_tokens}
+    reward_tokenizer = load_tokenizer(str(settings.reward.model)) if settings.reward.retokenize else None
 
     def build(name: str, load: Any, path: str, frozen: bool = False, **options: Any) -> Any:
         if name not in configs:
             return None
         spec, config = getattr(settings, name), configs[name]
+        own = reward_tokenizer if name == "reward" and reward_tokenizer is not None else tokenizer
+        options |= {"dtype": DTYPES[settings.precision], "max_tokens": _max_tokens(settings, name)}
         if frozen or not train:
-            return frozen_engine(load(path, tokenizer, engine_config=config, **options, **common), config)
+            return frozen_engine(load(path, own, engine_config=config, **options), config)
         model = load(
             path,
-            tokenizer,
+            own,
             engine_config=config,
             gradient_checkpointing=spec.gradient_checkpointing,
             lora=spec.lora,
             lora_seed=settings.seed,
             **options,
-            **common,
         )
         steps = settings.total_steps - (settings.warmup_steps if name == "actor" else 0)
         return train_engine(model, config, spec.optimizer, steps)
@@ -117,4 +132,5 @@ def build_engines(
         critic=build("critic", load_reward_model, critic_path, **new_head),
         reference=build("reference", load_causal_lm, settings.reference_path, frozen=True),
         reward=build("reward", load_reward_model, settings.reward.model or "", frozen=True),
+        reward_tokenizer=reward_tokenizer,
     )

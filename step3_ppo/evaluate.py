@@ -12,7 +12,7 @@ import torch
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
-from step3_ppo.rewards import RewardTerm, TextScorer, decode, load_grader, load_reward_terms, score_texts
+from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, decode, load_grader, load_reward_terms, score_texts
 from step3_ppo.rollout import collect, response_metrics, rows_of_all_ranks
 from tristage import dist, run
 from tristage.batches import PromptBatch
@@ -43,7 +43,10 @@ def prompt_batch(
     wide = [place for place in places for _ in range(samples)]
     draws = [None if place is None else place * samples + i % samples for i, place in enumerate(wide)]
     examples = [None if place is None else rows[indices[place]] for place in wide]
-    return collate_prompts(examples, draws, tokenizer.pad_token_id, settings.max_prompt_tokens)
+    turns = None
+    if settings.reward.retokenize:
+        turns = [None if place is None else rows.turns(indices[place]) for place in wide]
+    return collate_prompts(examples, draws, tokenizer.pad_token_id, settings.max_prompt_tokens, turns)
 
 
 def evaluate(
@@ -99,6 +102,7 @@ def main(argv: list[str]) -> None:
     functions = load_reward_terms(settings)
     grader = load_grader(settings)
     heldout = load_heldout(settings, tokenizer)
+    check_turns(settings, heldout)
     device = dist.init(settings.device)
     engines = build_engines(settings, configs, tokenizer, train=False)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)

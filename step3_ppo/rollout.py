@@ -14,7 +14,7 @@ import torch
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
-from step3_ppo.rewards import RewardTerm, decode, score_texts
+from step3_ppo.rewards import RewardTerm, decode, pooled, retokenized_scores, score_texts
 from tristage import dist
 from tristage.algo.masking import masked_mean, masked_moments, masked_sum, whiten
 from tristage.algo.ppo import (
@@ -99,27 +99,32 @@ def collect(
             engine.eval()
         logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, with_entropy=True)
         ref_logprobs = _reference_logprobs(engines, sequences, settings)
-        terms = _reward_terms(engines, rollouts.tokenizer, sequences, settings, functions)
+        terms = _reward_terms(engines, rollouts.tokenizer, sequences, prompts, settings, functions)
         weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
         scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
     return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores)
 
 
 def _reward_terms(
-    engines: Engines, tokenizer: Any, sequences: Sequences, settings: PPOConfig, functions: list[RewardTerm]
+    engines: Engines,
+    tokenizer: Any,
+    sequences: Sequences,
+    batch: PromptBatch,
+    settings: PPOConfig,
+    functions: list[RewardTerm],
 ) -> dict[str, torch.Tensor]:
     """[B] of each part of the reward: "model", and every function by its name."""
     terms: dict[str, torch.Tensor] = {}
-    if engines.reward is not None or settings.reward.on_critic:
+    if engines.reward_tokenizer is not None:
+        terms["model"] = retokenized_scores(engines, tokenizer, sequences, batch, settings)
+    elif engines.reward is not None or settings.reward.on_critic:
 
         def score(micro: Any) -> tuple[torch.Tensor]:
             if settings.reward.on_critic:
                 values = engines.critic(micro.ids, micro.mask, start=True)
             else:
                 values = engines.reward(micro.ids, micro.mask)
-            if settings.reward.score == "last":
-                return (last_token_scores(values, micro.mask),)
-            return (masked_mean(values, micro.score_mask, dim=1),)
+            return (pooled(values, micro.mask, micro.score_mask, settings),)
 
         (terms["model"],) = _in_micro_batches(sequences, settings, score)
     if functions:

@@ -15,7 +15,7 @@ from typing import Any
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
 from step3_ppo.evaluate import evaluate, prompt_batch
-from step3_ppo.rewards import RewardTerm, TextScorer, load_grader, load_reward_terms
+from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, load_grader, load_reward_terms
 from step3_ppo.rollout import Control, NotFiniteError, make_experience
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
@@ -71,6 +71,7 @@ def load_inputs(settings: PPOConfig, tokenizer: Any) -> Inputs:
     functions = load_reward_terms(settings)
     grader = load_grader(settings)
     prompts, heldout = load_sets(settings, tokenizer)
+    check_turns(settings, prompts, heldout)
     if len(prompts) < settings.rollout.prompts:
         raise UserError(
             f"{settings.file}: rollout.prompts is {settings.rollout.prompts} but `data.train` gives only "

@@ -7,7 +7,7 @@ on a real token; masks are made from lengths and travel with the ids, they are n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,7 +23,9 @@ class _Batch:
     def to(self: BatchType, device: torch.device | str) -> BatchType:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass below is a dataclass
         values = {field.name: getattr(self, field.name) for field in fields}
-        return type(self)(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        return type(self)(
+            **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,7 @@ class PromptBatch(_Batch):
     attention_mask: torch.Tensor  # [B,P] bool
     draw_index: torch.Tensor  # [B] long, the response's number among the iteration's of all ranks; -1 in a filler row
     is_real: torch.Tensor  # [B] bool, False for a filler row
+    turns: Sequence[Sequence[dict[str, str]] | None] | None = None  # [B] roles and texts of each prompt, if asked for
 
 
 def trim_columns(mask: torch.Tensor) -> slice:

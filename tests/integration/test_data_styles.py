@@ -10,7 +10,9 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
+from tristage.data.sets import fingerprint, load_sets
 from tristage.metrics import read_metrics
+from tristage.models import load_tokenizer
 from tristage.quickstart import task
 
 NUM_ROWS = 96
@@ -25,6 +27,11 @@ STYLES = {
         "sft": ["data.train=%s/alpaca.csv", "packing=true", "group_by_length=true"],
         "reward": ["data.train=%s/alpaca_ranked.json", "data.too_long=truncate_left", "max_tokens=32"],
         "ppo": ["data.train=%s/alpaca.csv", "data.limit=60"],
+    },
+    "template": {  # step 2 takes it from step 1's folder, step 3 is told again
+        "sft": ["data.train=%s/alpaca.csv", "data.template=%s/own.jinja"],
+        "reward": ["data.train=%s/alpaca_ranked.json"],
+        "ppo": ["data.train=%s/alpaca.csv", "data.template=%s/own.jinja", "data.limit=60"],
     },
 }
 
@@ -81,6 +88,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("styles")
     write_files(folder)
     tiny.write_model(folder / "model")
+    template = (folder / "model/chat_template.jinja").read_text()
+    (folder / "own.jinja").write_text(template.replace("'Human: '", "'Human: Human: '"))
     run_ranks(2, train_each_style, str(folder), timeout=600)
     return folder
 
@@ -96,6 +105,25 @@ def test_three_steps_train_on_the_layout(folder, style):
     assert first["objective/kl"] == 0 and first["rollout/length"] > 0
     for step in ("sft", "reward", "ppo"):
         assert (here / step / "final" / "model.safetensors").is_file()
+
+
+def test_a_template_of_ones_own_goes_through_the_steps(folder):
+    own = (folder / "own.jinja").read_text()
+    folders = {step: folder / f"template/{step}/final" for step in ("sft", "reward", "ppo")}
+    tokenizers = {step: load_tokenizer(str(path)) for step, path in folders.items()}
+    assert [tokenizer.chat_template for tokenizer in tokenizers.values()] == [own] * 3
+    settings = {
+        "sft": tiny.sft_config(folder / "read", "unused", f"{folder}/alpaca.csv"),
+        "reward": tiny.reward_model_config(folder / "read", "unused", f"{folder}/alpaca_ranked.json"),
+        "ppo": tiny.ppo_config(folder / "read", "unused", "unused", f"{folder}/alpaca.csv", 0, "data.limit=60"),
+    }
+    default = load_tokenizer(f"{folder}/model")
+    human = default.convert_tokens_to_ids("Human: ")
+    for step, tokenizer in tokenizers.items():
+        used, unused = load_sets(settings[step], tokenizer), load_sets(settings[step], default)
+        assert json.loads((folder / "template" / step / "environment.json").read_text())["data"] == fingerprint(used)
+        for by_own, by_default in ((used[0].tokens(i, 0, 99), unused[0].tokens(i, 0, 99)) for i in range(8)):
+            assert by_own[:2] == [human, human] and by_default[0] == human != by_default[1]
 
 
 def test_packed_steps_hold_more_tokens_than_rows_alone_could(folder):

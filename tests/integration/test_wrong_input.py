@@ -140,15 +140,27 @@ CASES = {
     ),
     "another template": (
         [STEP3], ["reward.model={other_template}"],
-        "actor.model ({model}) and reward.model ({other_template}) disagree on the chat template; train both steps",
+        "actor.model ({model}) and reward.model ({other_template}) disagree on the chat template; "
+        "train both steps from models with the same tokenizer, or set `reward.retokenize: true`",
     ),
     "another EOS": (
         [STEP3], ["reward.model={other_eos}"],
-        "actor.model ({model}) and reward.model ({other_eos}) disagree on the EOS token ('<eos>' and '<bos>'); train",
+        "actor.model ({model}) and reward.model ({other_eos}) disagree on the EOS token ('<eos>' and '<bos>'); "
+        "train both steps from models with the same tokenizer, or set `reward.retokenize: true`",
     ),
     "another vocabulary": (
         [STEP3], ["reward.model={other_vocabulary}"],
-        "actor.model ({model}) and reward.model ({other_vocabulary}) disagree on the vocabulary; train both steps",
+        "actor.model ({model}) and reward.model ({other_vocabulary}) disagree on the vocabulary; "
+        "train both steps from models with the same tokenizer, or set `reward.retokenize: true`",
+    ),
+    "another critic than the actor, beside a reward model of its own tokens": (
+        [STEP3], ["reward.retokenize=true", "reward.model={other_template}", "critic.model={other_template}"],
+        "actor.model ({model}) and critic.model ({other_template}) disagree on the chat template; train both steps",
+    ),
+    "another template than the actor's": (
+        [STEP3], ["data.template={other_template}/chat_template.jinja"],
+        "actor.model ({model}) and data.template ({other_template}/chat_template.jinja) disagree on the chat template; "
+        "leave `data.template` out, or train step 1 with it",
     ),
     "another reference": (
         [STEP3], ["reference.model={other_template}"],

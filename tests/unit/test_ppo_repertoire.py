@@ -614,6 +614,10 @@ GROUPS = ("critic=null", "rollout.prompts=8", "rollout.samples=2")
             ["ppo.advantage=rloo", "critic=null", "rollout.prompts=5", "rollout.samples=3"],
             "rollout.prompts x rollout.samples 15 is not a multiple of ppo.minibatch 8; change one of them",
         ),
+        (
+            ["reward={retokenize: true, functions: [{function: 'a.b:c'}]}"],
+            "key `reward.retokenize` is of the reward model, and there is none; remove it",
+        ),
         (["ppo.dual_clip=1"], "key `ppo.dual_clip`: Input should be greater than 1; it is 1 now"),
         (["ppo.clip_high=0"], "key `ppo.clip_high`: Input should be greater than 0; it is 0 now"),
         (["ema.decay=1"], "key `ema.decay`: Input should be less than 1; it is 1 now"),
@@ -646,6 +650,8 @@ def test_without_a_reward_model_the_critic_starts_as_the_actor(tmp_path: Path) -
     assert settings_of(tmp_path).critic_path == "reward"
     assert settings_of(tmp_path, "critic.model=own").critic_path == "own"
     assert settings_of(tmp_path, "reward={functions: [{function: 'a.b:c'}]}").critic_path == "actor"
+    assert settings_of(tmp_path, "reward.retokenize=true").critic_path == "actor"  # the reward model reads other tokens
+    assert settings_of(tmp_path, "reward.retokenize=true", "critic.model=own").critic_path == "own"
 
 
 @pytest.mark.parametrize("iterations, steps", [(0, 0), (1, 4), (2, 8), (9, 12)])

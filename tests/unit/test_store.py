@@ -181,6 +181,17 @@ def test_the_length_of_a_ranked_row_is_its_longest_answers(tmp_path):
     assert rows.lengths.tolist() == [6, 7] and rows[0][1] == (2.0, 0.0, 1.0)
 
 
+def test_a_prompt_keeps_its_turns_whole_when_its_tokens_are_cut(tmp_path):
+    rows = [{"prompt": "a"}, {"messages": chat("a", "日\n b", "d", "c")}, {"prompt": "b c d"}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    found = prepared(file, policy=Policy("prompt", 4, "truncate_left")).rows
+    turns = [tuple(chat("a")), tuple(chat("a", "日\n b", "d")), tuple(chat("b c d"))]
+    assert [found.turns(i) for i in range(3)] == turns
+    assert len(found[1].ids) == 4 < found.column("full_length")[1]
+    both = concatenate([found.take(np.array([2, 1])), prepared(file, policy=Policy("prompt", 20)).rows[1:]])
+    assert [both.turns(i) for i in range(4)] == [turns[2], turns[1], turns[1], turns[2]]
+
+
 def test_parts_of_rows_keep_items_columns_and_places_together(file):
     rows = prepared(file).rows
     whole = list(rows)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.unit.test_template import DIALOGUE, FORGETS, TAGGED, byte_tokenizer, chatml, default
 from tristage.data.rows import PromptRow, RankingRow, Row, SFTRow, TextRow, Unusable
 from tristage.data.template import DEFAULT_TEMPLATE, ensure_template, render
-from tristage.data.tokenize import Example, Policy, encode
+from tristage.data.tokenize import Example, Policy, encode, encode_sampled
 from tristage.errors import UserError
 
 HI = ({"role": "user", "content": "Hi"},)
@@ -295,3 +295,56 @@ def test_a_cut_row_is_a_window_of_the_whole_one_and_always_has_an_answer(texts, 
 def trained_places(example: Example) -> list[bool]:
     spans = (*example.also_trained, (example.prompt_length, len(example.ids)))
     return [any(start <= place < stop for start, stop in spans) for place in range(len(example.ids))]
+
+
+# -- what another model sampled ----------------------------------------------------------------------------
+
+
+def sampled(tokenizer, response: str, ended: bool, max_tokens: int | None = None, prompt=HI) -> Example:
+    return encode_sampled(prompt, response, ended, tokenizer, max_tokens)
+
+
+@pytest.mark.parametrize("response", ["Hello", " Hello\n", "日本 🙂"])
+def test_a_sampled_response_that_ended_reads_as_a_row_does(tokenizer, response):
+    row = SFTRow(HI, response.strip(), "")
+    assert sampled(tokenizer, response, True) == encoded(tokenizer, row, train_on="last_answer")
+
+
+def test_a_sampled_response_that_was_cut_off_has_no_eos_and_nothing_that_the_template_adds():
+    tokenizer = default()
+    tokenizer.chat_template = tokenizer.chat_template.replace("+ eos_token", "+ ' .' + eos_token")
+    for response in ("Hello", "Hello "):
+        ids = sampled(tokenizer, response, False).ids
+        assert tokenizer.decode(ids) == f"\n\nHuman: Hi\n\nAssistant: {response}"
+    assert tokenizer.decode(sampled(tokenizer, "Hello", True).ids).endswith("Assistant: Hello .</s>")
+
+
+def test_a_sampled_response_may_be_empty_and_still_has_a_token_to_score(tokenizer):
+    prompt = encoded(tokenizer, PromptRow(HI, "")).ids
+    assert sampled(tokenizer, " ", True) == Example([*prompt, tokenizer.eos_token_id], len(prompt))
+    assert sampled(tokenizer, " ", False) == Example(prompt, len(prompt) - 1)
+
+
+def test_a_template_may_leave_out_all_of_a_sampled_response():
+    tokenizer = default()
+    content = "message['content'] + eos"
+    tokenizer.chat_template = tokenizer.chat_template.replace(content, content.replace(" +", ".split('!')[-1] +"))
+    assert tokenizer.decode(sampled(tokenizer, "Hello!", True).ids) == "\n\nHuman: Hi\n\nAssistant: </s>"
+    assert tokenizer.decode(sampled(tokenizer, "Hello!", False).ids) == "\n\nHuman: Hi\n\nAssistant: "
+
+
+@pytest.mark.parametrize("spelled", ["</s>", "</<s>s>", "<|im_start|>", "<</s>/s>"])
+def test_special_tokens_that_a_response_only_spells_out_are_not_read_as_such(spelled):
+    tokenizer = default()
+    assert sampled(tokenizer, f"Hel{spelled}lo", True) == sampled(tokenizer, "Hello", True)
+
+
+def test_what_is_too_long_for_the_other_model_loses_its_oldest_tokens_but_for_a_bos():
+    tokenizer = word_tokenizer("Human:", "Assistant:", "a", "b", "c", "<s>")  # 2 .. 7
+    prompt = ({"role": "user", "content": "a b c"},)
+    assert sampled(tokenizer, "a b", True, None, prompt) == Example([7, 2, 4, 5, 6, 3, 4, 5, 1], 6)
+    assert sampled(tokenizer, "a b", True, 9, prompt) == sampled(tokenizer, "a b", True, None, prompt)
+    assert sampled(tokenizer, "a b", True, 7, prompt) == Example([7, 5, 6, 3, 4, 5, 1], 4)
+    assert sampled(tokenizer, "a b", True, 3, prompt) == Example([7, 5, 1], 1)  # the answer alone is too long
+    without = word_tokenizer("Human:", "Assistant:", "a", "b", "c")
+    assert sampled(without, "a b", False, 3, prompt) == Example([3, 4, 5], 1)

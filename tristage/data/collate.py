@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from tristage.batches import PreferenceBatch, PromptBatch, SFTBatch
+from tristage.data.rows import Turn
 from tristage.data.tokenize import Example, RankedExamples
 
 Item = TypeVar("Item")
@@ -76,7 +77,11 @@ def collate_ranking(items: Sequence[RankedExamples | None], pad_id: int) -> Pref
 
 
 def collate_prompts(
-    examples: Sequence[Example | None], draws: Sequence[int | None], pad_id: int, width: int | None = None
+    examples: Sequence[Example | None],
+    draws: Sequence[int | None],
+    pad_id: int,
+    width: int | None = None,
+    turns: Sequence[Sequence[Turn] | None] | None = None,
 ) -> PromptBatch:
     """`draws` number the responses of an iteration over all ranks: they decide the random numbers and the order.
 
@@ -86,7 +91,7 @@ def collate_prompts(
     # Left padding is right padding in a mirror.
     input_ids, attention_mask = _pad([example.ids[::-1] for example in filled], pad_id, width)
     draw_index = torch.tensor([-1 if draw is None else draw for draw in draws])
-    return PromptBatch(input_ids.flip(1), attention_mask.flip(1), draw_index, _is_real(examples))
+    return PromptBatch(input_ids.flip(1), attention_mask.flip(1), draw_index, _is_real(examples), turns)
 
 
 def _fill(items: Sequence[Item | None], empty: Item) -> list[Item]:

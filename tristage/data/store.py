@@ -32,13 +32,13 @@ from filelock import FileLock
 import tristage
 from tristage import dist
 from tristage.config import SourceSettings
-from tristage.data.rows import Row, Unusable, prompt_hash, read_row, row_hash
+from tristage.data.rows import PromptRow, Row, Turn, Unusable, prompt_hash, read_row, row_hash
 from tristage.data.sources import OpenSource, Place
 from tristage.data.template import Tokenizer, template_fingerprint
 from tristage.data.tokenize import Example, Item, Policy, encode
 from tristage.errors import UserError
 
-FORMAT = 1  # raise it when the schema or the meaning of a column changes
+FORMAT = 2  # raise it when the schema or the meaning of a column changes
 CHUNK = 512  # rows that one call of the tokenizer and one task of a worker hold
 CHUNKS_A_BATCH = 32  # chunks that one batch of the Arrow file holds
 ROWS_BEFORE_WORKERS = 16 * CHUNK  # starting processes takes seconds; a smaller set is done by then
@@ -55,6 +55,7 @@ SCHEMA = pyarrow.schema(
         "prompt_hash": pyarrow.int64(),
         "row_hash": pyarrow.int64(),
         "where": pyarrow.string(),
+        "turns": pyarrow.string(),  # JSON of a prompt's roles and texts, for models that read other tokens; else null
     }
 )
 
@@ -107,6 +108,10 @@ class Rows(Sequence[Any]):
 
     def where(self, i: int) -> str:
         return str(self._table["where"][int(self._index[i])])
+
+    def turns(self, i: int) -> tuple[Turn, ...]:
+        """The whole prompt of a row of kind "prompt", as it was before it became tokens and was cut to the limit."""
+        return tuple(json.loads(self._table["turns"][int(self._index[i])].as_py()))
 
     def take(self, index: np.ndarray) -> Rows:
         """Some of the rows, in that order; nothing is copied."""
@@ -314,6 +319,8 @@ def encode_chunk(chunk: Sequence[Place], source: SourceSettings, tokenizer: Toke
         else:
             assert not isinstance(row, Exception)
             columns = _columns(*found) | {"prompt_hash": prompt_hash(row), "row_hash": row_hash(row), "where": where}
+            if isinstance(row, PromptRow):
+                columns["turns"] = json.dumps(row.prompt, ensure_ascii=False)
             outcomes.append((where, columns, "", False))
     return outcomes
 

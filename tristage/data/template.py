@@ -87,6 +87,32 @@ def render(
         raise UserError(f"{where}: the tokenizer has no EOS token, set one: every answer has to end with it")
     if eos in response:
         raise UserError(f"{where}: the answer holds the EOS token {eos!r}, which would end it early; remove it")
+    answer = _answer_text(tokenizer, prompt, prompt_text, response, where)
+    if not answer.strip():
+        raise UserError(f"{where}: the tokenizer's chat template leaves out the answer, give it another one")
+    return prompt_text, answer + eos
+
+
+def render_sampled(
+    tokenizer: Tokenizer, prompt: Sequence[Turn], response: str, ended: bool, *, where: str
+) -> tuple[str, str]:
+    """(prompt text, answer text) of a response that another model sampled, which must not hold the EOS text.
+
+    Its EOS is there only if it `ended` by itself; else the answer stops where the response does, before anything that
+    the template writes after it. Unlike the answer of a row it may be empty.
+    """
+    prompt_text = _apply(tokenizer, list(prompt), where, add_generation_prompt=True)
+    # White space around a response belongs to the template it was sampled under; but where it was cut off, to it.
+    response = response.strip() if ended else response.lstrip()
+    answer = _answer_text(tokenizer, prompt, prompt_text, response, where) if response else ""
+    if ended:
+        return prompt_text, answer + tokenizer.eos_token
+    start = answer.rfind(response)
+    return prompt_text, answer if start < 0 else answer[: start + len(response)]
+
+
+def _answer_text(tokenizer: Tokenizer, prompt: Sequence[Turn], prompt_text: str, response: str, where: str) -> str:
+    """What the template adds to `prompt_text` for the assistant's `response`, up to its EOS."""
     turns = [*prompt, {"role": "assistant", "content": response}]
     whole_text = _apply(tokenizer, turns, where, add_generation_prompt=False)
     if not whole_text.startswith(prompt_text):
@@ -97,10 +123,7 @@ def render(
         )
     # The response holds no EOS, so the first one is the template's end of the answer. What a template writes
     # after it (ChatML: a newline) comes too late for a model that has stopped, and is cut.
-    answer = whole_text[len(prompt_text) :].partition(eos)[0]
-    if not answer.strip():
-        raise UserError(f"{where}: the tokenizer's chat template leaves out the answer, give it another one")
-    return prompt_text, answer + eos
+    return whole_text[len(prompt_text) :].partition(tokenizer.eos_token)[0]
 
 
 def earlier_answers(tokenizer: Tokenizer, prompt: Sequence[Turn], prompt_text: str, *, where: str) -> list[Span]:

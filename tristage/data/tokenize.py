@@ -8,13 +8,14 @@ come from the template alone. Rows over the token limit meet one policy (`data.t
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tristage.config import Kind
-from tristage.data.rows import PromptRow, RankingRow, Row, SFTRow, TextRow, Unusable
-from tristage.data.template import Span, Tokenizer, earlier_answers, render
+from tristage.data.rows import PromptRow, RankingRow, Row, SFTRow, TextRow, Turn, Unusable
+from tristage.data.template import Span, Tokenizer, earlier_answers, render, render_sampled
 from tristage.errors import UserError
 
 
@@ -74,6 +75,41 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, policy: Policy) -> list[tu
         whole = [example for example in own if isinstance(example, Example)]
         results.append(problems[0] if problems else _fitted(row, whole, tokenizer, policy))
     return results
+
+
+def encode_sampled(
+    prompt: Sequence[Turn], response: str, ended: bool, tokenizer: Tokenizer, max_tokens: int | None
+) -> Example:
+    """A prompt and the response that another model sampled, in the tokens of this one; see render_sampled.
+
+    What is over `max_tokens` loses its oldest tokens, but for a BOS. The answer always has a token: of one that comes
+    to nothing (only white space, cut off) it is the prompt's last.
+
+    Raises:
+        UserError: the template refuses the dialogue.
+    """
+    # What a model has only spelled out must not become a special token here.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special.add(tokenizer.eos_token)
+    spelled = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    while (shorter := spelled.sub("", response)) != response:
+        response = shorter
+    texts = render_sampled(tokenizer, prompt, response, ended, where="a sampled response")
+    (asked, _), (said, _) = _to_ids(tokenizer, list(texts), False)
+    whole = Example(asked + said, min(len(asked), len(asked + said) - 1))
+    return _cut_left(whole, tokenizer, max_tokens)
+
+
+def _cut_left(example: Example, tokenizer: Tokenizer, max_tokens: int | None) -> Example:
+    excess = len(example.ids) - (max_tokens or len(example.ids))
+    if excess <= 0:
+        return example
+    kept = _leading_bos(example, tokenizer)
+    return Example(example.ids[:kept] + example.ids[kept + excess :], max(example.prompt_length - excess, kept))
+
+
+def _leading_bos(example: Example, tokenizer: Tokenizer) -> int:
+    return int(tokenizer.bos_token_id is not None and example.ids[:1] == [tokenizer.bos_token_id])
 
 
 def _texts(row: Row, tokenizer: Tokenizer, policy: Policy) -> list[_Text]:
@@ -165,7 +201,7 @@ def _drop(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -
 
 def _truncate_left(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -> Example:
     """Cut the oldest tokens of the prompt, but for a BOS; a prompt that would vanish drops the row."""
-    kept = int(tokenizer.bos_token_id is not None and example.ids[:1] == [tokenizer.bos_token_id])
+    kept = _leading_bos(example, tokenizer)
     if example.prompt_length - excess <= kept:
         raise Unusable(f"answer alone longer than {policy.max_tokens - 1 - kept} tokens")
     spans = ((max(start - excess, kept), stop - excess) for start, stop in example.also_trained)

@@ -1,15 +1,16 @@
 """Tokenizers, policies and reward models by Hugging Face folder or id."""
 
 from tristage.models.causal_lm import CausalLM, load_causal_lm
-from tristage.models.loading import check_model, check_packable, is_reward_model
+from tristage.models.loading import check_model, check_packable, is_reward_model, max_positions
 from tristage.models.lora import adapters_off, check_lora
 from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
 from tristage.models.saving import merge_adapter, save_model
-from tristage.models.tokenizer import load_tokenizer, require_same_tokenizer
+from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_same_tokenizer
 
 __all__ = [
     "CausalLM",
     "RewardModel",
+    "SAME_TOKENIZER",
     "adapters_off",
     "check_lora",
     "check_model",
@@ -19,6 +20,7 @@ __all__ = [
     "load_causal_lm",
     "load_reward_model",
     "load_tokenizer",
+    "max_positions",
     "merge_adapter",
     "require_same_tokenizer",
     "save_model",

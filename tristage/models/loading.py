@@ -129,12 +129,17 @@ def check_model(path: str, max_tokens: int, reward_model: bool) -> PretrainedCon
         UserError: no config, fewer positions than `max_tokens`, or no trained reward model where one is expected.
     """
     config = load_config_without_dropout(path)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(config)
     if positions is not None and max_tokens > positions:
         raise UserError(f"{path}: the model has {positions} positions, rows up to {max_tokens}; lower the limits")
     if reward_model and not has_scalar_head(config):
         raise UserError(f"{path}: holds no reward model but a {config.architectures}; give step 2's final folder")
     return config
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest row that the model can read; None where its family sets no limit."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def is_reward_model(path: str) -> bool:

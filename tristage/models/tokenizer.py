@@ -33,11 +33,17 @@ def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def require_same_tokenizer(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+SAME_TOKENIZER = "train both steps from models with the same tokenizer"  # what mends a disagreement
+
+
+def require_same_tokenizer(
+    tokenizers: dict[str, PreTrainedTokenizerBase], fixes: dict[str, str] | None = None
+) -> None:
     """Folders that a step is given must agree on vocabulary, template and terminator.
 
     Args:
         tokenizers: what the user called each folder (for the message) -> its tokenizer.
+        fixes: the same names -> what mends a disagreement of that one, where it is not SAME_TOKENIZER.
 
     Raises:
         UserError: names the two that differ, and in what.
@@ -52,6 +58,4 @@ def require_same_tokenizer(tokenizers: dict[str, PreTrainedTokenizerBase]) -> No
             what = f"EOS token ({reference.eos_token!r} and {tokenizer.eos_token!r})"
         else:
             what = "vocabulary"
-        raise UserError(
-            f"{first} and {name} disagree on the {what}; train both steps from models with the same tokenizer"
-        )
+        raise UserError(f"{first} and {name} disagree on the {what}; {(fixes or {}).get(name, SAME_TOKENIZER)}")
