@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 from step3_ppo.config import PPOConfig
 from tristage import run
-from tristage.config import BatchPlan, read_deepspeed_json, require_folder_or_hub_id
+from tristage.config import BatchPlan, LoraSettings, require_folder_or_hub_id
 from tristage.data.template import read_template
-from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine
+from tristage.engine import frozen_engine, train_engine
 from tristage.models import (
+    check_kernels,
     check_lora,
     check_model,
+    check_quantized,
     is_reward_model,
     load_causal_lm,
     load_reward_model,
@@ -44,8 +46,7 @@ def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, 
         if name in ("reference", "reward"):
             found[name] = run.frozen_config(settings, engine.deepspeed, key, plan)
         else:
-            template = read_deepspeed_json(engine.deepspeed, settings, key)
-            found[name] = engine_config(template, settings.precision, plan, engine.optimizer.clip_norm)
+            found[name] = run.trained_config(settings, engine.deepspeed, key, plan, engine.optimizer.clip_norm)
     return found
 
 
@@ -73,10 +74,11 @@ def check_models(settings: PPOConfig) -> Any:
     require_same_tokenizer(tokenizers)
     for name, path in paths.items():
         scores = name == "reward" or (name == "critic" and path != settings.actor_path)
-        check_model(path, settings.max_tokens, reward_model=scores)
+        check_kernels(settings, path, check_model(path, settings.max_tokens, reward_model=scores))
         if name in ("actor", "critic"):
             lora = getattr(settings, name).lora
             check_lora(lora, path, f"{settings.file}: key `{name}.lora.targets`")
+            check_quantized(lora, settings.device, f"{settings.file}: key `{name}.lora.quantize`")
     return next(iter(tokenizers.values()))
 
 
@@ -84,34 +86,35 @@ def build_engines(
     settings: PPOConfig, configs: dict[str, dict[str, Any]], tokenizer: Any, train: bool = True
 ) -> Engines:
     """Load the models, one after the other, and hand each to its engine; with train=False all only answer."""
-    common: dict[str, Any] = {"dtype": DTYPES[settings.precision], "max_tokens": settings.max_tokens}
 
-    def build(name: str, load: Any, path: str, frozen: bool = False, **options: Any) -> Any:
+    def build(name: str, load: Any, path: str, lora: LoraSettings | None = None, **options: Any) -> Any:
+        """`lora` is that of the policy for the reference too, which is then quantised alike."""
         if name not in configs:
             return None
         spec, config = getattr(settings, name), configs[name]
-        if frozen or not train:
-            return frozen_engine(load(path, tokenizer, engine_config=config, **options, **common), config)
+        options |= run.loading(settings, lora if train else None) | {"max_tokens": settings.max_tokens}
+        if name in ("reference", "reward") or not train:
+            return frozen_engine(load(path, tokenizer, engine_config=config, **options), config)
         model = load(
             path,
             tokenizer,
             engine_config=config,
             gradient_checkpointing=spec.gradient_checkpointing,
-            lora=spec.lora,
+            lora=lora,
             lora_seed=settings.seed,
             **options,
-            **common,
         )
         steps = settings.total_steps - (settings.warmup_steps if name == "actor" else 0)
         return train_engine(model, config, spec.optimizer, steps)
 
     critic_path = settings.critic_path or ""
+    critic_lora = settings.critic.lora if settings.critic is not None else None
     # Without a reward model to start from, the critic is the actor's network with a head of its own.
     trained_head = not critic_path or is_reward_model(critic_path)
     new_head: dict[str, Any] = {} if trained_head else {"new_head_seed": settings.seed}
     return Engines(
-        actor=build("actor", load_causal_lm, settings.actor_path),
-        critic=build("critic", load_reward_model, critic_path, **new_head),
-        reference=build("reference", load_causal_lm, settings.reference_path, frozen=True),
-        reward=build("reward", load_reward_model, settings.reward.model or "", frozen=True),
+        actor=build("actor", load_causal_lm, settings.actor_path, settings.actor.lora),
+        critic=build("critic", load_reward_model, critic_path, critic_lora, **new_head),
+        reference=build("reference", load_causal_lm, settings.reference_path, settings.actor.lora),
+        reward=build("reward", load_reward_model, settings.reward.model or ""),
     )

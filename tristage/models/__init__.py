@@ -1,6 +1,7 @@
 """Tokenizers, policies and reward models by Hugging Face folder or id."""
 
 from tristage.models.causal_lm import CausalLM, load_causal_lm
+from tristage.models.kernels import Kernels, check_kernels, check_quantized
 from tristage.models.loading import check_model, check_packable, is_reward_model
 from tristage.models.lora import adapters_off, check_lora
 from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
@@ -9,11 +10,14 @@ from tristage.models.tokenizer import load_tokenizer, require_same_tokenizer
 
 __all__ = [
     "CausalLM",
+    "Kernels",
     "RewardModel",
     "adapters_off",
+    "check_kernels",
     "check_lora",
     "check_model",
     "check_packable",
+    "check_quantized",
     "is_reward_model",
     "last_token_scores",
     "load_causal_lm",

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from tristage.algo.logprobs import entropy as logits_entropy
 from tristage.algo.logprobs import linear_token_logprobs, token_logprobs
 from tristage.config import LoraSettings
+from tristage.models.kernels import PLAIN, Kernels
 from tristage.models.loading import (
     align_special_tokens,
     backbone_hidden,
@@ -106,10 +107,11 @@ def load_causal_lm(
     lora: LoraSettings | None = None,
     lora_seed: int = 0,
     max_tokens: int = 1,
+    kernels: Kernels = PLAIN,
 ) -> CausalLM:
     """A policy from a Hugging Face folder or id, all dropouts 0; partitioned while loading under ZeRO-3.
 
-    With `lora` it is frozen, beside adapters that are drawn from `lora_seed`.
+    With `lora` it is frozen, beside adapters that are drawn from `lora_seed`; `kernels.quantize` is for frozen ones.
 
     Raises:
         UserError: no such model, one whose vocabulary is smaller than the tokenizer's, or with fewer positions
@@ -117,7 +119,7 @@ def load_causal_lm(
     """
     config = check_model(path, max_tokens, reward_model=False)
     align_special_tokens(config, tokenizer)
-    model = from_pretrained(AutoModelForCausalLM, path, config, dtype, engine_config)
+    model = from_pretrained(AutoModelForCausalLM, path, config, dtype, engine_config, kernels)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
