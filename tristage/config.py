@@ -417,12 +417,14 @@ def _check_zero(file: Path, zero: dict[str, Any], stage: int) -> None:
             raise UserError(f"{file}: zero_optimization.{name} does nothing at stage {stage}; remove it or use stage 3")
     for name in ("offload_optimizer", "offload_param"):
         offload = zero.get(name) or {}
+        if not isinstance(offload, dict):
+            raise UserError(f'{file}: zero_optimization.{name} is {offload!r}; write {{"device": "cpu"}}')
         if offload.get("device") == "nvme" and (stage != 3 or not offload.get("nvme_path")):
             raise UserError(f"{file}: zero_optimization.{name} to nvme needs stage 3 and an `nvme_path`; give both")
     ranks, group = world_size_from_environment(), zero.get("zero_hpz_partition_size") or 1
-    if ranks % group:
+    if not isinstance(group, int) or ranks % group:
         raise UserError(
-            f"{file}: zero_optimization.zero_hpz_partition_size is {group}, which does not divide {ranks} ranks; "
+            f"{file}: zero_optimization.zero_hpz_partition_size is {group!r}, which does not divide {ranks} ranks; "
             "give the ranks of one node"
         )
 

@@ -41,7 +41,10 @@ def from_pretrained(
     engine_config: dict[str, Any] | None,
     kernels: Kernels,
 ) -> PreTrainedModel:
-    """`auto_class.from_pretrained`; with a ZeRO-3 `engine_config` no rank ever holds a full copy, unless quantised."""
+    """`auto_class.from_pretrained`; under ZeRO-3 no rank holds all parameters (rank 0 maps the files).
+
+    Quantised ones are the exception: each rank packs them all, and the engine shares them out.
+    """
     stage = (engine_config or {}).get("zero_optimization", {}).get("stage", 0)
     # transformers partitions while it loads for as long as this object is alive.
     zero3 = HfDeepSpeedConfig(engine_config) if stage == 3 and kernels.quantize is None else None
