@@ -38,7 +38,10 @@ EXIT_USER_ERROR = 2
 # torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-PACKAGES = ("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "numpy")
+PACKAGES = (
+    *("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "numpy"),
+    *("bitsandbytes", "liger-kernel"),  # only where a setting asks for them
+)
 
 
 def entry_point(main: Callable[[list[str]], None]) -> None:
