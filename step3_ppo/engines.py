@@ -47,6 +47,7 @@ def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, 
             found[name] = run.frozen_config(settings, engine.deepspeed, key, plan)
         else:
             found[name] = run.trained_config(settings, engine.deepspeed, key, plan, engine.optimizer.clip_norm)
+    run.check_one_hpz(settings, {f"{name}.deepspeed": config for name, config in found.items()})
     return found
 
 

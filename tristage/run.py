@@ -114,6 +114,24 @@ def loading(settings: RunSettings, lora: LoraSettings | None = None) -> dict[str
     }
 
 
+def check_one_hpz(settings: RunSettings, configs: dict[str, dict[str, Any]]) -> None:
+    """ZeRO++'s second partition is for one engine of a process: DeepSpeed ends a second one in an assertion.
+
+    Args:
+        configs: DeepSpeed config of each engine, by the key that names its JSON.
+
+    Raises:
+        UserError: several have it.
+    """
+    size = "zero_hpz_partition_size"
+    keys = [f"`{key}`" for key, config in configs.items() if config["zero_optimization"].get(size, 1) > 1]
+    if len(keys) > 1:
+        raise UserError(
+            f"{settings.file}: keys {' and '.join(keys)} have zero_optimization.{size}, and only one "
+            "engine of a run can; leave it out of the other JSON"
+        )
+
+
 def load_trained(
     load: Callable[..., Any], settings: TrainSettings, config: dict[str, Any], tokenizer: Any, **options: Any
 ) -> Any:

@@ -50,6 +50,7 @@ class World(NamedTuple):
 
 ZEROS: dict[str, dict[str, Any]] = {
     "quantized": {"stage": 3, "zero_quantized_gradients": True},
+    "second": {"stage": 3, "zero_hpz_partition_size": 2},
     "in_vain": {"stage": 2, "offload_param": {"device": "cpu"}},
 }
 
@@ -262,6 +263,15 @@ def test_prompts_that_ranks_cannot_share_are_refused(world, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert sentence_of(world, STEP3, [], capfd) == (
         f"{world.configs[STEP3]}: rollout.prompts 16 is not a multiple of 3 ranks; change it or the number of ranks"
+    )
+
+
+def test_second_partitions_of_two_engines_are_refused(world, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = [f"{name}.deepspeed={world.path('second')}" for name in ("actor", "reference")]
+    assert sentence_of(world, STEP3, words, capfd) == (
+        f"{world.configs[STEP3]}: keys `actor.deepspeed` and `reference.deepspeed` have "
+        "zero_optimization.zero_hpz_partition_size, and only one engine of a run can; leave it out of the other JSON"
     )
 
 
