@@ -6,6 +6,7 @@ to end its answers, so that the ranks' responses differ in length.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,15 @@ RTOL = 1e-5
 # KL and the policy's loss are small differences of log-probabilities of size 1 to 5, sums of up to 12 of them.
 # Gradients of a policy that has moved hold ratios that came near the clip, and Adam makes much of little ones.
 ATOL = {"objective/kl": 2e-5, "policy/loss": 2e-6, "policy/grad_norm": 1e-3}
+
+ZERO_3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+OFFLOADS: dict[str, dict[str, Any]] = {
+    "optimizer_1": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+    "optimizer_2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "optimizer_3": ZERO_3 | {"offload_optimizer": {"device": "cpu"}},
+    "parameters": ZERO_3 | {"offload_param": {"device": "cpu"}},
+    "hpz": ZERO_3 | {"zero_hpz_partition_size": 2},  # ZeRO++: a second partition within a node
+}
 
 
 def run_jobs(rank: int, jobs: dict[str, tuple[str, list[str]]]) -> dict[str, list[torch.Tensor]]:
@@ -111,6 +121,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     offload = str(tiny.REPO / "configs/deepspeed/zero3_offload.json")
     own = {"sft": [f"deepspeed={offload}"], "ppo": [f"actor.deepspeed={offload}"]}
     two_ranks |= make_jobs(folder, "offload", ("sft", "ppo"), 3, **own)
+    for name, zero in OFFLOADS.items():
+        (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+        two_ranks |= make_jobs(folder, name, ("sft",), 3, f"deepspeed={folder}/{name}.json")
     two_ranks |= make_jobs(folder, "bf16", STEPS, 2, "precision=bf16", ppo=["iterations=2"])
     sampled = run_ranks(2, run_jobs, two_ranks, timeout=600)[0]
     with tiny.one_rank():
@@ -148,6 +161,11 @@ def test_every_zero_stage_trains_the_variants_of_ppo_alike(variant: str, stage: 
 @pytest.mark.parametrize("step", ("sft", "ppo"))
 def test_offloaded_weights_and_optimizer_train_alike(step: str, runs: Runs) -> None:
     assert_same(runs, step, "offload", "zero0")
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_what_is_offloaded_or_held_a_second_time_trains_alike(name: str, runs: Runs) -> None:
+    assert_same(runs, "sft", name, "zero0")
 
 
 @pytest.mark.parametrize("step", STEPS)
