@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from tristage.config import LoraSettings
 from tristage.errors import UserError
 from tristage.models import check_lora, load_causal_lm, load_reward_model, load_tokenizer
-from tristage.models.lora import adapters_off, add_adapters, merged_state
+from tristage.models.lora import adapters_off, add_adapters, merge_state
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -111,10 +111,10 @@ def test_merging_adds_alpha_over_rank_times_b_a() -> None:
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     state["inner.lora_A.default.weight"] = torch.tensor([[1.0, -1]])
     state["inner.lora_B.default.weight"] = torch.tensor([[1.0], [0], [2]])
-    merged = merged_state(model, state)
-    assert merged.keys() == {"inner.weight", "inner.bias"}
-    assert merged["inner.weight"].dtype == torch.bfloat16
-    assert merged["inner.weight"].tolist() == [[4, -1], [3, 4], [11, 0]]
+    merge_state(model, state)
+    assert state.keys() == {"inner.weight", "inner.bias"}
+    assert state["inner.weight"].dtype == torch.bfloat16
+    assert state["inner.weight"].tolist() == [[4, -1], [3, 4], [11, 0]]
 
 
 def test_adapters_switched_off_leave_the_base_and_come_back_trained(folder: Path) -> None:

@@ -135,19 +135,22 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def merged_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of `model`, adapters merged: W + alpha/rank B A in float32, then W's dtype, by W's plain name."""
-    state = dict(state)
+def merge_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Merge adapters in a state dict of `model`: W + alpha/rank B A in float32, then W's dtype, by W's plain name.
+
+    In place, so that memory holds the weights once; those that the model itself still uses are copied before.
+    """
     for name, layer in _lora_layers(model):
         a, b = (state.pop(f"{name}.lora_{which}.{ADAPTER}.weight").float() for which in "AB")
         change = layer.scaling[ADAPTER] * (b @ a)  # [out, in]
         if isinstance(layer.get_base_layer(), Conv1D):
             change = change.T  # GPT-2 keeps its weights [in, out]
         weight = state[f"{name}.base_layer.weight"]
-        state[f"{name}.base_layer.weight"] = (weight.float() + change).to(weight.dtype).contiguous()
+        if weight.data_ptr() == layer.get_base_layer().weight.data_ptr():
+            weight = state[f"{name}.base_layer.weight"] = weight.clone()
+        weight.copy_(weight.float() + change)
         for key in [key for key in state if key.startswith(f"{name}.base_layer.")]:
             state[key.replace(".base_layer.", ".")] = state.pop(key)
-    return state
 
 
 def save_adapter(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:

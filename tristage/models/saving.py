@@ -1,9 +1,14 @@
-"""Final exports: an ordinary Hugging Face folder, tokenizer and chat template included; beside it the adapter alone."""
+"""Final exports: an ordinary Hugging Face folder, tokenizer and chat template included; beside it the adapter alone.
+
+Rank 0 holds the weights once: its copy from the engine is merged and written without another.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,43 +24,51 @@ from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.kernels import is_quantized
 from tristage.models.loading import load_config_without_dropout
-from tristage.models.lora import base_path, has_adapters, load_adapter, merged_state, read_adapter_config, save_adapter
+from tristage.models.lora import base_path, has_adapters, load_adapter, merge_state, read_adapter_config, save_adapter
 from tristage.models.reward_model import load_reward_model
 from tristage.models.tokenizer import load_tokenizer
 
+SHARD_SIZE = "5GB"  # of one file of weights; a larger model has several, and an index
 
-def save_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+
+def save_model(
+    engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, shard_size: str = SHARD_SIZE
+) -> None:
     """Write an engine's model (a CausalLM or RewardModel wrapper) as safetensors with config and tokenizer.
 
     A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter; those
     beside quantised weights are merged into the base model that they were quantised from. With a value head trunk and
-    head are written as a critic, in FOLDER_critic.
+    head are written as a critic, in FOLDER_critic. Each folder appears whole or not at all, and is on the disk then.
+
+    Raises:
+        UserError: on rank 0, the disk is full; what was there is as it was.
     """
     state = full_state_dict(engine)
     if dist.is_main():
         model, value_head = engine.module.model, state.pop("value_head.weight", None)
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        state = {name.removeprefix("model."): state.pop(name) for name in list(state)}
         adapter = folder.with_name(folder.name + "_adapter")
         if has_adapters(model):
             with _whole(adapter) as beside:
                 save_adapter(model, state, beside)
                 tokenizer.save_pretrained(beside)
         if is_quantized(model):
-            _write_merged(base_path(model), str(adapter), folder, model.dtype)
+            _write_merged(base_path(model), str(adapter), folder, model.dtype, shard_size)
         else:
-            state = merged_state(model, state)
+            merge_state(model, state)
+            trunk = {} if value_head is None else dict(state)  # of the same tensors; writing empties `state`
             with _whole(folder) as beside:
-                model.save_pretrained(beside, state_dict=state)
+                model.save_pretrained(beside, state_dict=state, max_shard_size=shard_size)
                 tokenizer.save_pretrained(beside)
-        if value_head is not None:
-            with _whole(folder.with_name(folder.name + "_critic")) as beside:
-                _save_critic(model, state, value_head, beside)
-                tokenizer.save_pretrained(beside)
+            if value_head is not None:
+                with _whole(folder.with_name(folder.name + "_critic")) as beside:
+                    _save_critic(model, trunk, value_head, beside, shard_size)
+                    tokenizer.save_pretrained(beside)
     dist.barrier()
 
 
 def _save_critic(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], value_head: torch.Tensor, folder: Path
+    model: PreTrainedModel, state: dict[str, torch.Tensor], value_head: torch.Tensor, folder: Path, shard_size: str
 ) -> None:
     """A language model's trunk under a scalar head, as the reward models and critics that others open are kept."""
     config = copy.deepcopy(model.config)
@@ -63,7 +76,7 @@ def _save_critic(
     with torch.device("meta"):
         critic = AutoModelForSequenceClassification.from_config(config)
     trunk = {name: tensor for name, tensor in state.items() if name.startswith(f"{model.base_model_prefix}.")}
-    critic.save_pretrained(folder, state_dict=trunk | {"score.weight": value_head})
+    critic.save_pretrained(folder, state_dict=trunk | {"score.weight": value_head}, max_shard_size=shard_size)
 
 
 def merge_adapter(base: str, adapter: str, out: str) -> None:
@@ -75,10 +88,10 @@ def merge_adapter(base: str, adapter: str, out: str) -> None:
     if Path(out).exists():
         raise UserError(f"{out}: is there already; name a new folder")
     read_adapter_config(adapter)  # a better sentence than that of a missing base
-    _write_merged(base, adapter, Path(out), load_config_without_dropout(base).dtype)
+    _write_merged(base, adapter, Path(out), load_config_without_dropout(base).dtype, SHARD_SIZE)
 
 
-def _write_merged(base: str, adapter: str, out: Path, dtype: torch.dtype) -> None:
+def _write_merged(base: str, adapter: str, out: Path, dtype: torch.dtype, shard_size: str) -> None:
     scores = read_adapter_config(adapter).task_type == "SEQ_CLS"
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
@@ -90,19 +103,57 @@ def _write_merged(base: str, adapter: str, out: Path, dtype: torch.dtype) -> Non
     else:
         model = load_causal_lm(base, tokenizer, dtype=dtype).model
     load_adapter(model, adapter, load_file(weights))
+    state = model.state_dict()
+    merge_state(model, state)
     with _whole(out) as beside:
-        model.save_pretrained(beside, state_dict=merged_state(model, model.state_dict()))
+        model.save_pretrained(beside, state_dict=state, max_shard_size=shard_size)
         tokenizer.save_pretrained(beside)
 
 
 @contextlib.contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` at the end: it appears whole or not at all."""
-    beside = folder.with_name(folder.name + ".partial")
+    """A folder to write into that becomes `folder` at the end: at any instant that is whole, old or new, or not there.
+
+    Raises:
+        UserError: the disk is full; what was written is removed.
+    """
+    beside, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     remove_tree(beside)
-    yield beside
-    remove_tree(folder)
+    remove_tree(old)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        for path in [*beside.rglob("*"), beside]:
+            _sync(path)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        written = sum(path.stat().st_size for path in beside.rglob("*") if path.is_file())
+        remove_tree(beside)
+        raise UserError(
+            f"{folder}: the disk is full after {written} bytes of the model; make room, or set `output` to another disk "
+            "and copy the run there, and start again: training is not repeated"
+        ) from None
+    if folder.exists():
+        folder.rename(old)
     beside.rename(folder)
+    _sync(folder.parent)
+    remove_tree(old)
+
+
+def _is_full(error: Exception) -> bool:
+    """safetensors has an exception of its own, which keeps the system's words only."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
+
+
+def _sync(path: Path) -> None:
+    """A file, or what a folder says of its entries, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_tree(folder: Path) -> None:
