@@ -6,7 +6,6 @@ import ctypes
 import gc
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
