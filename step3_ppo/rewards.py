@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from step3_ppo.config import PPOConfig
+from tristage import watchdog
 from tristage.errors import UserError
 
 TextScorer = Callable[[list[str], list[str]], list[float]]  # (prompts, responses) -> scores
@@ -64,7 +65,8 @@ def score_texts(
 ) -> torch.Tensor:
     """[B] float32 on the CPU. Raises UserError when the function fails or gives no finite number for a response."""
     try:
-        scores = [float(score) for score in function(prompts, responses)]
+        with watchdog.doing(name):
+            scores = [float(score) for score in function(prompts, responses)]
     except Exception as error:  # whatever a user's function raises
         raise UserError(f"{name} failed on {len(prompts)} responses ({type(error).__name__}: {error})") from error
     if len(scores) != len(responses) or not all(map(math.isfinite, scores)):

@@ -19,7 +19,7 @@ from step3_ppo.rollout import Control, make_experience
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
 from tristage.batches import PromptBatch, SFTBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, load_control, save_checkpoint
+from tristage.checkpoint import check_resumable, load_checkpoint, load_control
 from tristage.config import BatchPlan, load_config, world_size_from_environment
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import Loader, deal
@@ -95,7 +95,8 @@ def train(
     extras = actor_extras(settings, inputs, average, tokenizer)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
     loader = prompt_loader(inputs.prompts, settings)
-    watch = Stopwatch(device)
+    own = None if average is None else average.state_dict
+    watch, saved = Stopwatch(device), first
     with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
 
         def evaluate_now(iteration: int) -> None:
@@ -112,10 +113,13 @@ def train(
         if first == 0:
             evaluate_now(0)
         for iteration in range(first + 1, settings.iterations + 1):
+            carried = control.state_dict()
             batch = next_prompts(loader, iteration, inputs.prompts, settings, tokenizer).to(device)
             experience, metrics = make_experience(
                 engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
             )
+            if run.stop_agreed(device):  # the rollout is dropped: a resumed run samples the same
+                run.stop_after(settings, iteration - 1, saved, trained, carried, own)
             if iteration == 1:
                 check_first_iteration(engines, experience, settings, plan)
             with watch("update"):
@@ -124,9 +128,8 @@ def train(
             last = iteration == settings.iterations
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):
                 evaluate_now(iteration)
-            if last or (settings.save_every and iteration % settings.save_every == 0):
-                own = None if average is None else average.state_dict()
-                save_checkpoint(settings, iteration, trained, control.state_dict(), own)
+            if run.save_if_due(settings, iteration, last, device, trained, control.state_dict(), own):
+                saved = iteration
     save_model(engines.actor, tokenizer, output / "final")
     if engines.critic is not None:
         save_model(engines.critic, tokenizer, output / "final_critic")

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from tristage import dist
+from tristage import dist, watchdog
 from tristage.engine import full_state_dict
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
@@ -26,18 +26,19 @@ def save_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
 
     A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter.
     """
-    state = full_state_dict(engine)
-    if dist.is_main():
-        model = engine.module.model
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        if has_adapters(model):
-            with _whole(folder.with_name(folder.name + "_adapter")) as beside:
-                save_adapter(model, state, beside)
+    with watchdog.phase("save"):
+        state = full_state_dict(engine)
+        if dist.is_main():
+            model = engine.module.model
+            state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            if has_adapters(model):
+                with _whole(folder.with_name(folder.name + "_adapter")) as beside:
+                    save_adapter(model, state, beside)
+                    tokenizer.save_pretrained(beside)
+            with _whole(folder) as beside:
+                model.save_pretrained(beside, state_dict=merged_state(model, state))
                 tokenizer.save_pretrained(beside)
-        with _whole(folder) as beside:
-            model.save_pretrained(beside, state_dict=merged_state(model, state))
-            tokenizer.save_pretrained(beside)
-    dist.barrier()
+        dist.barrier()
 
 
 def merge_adapter(base: str, adapter: str, out: str) -> None:
