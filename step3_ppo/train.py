@@ -96,7 +96,7 @@ def train(
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
     loader = prompt_loader(inputs.prompts, settings)
     own = None if average is None else average.state_dict
-    watch, saved = Stopwatch(device), first
+    watch, saved, warned = Stopwatch(device), first, False
     with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
 
         def evaluate_now(iteration: int) -> None:
@@ -120,6 +120,7 @@ def train(
             )
             if run.stop_agreed(device):  # the rollout is dropped: a resumed run samples the same
                 run.stop_after(settings, iteration - 1, saved, trained, carried, own)
+            warned = warned or warn_of_constant(metrics)
             if iteration == 1:
                 check_first_iteration(engines, experience, settings, plan)
             with watch("update"):
@@ -137,6 +138,14 @@ def train(
         with average.in_place():
             save_model(engines.actor, tokenizer, output / "final_ema")
     dist.print0(f"step 3 is done: {output / 'final'}")
+
+
+def warn_of_constant(metrics: dict[str, float]) -> bool:
+    """A reward that is the same for all responses may be what was meant, early on; it teaches nothing."""
+    constant = metrics["objective/score_std"] == 0
+    if constant:
+        dist.print0(f"warning: every response has the score {metrics['objective/score']:.4g}: nothing to learn from it")
+    return constant
 
 
 def restored(settings: PPOConfig, engines: Engines) -> tuple[Control, WeightAverage | None]:

@@ -74,7 +74,8 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
             os._exit(watchdog.EXIT_STALLED)  # leaving the process group of a lost rank may wait for ever
         watchdog.leave("done")
         dist.shutdown()  # not after an error: the others may sit in a collective, and the launcher ends them
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def stop_agreed(device: torch.device) -> bool:

@@ -77,12 +77,19 @@ class Ranks:
     """`Ranks(2, main, argv, log)` starts run.entry_point(main) on ranks of their own."""
 
     def __init__(
-        self, num: int, main: Callable[..., None], argv: list[str], log: Path, kill: Kill | None = None, **variables: str
+        self,
+        num: int,
+        main: Callable[..., None],
+        argv: list[str],
+        log: Path,
+        kill: Kill | None = None,
+        port: int | None = None,
+        **variables: str,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, main.__module__])
         self.log = log
-        port = free_port()
+        port = port or free_port()
         self.processes: list[Any] = [
             context.Process(target=_one_rank, args=(rank, num, port, main, argv, str(log), kill, variables))
             for rank in range(num)

@@ -1,4 +1,4 @@
-"""R1: `kill -9` of a random rank at a random moment, then the run started again: as if nothing had happened, bit for bit.
+"""R1: `kill -9` of a random rank at a random moment, then the run started again: as if it had never happened.
 
 The default run takes each training step once, each at another ZeRO stage; `-m slow` the other combinations. The draws
 are from the names of the cases: a failure happens again.

@@ -20,6 +20,7 @@ LAUNCHERS = {
     "launch/step3_ppo.sh": "step3_ppo.train",
 }
 SFT = "launch/step1_sft.sh"
+OPTIONS = "[--max-restarts N] [deepspeed launcher options]"
 
 DEEPSPEED = r"""#!/usr/bin/env bash
 printf '%s\n' "$@" >>"$CALLS"
@@ -185,7 +186,7 @@ def test_the_config_path_may_hold_spaces(launch, tmp_path):
 def test_without_a_config_a_launcher_says_its_usage_and_starts_nothing(launch, tmp_path, script, words):
     ended = launch(script, *words)
     assert ended.returncode == 2
-    assert ended.stderr == f"usage: bash {REPO / script} CONFIG [key=value ...] [deepspeed launcher options]\n"
+    assert ended.stderr == f"usage: bash {REPO / script} CONFIG [key=value ...] {OPTIONS}\n"
     assert calls(tmp_path) == []
 
 
