@@ -71,6 +71,7 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
             watchdog.leave("failed")
             if not of_another:
                 raise
+            time.sleep(watchdog.FOR_THE_LAUNCHER)
             os._exit(watchdog.EXIT_STALLED)  # leaving the process group of a lost rank may wait for ever
         watchdog.leave("done")
         dist.shutdown()  # not after an error: the others may sit in a collective, and the launcher ends them

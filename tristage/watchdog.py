@@ -35,7 +35,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: ended on a signal with its checkpoint; start
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL = 1.0  # seconds: a launcher and a scheduler that pass one request on send it twice
 LONG = 3.0  # the timeout before the first step and while saving, as a multiple
-FOR_THE_LAUNCHER = 5.0  # seconds to notice a lost rank and report its exit code instead of ours
+FOR_THE_LAUNCHER = 8.0  # seconds to notice a lost rank and report its exit code instead of ours
 SIGN_OF_LIFE = 1024  # bytes: always as many, so that a full disk has room for it
 
 
@@ -335,8 +335,9 @@ def min_place(everyone: dict[int, dict[str, Any]]) -> int:
 
 
 def describe(rank: int, sign: dict[str, Any]) -> str:
-    """"rank 1 on HOST (pid 7, after step 3, in rollout)"."""
-    return f"rank {rank} on {sign['host']} (pid {sign['pid']}, after step {sign['step'] or 0}, in {sign['phase']})"
+    """"rank 1 on HOST (pid 7, in rollout after step 3)"."""
+    place = f"in {sign['phase']}" + (f" after step {sign['step']}" if sign["step"] else "")
+    return f"rank {rank} on {sign['host']} (pid {sign['pid']}, {place})"
 
 
 _thread: Watchdog | None = None

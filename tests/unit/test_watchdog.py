@@ -93,7 +93,7 @@ def test_a_silent_rank_is_named(world, capsys):
 def test_of_ranks_that_stand_still_the_one_that_is_behind_is_named(world, capsys):
     world.signs[1] |= {"place": 9, "phase": "reward function f"}
     said = ending(world, capsys)
-    assert said.startswith("error: rank 1 on ") and "in reward function f) did not move for 9" in said
+    assert said.startswith("error: rank 1 on ") and "in reward function f after step 4) did not move for 9" in said
 
 
 def test_where_no_rank_is_behind_all_are_listed(world, capsys):
@@ -140,7 +140,7 @@ def test_a_rank_that_was_never_seen_is_not_watched(world):
 def test_a_rank_that_is_gone_ends_the_others_after_the_launcher_had_time_to_see_it(world, capsys, sign):
     world.live(3)
     world.signs[2] |= sign
-    world.live(5)
+    world.live(8)
     assert "rank 2 on" in ending(world, capsys, 3)
 
 
