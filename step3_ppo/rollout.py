@@ -15,7 +15,7 @@ import torch
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
 from step3_ppo.rewards import RewardTerm, decode, score_texts
-from tristage import dist, watchdog
+from tristage import dist
 from tristage.algo.masking import masked_mean, masked_moments, masked_sum, whiten
 from tristage.algo.ppo import (
     KLController,
@@ -279,9 +279,6 @@ def _in_micro_batches(
     Micro-batches are those of training, so that the old log-probabilities come from the same forward as the new.
     """
     order = sequences.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-    found = []
-    for rows in order.split(settings.ppo.micro_batch):
-        found.append(score(sequences.micro_batch(rows)))
-        watchdog.moved()
+    found = [score(sequences.micro_batch(rows)) for rows in order.split(settings.ppo.micro_batch)]
     back = order.argsort()
     return [torch.cat(parts)[back] for parts in zip(*found, strict=True)]

@@ -24,9 +24,9 @@ def _waiting(collective: F) -> F:
     """The watchdog sees that a rank in here has come further than one that is not."""
 
     @functools.wraps(collective)
-    def noted(*arguments: Any) -> Any:
+    def noted(*arguments: Any, **named: Any) -> Any:
         with watchdog.phase(f"{collective.__name__}, waiting for the others"):
-            return collective(*arguments)
+            return collective(*arguments, **named)
 
     return cast(F, noted)
 

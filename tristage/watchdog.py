@@ -36,7 +36,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL = 1.0  # seconds: a launcher and a scheduler that pass one request on send it twice
 LONG = 3.0  # the timeout before the first step and while saving, as a multiple
 FOR_THE_LAUNCHER = 8.0  # seconds to notice a lost rank and report its exit code instead of ours
-SIGN_OF_LIFE = 1024  # bytes: always as many, so that a full disk has room for it
+SIGN_OF_LIFE = 4096  # bytes: always as many, so that a full disk has room for it
 
 
 class Progress:
@@ -173,7 +173,7 @@ class Watchdog(threading.Thread):
         self.moves, self.moved_at, self.checked_at = -1, time.monotonic(), time.monotonic()
         self.stacks = open(folder / f"stacks_rank_{rank:05d}.txt", "a", encoding="utf-8")  # noqa: SIM115
         faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)
-        self.started = psutil.Process().create_time()
+        self.started, self.machine = psutil.Process().create_time(), machine()
         self.file.write_bytes(b" " * SIGN_OF_LIFE)
         self.seconds = seconds
         self.beat()
@@ -226,10 +226,14 @@ class Watchdog(threading.Thread):
         if not self.seconds:
             return
         self.beats += 1
-        sign = vars(progress) | {"beat": self.beats, "state": self.state, "verdict": self.verdict, "pid": os.getpid()}
-        sign |= {"host": platform.node(), "started": self.started}
+        sign = self.own_sign() | {"beat": self.beats, "state": self.state, "verdict": self.verdict}
         with contextlib.suppress(OSError), open(self.file, "r+b") as file:
             file.write(json.dumps(sign).encode().ljust(SIGN_OF_LIFE))
+
+    def own_sign(self) -> dict[str, Any]:
+        """Where this rank is, and who it is. Names are cut: a sign of life has its size."""
+        names = {"phase": progress.phase[:100], "host": platform.node()[:100], "machine": self.machine}
+        return vars(progress) | names | {"pid": os.getpid(), "started": self.started}
 
     def check(self) -> None:
         """End the run if a rank is lost or the ranks stand still."""
@@ -249,7 +253,7 @@ class Watchdog(threading.Thread):
                 os._exit(EXIT_STALLED)
             if sign["state"] == "failed" or (peer in running and self.is_gone(sign)):
                 self.lose(peer, sign)
-        everyone = running | {self.rank: vars(progress) | {"host": platform.node(), "pid": os.getpid()}}
+        everyone = running | {self.rank: self.own_sign()}
         allowed = self.seconds - 2 * self.interval  # noticed within the setting, not after it
         if any(sign["step"] is None or sign["phase"] == "save" for sign in everyone.values()):
             allowed *= LONG
@@ -274,14 +278,16 @@ class Watchdog(threading.Thread):
                     self.seen[peer], self.alive_at[peer] = sign, time.monotonic()
 
     def is_gone(self, sign: dict[str, Any]) -> bool:
-        """Whether the process that wrote `sign` has ended; False when it is on another host."""
-        if sign["host"] != platform.node():
+        """Whether the process that wrote `sign` has ended; False when it is on another machine."""
+        if sign["machine"] != self.machine:
             return False
         try:
             process = psutil.Process(sign["pid"])
             return process.create_time() != sign["started"] or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+        except psutil.Error:
+            return False
 
     def lose(self, peer: int, sign: dict[str, Any]) -> None:
         """A rank has ended: so do we, but let the launcher see that one first, for its exit code tells what happened.
@@ -313,7 +319,7 @@ class Watchdog(threading.Thread):
         """Say which rank, have every rank write its stacks, end."""
         self.verdict = f"{describe(peer, everyone[peer])} {what}"
         self.beat()
-        if peer != self.rank and everyone[peer]["host"] == platform.node():
+        if peer != self.rank and everyone[peer]["machine"] == self.machine:
             with contextlib.suppress(OSError):  # a stopped process writes its stacks, too, and takes signals
                 os.kill(everyone[peer]["pid"], signal.SIGCONT)
         self.dump(self.verdict)
@@ -328,6 +334,14 @@ class Watchdog(threading.Thread):
             self.stacks.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
             self.stacks.flush()
             faulthandler.dump_traceback(self.stacks, all_threads=True)
+
+
+def machine() -> str:
+    """Where a process number means the same process: host names of containers may be alike."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return platform.node()
 
 
 def min_place(everyone: dict[int, dict[str, Any]]) -> int:

@@ -29,6 +29,7 @@ from tests.helpers.tiny import REPO
 from tristage import run
 from tristage.metrics import RunLog, read_metrics
 
+STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 PATIENCE = 240.0  # seconds until a test gives up: machines are slow
 
 
@@ -87,7 +88,7 @@ class Ranks:
         **variables: str,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, main.__module__])
+        context.set_forkserver_preload([__name__, *(f"{step}.train" for step in STEPS)])
         self.log = log
         port = port or free_port()
         self.processes: list[Any] = [

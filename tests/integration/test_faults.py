@@ -193,28 +193,43 @@ def test_shared_memory_of_a_dead_run_does_no_harm(base, tmp_path):
 
 # -- under the launcher ------------------------------------------------------------------------------------
 
-JOB = """#!/usr/bin/env bash
-#SBATCH --signal=B:USR1@120 --requeue
-exec bash {launcher} {words}
+SCONTROL = """#!/usr/bin/env bash
+echo "$@" >>"$QUEUE"
 """
+
+
+def batch_job(folder: Path, words: list[str]) -> Path:
+    """The job script of README.md with these words, and a stand-in for Slurm's `scontrol` in `folder`/bin."""
+    readme = (tiny.REPO / "README.md").read_text()
+    (script,) = re.findall(r"```bash\n(#!/usr/bin/env bash\n#SBATCH.*?)```", readme, re.DOTALL)
+    command = "launch/step1_sft.sh my/step1_sft.yaml"
+    assert command in script
+    (folder / "bin").mkdir()
+    (folder / "bin/scontrol").write_text(SCONTROL)
+    (folder / "bin/scontrol").chmod(0o755)
+    (folder / "job.sh").write_text(script.replace(command, " ".join([f"{tiny.REPO}/{SFT}", *words])))
+    return folder / "job.sh"
 
 
 def test_one_run_through_all_that_a_machine_does_to_it(base, whole, tmp_path):
     words, output = sft(base, tmp_path)[1:], tmp_path / "sft"
     log = tmp_path / "log"
 
-    # A scheduler warns the batch shell and, after exit code 75, queues the job again.
-    (tmp_path / "job.sh").write_text(JOB.format(launcher=tiny.REPO / SFT, words=" ".join(words)))
-    codes = []
-    while not codes or codes[-1] == EXIT_PREEMPTED and len(codes) < 2:
-        before = steps_done(output)
-        job = Launched(str(tmp_path / "job.sh"), [], output, log)
-        job.reach(before + 3)
-        os.kill(job.process.pid, signal.SIGUSR1 if not codes else signal.SIGTERM)
-        codes.append(job.code())
-        assert job.left() == []
-        assert checkpoints(output)[-1] == f"step_{steps_done(output):06d}"
-    assert codes == [EXIT_PREEMPTED, EXIT_PREEMPTED], log.read_text()
+    # A scheduler warns the batch shell, which asks to be queued again.
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    slurm = {"PATH": path, "QUEUE": str(tmp_path / "queue"), "SLURM_JOB_ID": "17"}
+    job = Launched(str(batch_job(tmp_path, words)), [], output, log, **slurm)
+    job.reach(3)
+    os.kill(job.process.pid, signal.SIGUSR1)
+    assert job.code() == EXIT_PREEMPTED and job.left() == [], log.read_text()
+    assert (tmp_path / "queue").read_text() == "requeue 17\n"
+    assert checkpoints(output)[-1] == f"step_{steps_done(output):06d}"
+
+    run = Launched(SFT, words, output, log)
+    run.reach(steps_done(output) + 3)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.code() == EXIT_PREEMPTED and run.left() == [], log.read_text()
+    assert checkpoints(output)[-1] == f"step_{steps_done(output):06d}"
 
     # Ctrl-C in a terminal goes to the whole process group.
     run = Launched(SFT, words, output, log)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,8 @@ class World:
         with self.clock():
             self.dog.watch(folder, SECONDS, rank, ranks)
         watchdog.progress.step = 4
-        own = {"pid": os.getpid(), "host": platform.node(), "started": psutil.Process().create_time()}
+        own = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": "a"}
+        own |= {"machine": watchdog.machine()}
         for peer in self.dog.peers:
             self.signs[peer] = own | {"step": 4, "phase": "step", "place": 10, "moves": 20, "beat": 1}
             self.signs[peer] |= {"state": "running", "verdict": None}
@@ -144,8 +144,8 @@ def test_a_rank_that_is_gone_ends_the_others_after_the_launcher_had_time_to_see_
     assert "rank 2 on" in ending(world, capsys, 3)
 
 
-def test_a_process_of_another_host_is_not_looked_for_here(world):
-    world.signs[2] |= {"host": "elsewhere", "pid": 2**22 + 1}
+def test_a_process_of_another_machine_is_not_looked_for_here(world):
+    world.signs[2] |= {"machine": "elsewhere", "pid": 2**22 + 1}
     world.live(20)
 
 
@@ -172,6 +172,8 @@ def test_the_verdict_of_rank_0_ends_the_others_which_write_their_stacks(tmp_path
 def test_a_sign_of_life_is_always_as_long(world):
     for place in (1, 10**9):
         watchdog.progress.place = place
+        watchdog.progress.phase = "a reward function of a long name " * place if place < 10 else "\u00e4\u4e2d" * 500
+        world.dog.verdict = "\u4e2d" * 400
         world.dog.beat()
         assert world.dog.file.stat().st_size == watchdog.SIGN_OF_LIFE
         assert json.loads(world.dog.file.read_text())["place"] == place
