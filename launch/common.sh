@@ -181,6 +181,7 @@ launch_step() {
     local status restart=0 port port_option
     while true; do
         port=none port_option=()
+        if [[ "$given" =~ --master_port[=\ ]([0-9]+) ]]; then port="${BASH_REMATCH[1]}"; fi
         if [[ ! "$given" =~ \ (--(master_port|hostfile)|-H\ ) ]]; then
             port="$(free_port)"
             port_option=(--master_port "$port")

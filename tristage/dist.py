@@ -62,7 +62,6 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
     if use_gpu:
         torch.cuda.set_device(local_rank())
     if not torch_dist.is_initialized():
-        _remove_buffer()  # of a run that was killed and met at the same port
         try:
             torch_dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
         except torch_dist.DistNetworkError as error:
@@ -164,10 +163,6 @@ def shutdown() -> None:
     """
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
-        _remove_buffer()
-
-
-def _remove_buffer() -> None:
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}")
-    buffer.unlink(missing_ok=True)
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}")
+        buffer.unlink(missing_ok=True)

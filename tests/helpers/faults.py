@@ -122,7 +122,7 @@ def _one_rank(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num), MASTER_ADDR="127.0.0.1")
-    os.environ.update(LOCAL_WORLD_SIZE=str(num), MASTER_PORT=str(port))
+    os.environ.update(LOCAL_WORLD_SIZE=str(num), LOCAL_SIZE=str(num), MASTER_PORT=str(port))
     torch.set_num_threads(1)
     sys.argv = ["train", *argv]
     with kill_at(kill if kill is not None and kill.rank == rank else None):
