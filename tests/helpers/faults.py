@@ -90,9 +90,9 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *(f"{step}.train" for step in STEPS)])
         self.log = log
-        port = port or free_port()
+        self.port = port or free_port()
         self.processes: list[Any] = [
-            context.Process(target=_one_rank, args=(rank, num, port, main, argv, str(log), kill, variables))
+            context.Process(target=_one_rank, args=(rank, num, self.port, main, argv, str(log), kill, variables))
             for rank in range(num)
         ]
         for process in self.processes:
@@ -112,7 +112,11 @@ class Ranks:
                     process.kill()
                 raise AssertionError(f"still running after {patience} s:\n{self.log.read_text()}")
             time.sleep(0.05)
-        return [process.exitcode for process in self.processes]
+        codes = [process.exitcode for process in self.processes]
+        if any(codes):  # as the launcher does
+            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
+                buffer.unlink()
+        return codes
 
 
 def _one_rank(
