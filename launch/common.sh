@@ -30,7 +30,10 @@ ensure_environment() {
 # Without a GPU DeepSpeed compiles a small op on first use; do it here, once, and say so.
 build_cpu_op() {
     if has_gpu; then return; fi
-    mkdir -p "$TORCH_EXTENSIONS_DIR"
+    if ! { mkdir -p "$TORCH_EXTENSIONS_DIR" && : >>"$TORCH_EXTENSIONS_DIR/.builder"; } 2>/dev/null; then
+        echo "error: $TORCH_EXTENSIONS_DIR cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can" >&2
+        exit 2
+    fi
     (
         flock 9
         # Ranks hold `lock` for a moment when they load the op: an old one is left over from a killed run.
@@ -60,12 +63,87 @@ has_gpu() {
     [[ "$HAS_GPU" == yes ]]
 }
 
-# launch_step MODULE CONFIG [key=value ...] [deepspeed launcher options]
+# Pids of this run on this machine, DeepSpeed's launcher included: all inherit the variable.
+run_pids() { grep -lszxF "PYTHON_TRISTAGE_RUN=$RUN_MARK" /proc/[0-9]*/environ | cut -d/ -f3 || true; }
+
+# Those of them that are ranks, of module $1.
+rank_pids() {
+    local pid
+    for pid in $(run_pids); do
+        if tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -q -- " -u -m $1 "; then echo "$pid"; fi
+    done
+}
+
+kill_all() {
+    # shellcheck disable=SC2046
+    kill "$1" $(run_pids) 2>/dev/null || true
+}
+
+# A signal to this shell, from a terminal, a scheduler or a user: the first asks the ranks to end after their step, which
+# DeepSpeed's launcher would not let them (it kills them), the second ends everything. $1: its name, $2: the module.
+on_signal() {
+    local ranks
+    INTERRUPTED=yes
+    if [[ -n "$STOPPED_BY" ]]; then
+        kill_all -KILL
+    else
+        STOPPED_BY="$1"
+        echo "SIG$1: ending after this step, with a checkpoint (a second signal ends at once)" >&2
+        ranks="$(rank_pids "$2")"
+        # shellcheck disable=SC2086
+        if [[ -n "$ranks" ]]; then kill -TERM $ranks 2>/dev/null || true; else kill_all -TERM; fi
+    fi
+}
+
+# run_deepspeed MODULE PORT ARGUMENT ...: one start of the ranks, to the end of the last of them; the exit code.
+run_deepspeed() {
+    local module="$1" port="$2" status=0 second child name seconds=0
+    shift 2
+    RUN_MARK="$(mktemp -d "${TMPDIR:-/tmp}/tristage.XXXXXX")"
+    STOPPED_BY=""
+    for name in TERM INT USR1 HUP; do
+        # shellcheck disable=SC2064
+        trap "on_signal $name $module" "$name"
+    done
+    # In a session of its own, out of reach of a terminal's Ctrl-C and of signals to this process group. The name starts
+    # with PYTHON because DeepSpeed hands only such variables on to other nodes.
+    (
+        trap '' USR1
+        export PYTHON_TRISTAGE_RUN="$RUN_MARK"
+        exec setsid deepspeed --log_level error --no_local_rank "$@"
+    ) &
+    child=$!
+    while INTERRUPTED=no; do
+        second=0
+        wait "$child" || second=$?
+        [[ "$second" == 127 ]] || status="$second"
+        [[ "$INTERRUPTED" == yes ]] || break
+    done
+    # A signal that was sent to every process ended the launcher, but not the ranks, which save.
+    while [[ -n "$STOPPED_BY" && -n "$(run_pids)" && "$seconds" -lt 60 ]]; do
+        sleep 1 || true
+        seconds=$((seconds + 1))
+    done
+    kill_all -KILL
+    trap - TERM INT USR1 HUP
+    if [[ -n "$STOPPED_BY" && "$status" != 0 ]]; then
+        # 143, 241 (-15): ranks that had not got so far as to handle the signal.
+        if [[ -e "$RUN_MARK/preempted" || "$status" == 143 || "$status" == 241 ]]; then status=75; fi
+    fi
+    rm -rf "$RUN_MARK"
+    # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
+    [[ "$port" == none ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
+    return "$status"
+}
+
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+
+# launch_step MODULE CONFIG [key=value ...] [--max-restarts N] [deepspeed launcher options]
 launch_step() {
-    local module="$1" options=() settings=() word
+    local module="$1" options=() settings=() word restarts=0
     shift
     if [[ $# -eq 0 || "$1" == -* ]]; then
-        echo "usage: bash $0 CONFIG [key=value ...] [deepspeed launcher options]" >&2
+        echo "usage: bash $0 CONFIG [key=value ...] [--max-restarts N] [deepspeed launcher options]" >&2
         exit 2
     fi
     local config="$1"
@@ -73,7 +151,13 @@ launch_step() {
     # A word after a --option belongs to it unless it is another option or a key=value.
     local after_option=no
     for word in "$@"; do
-        if [[ "$word" == -* ]]; then
+        if [[ "$after_option" == restarts ]]; then
+            restarts="$word" after_option=no
+        elif [[ "$word" == --max-restarts ]]; then
+            restarts="" after_option=restarts
+        elif [[ "$word" == --max-restarts=* ]]; then
+            restarts="${word#*=}" after_option=no
+        elif [[ "$word" == -* ]]; then
             options+=("$word")
             [[ "$word" == *=* ]] && after_option=no || after_option=yes
         elif [[ "$after_option" == yes && "$word" != *=* ]]; then
@@ -84,22 +168,33 @@ launch_step() {
             after_option=no
         fi
     done
+    if [[ ! "$restarts" =~ ^[0-9]+$ ]]; then
+        echo "error: --max-restarts needs a number" >&2
+        exit 2
+    fi
     local given=" ${options[*]-} "
     if ! has_gpu; then
         build_cpu_op
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
         [[ "$given" =~ \ (--(num_gpus|num_accelerators|hostfile|include|exclude)|-[Hie]\ ) ]] || options+=(--num_gpus 2)
     fi
-    local port=none
-    if [[ ! "$given" =~ \ (--(master_port|hostfile)|-H\ ) ]]; then
-        port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-        options+=(--master_port "$port")
-    fi
-    local status=0
-    deepspeed --log_level error --no_local_rank "${options[@]}" --module "$module" --config "$config" "${settings[@]}" || status=$?
-    # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
-    [[ "$port" == none ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
-    return "$status"
+    local status restart=0 port port_option
+    while true; do
+        port=none port_option=()
+        if [[ "$given" =~ --master_port[=\ ]([0-9]+) ]]; then port="${BASH_REMATCH[1]}"; fi
+        if [[ ! "$given" =~ \ (--(master_port|hostfile)|-H\ ) ]]; then
+            port="$(free_port)"
+            port_option=(--master_port "$port")
+        fi
+        status=0
+        run_deepspeed "$module" "$port" "${options[@]}" "${port_option[@]}" \
+            --module "$module" --config "$config" "${settings[@]}" || status=$?
+        # Not after success, what the user has to mend, or a signal; a scheduler starts again after 75.
+        case "$status" in 0 | 2 | 75) return "$status" ;; esac
+        if [[ -n "$STOPPED_BY" || "$restart" -ge "$restarts" ]]; then return "$status"; fi
+        restart=$((restart + 1))
+        echo "exit code $status: restart $restart of at most $restarts" >&2
+    done
 }
 
 # run_step NAME MODULE CONFIG OUT ...: launch_step, unless OUT/final says that the step is finished.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ LAUNCHERS = {
     "launch/step3_ppo.sh": "step3_ppo.train",
 }
 SFT = "launch/step1_sft.sh"
+OPTIONS = "[--max-restarts N] [deepspeed launcher options]"
 
 DEEPSPEED = r"""#!/usr/bin/env bash
 printf '%s\n' "$@" >>"$CALLS"
@@ -185,7 +187,7 @@ def test_the_config_path_may_hold_spaces(launch, tmp_path):
 def test_without_a_config_a_launcher_says_its_usage_and_starts_nothing(launch, tmp_path, script, words):
     ended = launch(script, *words)
     assert ended.returncode == 2
-    assert ended.stderr == f"usage: bash {REPO / script} CONFIG [key=value ...] [deepspeed launcher options]\n"
+    assert ended.stderr == f"usage: bash {REPO / script} CONFIG [key=value ...] {OPTIONS}\n"
     assert calls(tmp_path) == []
 
 
@@ -197,6 +199,55 @@ def test_a_launcher_finds_the_repository_from_anywhere(launch, tmp_path):
     (tmp_path / "bin/deepspeed").write_text('#!/usr/bin/env bash\necho "$PYTHONPATH" >"$CALLS"\n')
     launch(SFT, "a.yaml", PYTHONPATH="/theirs")
     assert (tmp_path / "calls").read_text() == f"{REPO}:/theirs\n"
+
+
+@pytest.mark.parametrize("words", [["--max-restarts", "2"], ["--max-restarts=2"]])
+@pytest.mark.parametrize("code, starts", [(1, 3), (70, 3), (247, 3), (0, 1), (2, 1), (75, 1)])
+def test_restarts_follow_failures_that_another_start_may_mend(launch, tmp_path, words, code, starts):
+    ended = launch(SFT, "a.yaml", *words, "seed=1", DEEPSPEED_EXIT=str(code))
+    assert ended.returncode == code
+    assert len(calls(tmp_path)) == starts
+    told = [f"exit code {code}: restart {i} of at most 2" for i in range(1, starts)]
+    assert ended.stderr.splitlines() == told
+    assert not any("restarts" in word for call in calls(tmp_path) for word in call)
+    assert all(call[-1] == "seed=1" for call in calls(tmp_path))
+
+
+@pytest.mark.parametrize("words", [["--max-restarts"], ["--max-restarts", "seed=1"], ["--max-restarts=often"]])
+def test_restarts_need_a_number(launch, tmp_path, words):
+    ended = launch(SFT, "a.yaml", *words)
+    assert (ended.returncode, ended.stderr) == (2, "error: --max-restarts needs a number\n")
+    assert calls(tmp_path) == []
+
+
+# -- the CPU op --------------------------------------------------------------------------------------------
+
+
+def test_a_killed_first_build_leaves_no_lock(launch, tmp_path):
+    (tmp_path / "extensions/torch/op").mkdir(parents=True)
+    (tmp_path / "extensions/torch/op/lock").touch()
+    assert launch(SFT, "a.yaml").returncode == 0
+    assert not (tmp_path / "extensions/torch/op/lock").exists() and len(calls(tmp_path)) == 1
+
+
+def test_only_an_old_lock_of_a_finished_op_is_removed(launch, tmp_path):
+    folder = tmp_path / "extensions/torch/op"
+    folder.mkdir(parents=True)
+    (folder / "deepspeed_shm_comm.so").touch()
+    for age in (60, 600):
+        (folder / "lock").touch()
+        then = time.time() - age
+        os.utime(folder / "lock", (then, then))
+        launch(SFT, "a.yaml")
+        assert (folder / "lock").exists() == (age == 60)
+
+
+def test_a_folder_for_the_op_that_cannot_be_written_is_one_sentence(launch, tmp_path):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file/extensions")
+    ended = launch(SFT, "a.yaml", TORCH_EXTENSIONS_DIR=folder)
+    assert (ended.returncode, calls(tmp_path)) == (2, [])
+    assert ended.stderr == f"error: {folder} cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can\n"
 
 
 # -- the pipeline ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from tristage import dist
+from tristage import dist, watchdog
 from tristage.engine import full_state_dict
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
@@ -43,28 +43,35 @@ def save_model(
     Raises:
         UserError: on rank 0, the disk is full; what was there is as it was.
     """
-    state = full_state_dict(engine)
-    if dist.is_main():
-        model, value_head = engine.module.model, state.pop("value_head.weight", None)
-        state = {name.removeprefix("model."): state.pop(name) for name in list(state)}
-        adapter = folder.with_name(folder.name + "_adapter")
-        if has_adapters(model):
-            with _whole(adapter) as beside:
-                save_adapter(model, state, beside)
-                tokenizer.save_pretrained(beside)
-        if is_quantized(model):
-            _write_merged(base_path(model), str(adapter), folder, model.dtype, shard_size)
-        else:
-            merge_state(model, state)
-            trunk = {} if value_head is None else dict(state)  # of the same tensors; writing empties `state`
-            with _whole(folder) as beside:
-                model.save_pretrained(beside, state_dict=state, max_shard_size=shard_size)
-                tokenizer.save_pretrained(beside)
-            if value_head is not None:
-                with _whole(folder.with_name(folder.name + "_critic")) as beside:
-                    _save_critic(model, trunk, value_head, beside, shard_size)
-                    tokenizer.save_pretrained(beside)
-    dist.barrier()
+    with watchdog.phase("save"):
+        state = full_state_dict(engine)
+        if dist.is_main():
+            _write(engine.module.model, state, tokenizer, folder, shard_size)
+        dist.barrier()
+
+
+def _write(
+    model: Any, whole: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path, shard_size: str
+) -> None:
+    """The folders of save_model from the wrapper's state `whole`, which is empty afterwards."""
+    value_head = whole.pop("value_head.weight", None)
+    state = {name.removeprefix("model."): whole.pop(name) for name in list(whole)}
+    adapter = folder.with_name(folder.name + "_adapter")
+    if has_adapters(model):
+        with _whole(adapter) as beside:
+            save_adapter(model, state, beside)
+            tokenizer.save_pretrained(beside)
+    if is_quantized(model):
+        _write_merged(base_path(model), str(adapter), folder, model.dtype, shard_size)
+    else:
+        merge_state(model, state)
+        with _whole(folder) as beside:  # transformers empties the dict that it is given
+            model.save_pretrained(beside, state_dict=dict(state), max_shard_size=shard_size)
+            tokenizer.save_pretrained(beside)
+    if value_head is not None:
+        with _whole(folder.with_name(folder.name + "_critic")) as beside:
+            _save_critic(model, state, value_head, beside, shard_size)
+            tokenizer.save_pretrained(beside)
 
 
 def _save_critic(
@@ -131,8 +138,8 @@ def _whole(folder: Path) -> Iterator[Path]:
         written = sum(path.stat().st_size for path in beside.rglob("*") if path.is_file())
         remove_tree(beside)
         raise UserError(
-            f"{folder}: the disk is full after {written} bytes of the model; make room, or set `output` to another disk "
-            "and copy the run there, and start again: training is not repeated"
+            f"{folder}: the disk is full after {written} bytes of the model; make room and start again: "
+            "training is not repeated"
         ) from None
     if folder.exists():
         folder.rename(old)
