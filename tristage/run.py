@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -36,6 +37,7 @@ from tristage.health import Health
 from tristage.models import Kernels, check_kernels, check_lora, check_model, check_quantized, load_tokenizer
 
 EXIT_USER_ERROR = 2
+SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|(api|access|secret)[_-]?key)$", re.IGNORECASE)
 # torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -297,7 +299,7 @@ def _warn_of_other_data(settings: RunSettings, before: Path, data_fingerprint: s
 def _environment(device: torch.device) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "command": sys.argv,
+        "command": [without_secret(word) for word in sys.argv],
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "ranks": dist.world_size(),
         "device": f"{device.type} ({name})",
@@ -305,6 +307,12 @@ def _environment(device: torch.device) -> dict[str, object]:
         "versions": {package: _version(package) for package in PACKAGES},
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def without_secret(word: str) -> str:
+    """A word of the command line; of `key=value` with a name such as hub_token or api_key, the name alone."""
+    name, equals, _ = word.partition("=")
+    return f"{name}=***" if equals and SECRET.search(name) else word
 
 
 def _version(package: str) -> str:

@@ -303,14 +303,21 @@ def one_batch_short(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def one_bit_flipped(content: bytes) -> bytes:
+    """Of the ids: the same size, and Arrow opens it."""
+    place = content.index(np.array([2, 4, 3, 5, 1], np.int32).tobytes())
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
 DAMAGES = {"a byte short": lambda content: content[:-1], "empty": lambda _: b"", "gone": lambda _: None}
 
 
 @pytest.mark.parametrize(
     "name, damage",
     [(name, damage) for name in ("rows.arrow", "meta.json") for damage in DAMAGES.values()]
-    + [("rows.arrow", one_batch_short)],
-    ids=[f"{name} {damage}" for name in ("rows.arrow", "meta.json") for damage in DAMAGES] + ["a batch short"],
+    + [("rows.arrow", one_batch_short), ("rows.arrow", one_bit_flipped), ("meta.json", lambda _: b"{}")],
+    ids=[f"{name} {damage}" for name in ("rows.arrow", "meta.json") for damage in DAMAGES]
+    + ["a batch short", "a bit flipped", "meta.json of nothing"],
 )
 def test_a_set_that_was_damaged_is_made_again(file, calls, monkeypatch, name, damage):
     monkeypatch.setattr(store, "CHUNK", 2)
@@ -320,6 +327,16 @@ def test_a_set_that_was_damaged_is_made_again(file, calls, monkeypatch, name, da
     content = damage(target.read_bytes())
     target.unlink() if content is None else target.write_bytes(content)
     assert list(prepared(file).rows) == whole and len(calls) == 4
+
+
+def test_what_a_run_makes_of_the_cache_is_for_its_user_alone(file, tmp_path):
+    before = os.umask(0)
+    try:
+        prepared(file)
+    finally:
+        os.umask(before)
+    cache = file.parent / "cache"
+    assert [path.stat().st_mode & 0o777 for path in (cache, cache / folders(file)[0])] == [0o700, 0o700]
 
 
 # -- several processes -------------------------------------------------------------------------------------

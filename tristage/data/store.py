@@ -2,8 +2,8 @@
 
 A set lives in CACHE/<key>/, where the key is a hash of everything that its tokens depend on: the bytes of the
 source, how it is read, the tokenizer, its template, the token limit and policy, and the versions of the code that
-made it. It is written beside, flushed and renamed, so a folder with that name is whole. Preparing happens before
-ranks join a process group: no rank can time out in a collective while another tokenises.
+made it. It is written beside, flushed and renamed, so a folder with that name is whole; a checksum tells if it still
+is. Preparing happens before ranks join a process group: no rank can time out in a collective while another tokenises.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tristage.data.template import Tokenizer, template_fingerprint
 from tristage.data.tokenize import Example, Item, Policy, encode
 from tristage.errors import UserError
 
-FORMAT = 2  # raise it when the schema or the meaning of a column changes
+FORMAT = 3  # raise it when the schema or the meaning of a column changes
 CHUNK = 512  # rows that one call of the tokenizer and one task of a worker hold
 CHUNKS_A_BATCH = 32  # chunks that one batch of the Arrow file holds
 ROWS_BEFORE_WORKERS = 16 * CHUNK  # starting processes takes seconds; a smaller set is done by then
@@ -164,7 +164,7 @@ def prepare(
             time.sleep(0.2)
         return Prepared(folder)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds the rows' text; what is there keeps its mode
         with FileLock(cache / f"{key}.lock"):  # of another run that wants the same set at the same time
             if not _is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -185,12 +185,23 @@ def prepare(
 
 
 def _is_whole(folder: Path) -> bool:
-    """A folder is renamed into place when it is complete; the size tells if a full or failing disk cut it after."""
+    """A folder is renamed into place when it is complete; a failing disk or somebody else may have changed it since.
+
+    Every rank looks for itself: no rank may map rows that local rank 0 is about to make anew.
+    """
     try:
-        size = json.loads((folder / "meta.json").read_text())["bytes"]
-        return (folder / "rows.arrow").stat().st_size == size
-    except (FileNotFoundError, json.JSONDecodeError):
+        meta, rows = json.loads((folder / "meta.json").read_text()), folder / "rows.arrow"
+        return bool(rows.stat().st_size == meta["bytes"] and _checksum(rows) == meta["sha256"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
+
+
+def _checksum(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _key(source: OpenSource, tokenizer: Tokenizer, policy: Policy) -> str:
@@ -249,8 +260,9 @@ def _write(
                 told = time.monotonic()
                 print(f"{source.name}: {kept} rows tokenised", flush=True)
         flush()
-    size = (folder / "rows.arrow").stat().st_size
-    meta = {"source": source.name, "rows": kept, "dropped": +dropped, "bad": bad, "bytes": size}
+    rows = folder / "rows.arrow"
+    of_rows = {"bytes": rows.stat().st_size, "sha256": _checksum(rows)}
+    meta = {"source": source.name, "rows": kept, "dropped": +dropped, "bad": bad} | of_rows
     (folder / "meta.json").write_text(json.dumps(meta))
     for file in folder.iterdir():
         with file.open("rb") as written:
