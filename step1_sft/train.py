@@ -17,14 +17,14 @@ from step1_sft.config import SFTConfig
 from step1_sft.evaluate import evaluate
 from tristage import dist, run
 from tristage.batches import SFTBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from tristage.checkpoint import load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_packed, collate_sft, pick
 from tristage.data.packing import PackedRows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example
-from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine
 from tristage.errors import UserError
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import check_packable, load_causal_lm, save_model
@@ -37,7 +37,6 @@ def main(argv: list[str]) -> None:
     plan, config, tokenizer = run.check_training(settings)
     if settings.packing:
         check_packable(settings.model)
-    check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
 
@@ -46,7 +45,8 @@ def train(
     settings: SFTConfig, plan: BatchPlan, config: dict[str, Any], tokenizer: Any, rows: Rows, heldout: Rows
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
-    device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
+    device, found = run.start(settings, fingerprint([rows, heldout]))
+    output = Path(settings.output)
     dist.print0(f"step 1, supervised fine-tuning: {plan}")
     model = run.load_trained(load_causal_lm, settings, config, tokenizer)
     collate: Any = collate_packed if settings.packing else collate_sft
@@ -55,7 +55,7 @@ def train(
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     if settings.packing:
         check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)
-    first = load_checkpoint(settings, {"model": engine})
+    first = load_checkpoint(settings, found, {"model": engine})
     watch = Stopwatch(device)
     with RunLog(output, "sft", loader.total_steps, first, SHOWN) as log:
         if first == 0:
@@ -71,7 +71,7 @@ def train(
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
             if last or (settings.save_every and step % settings.save_every == 0):
-                save_checkpoint(settings, step, {"model": engine})
+                save_checkpoint(settings, step, {"model": engine}, heldout=log.heldout_of(step))
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 1 is done: {output / 'final'}")
 

@@ -20,14 +20,14 @@ from step2_reward_model.evaluate import evaluate, pair_metrics, pair_options, pr
 from step2_reward_model.measures import length_warning
 from tristage import dist, run
 from tristage.batches import PreferenceBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from tristage.checkpoint import load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, collate_sft, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
-from tristage.engine import backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.engine import backward_mean, optimizer_step, train_engine
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import last_token_scores, load_reward_model, save_model
 
@@ -42,7 +42,6 @@ SHOWN = {
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
-    check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
 
@@ -56,12 +55,13 @@ def train(
     heldout: Rows,
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
-    device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
+    device, found = run.start(settings, fingerprint([rows, heldout]))
+    output = Path(settings.output)
     dist.print0(f"step 2, reward model: {plan}")
     model = run.load_trained(load_reward_model, settings, config, tokenizer, new_head_seed=settings.seed)
     loader = run.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
-    first = load_checkpoint(settings, {"model": engine})
+    first = load_checkpoint(settings, found, {"model": engine})
     watch = Stopwatch(device)
     with RunLog(output, "reward model", loader.total_steps, first, SHOWN) as log:
         if first == 0:
@@ -80,7 +80,7 @@ def train(
                 if last and (warning := length_warning(measured)):
                     dist.print0(warning)
             if last or (settings.save_every and step % settings.save_every == 0):
-                save_checkpoint(settings, step, {"model": engine})
+                save_checkpoint(settings, step, {"model": engine}, heldout=log.heldout_of(step))
     if settings.normalize:
         normalize_scores(engine, rows, settings, tokenizer, device)
     save_model(engine, tokenizer, output / "final")

@@ -19,7 +19,7 @@ from step3_ppo.rollout import Control, make_experience
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
 from tristage.batches import PromptBatch, SFTBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, load_control, save_checkpoint
+from tristage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, load_config, world_size_from_environment
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import Loader, deal
@@ -27,7 +27,6 @@ from tristage.data.packing import Blocks
 from tristage.data.sets import fingerprint, load_sets, load_text_blocks
 from tristage.data.store import Rows
 from tristage.ema import WeightAverage
-from tristage.engine import zero_stage
 from tristage.errors import UserError
 from tristage.metrics import RunLog, Stopwatch
 from tristage.models import save_model
@@ -59,7 +58,6 @@ def main(argv: list[str]) -> None:
     dist.check_device(settings.device, settings.file)
     plan = settings.plan(world_size_from_environment())
     configs = engine_configs(settings, plan)
-    check_resumable(settings, {name: zero_stage(configs[name]) for name in TRAINED if name in configs})
     tokenizer = check_models(settings)
     train(settings, plan, configs, tokenizer, load_inputs(settings, tokenizer))
 
@@ -83,15 +81,15 @@ def train(
     settings: PPOConfig, plan: BatchPlan, configs: dict[str, dict[str, Any]], tokenizer: Any, inputs: Inputs
 ) -> None:
     """Iterate from the latest checkpoint, or from the start, to the last iteration; export actor and critic."""
-    device = run.start(settings, fingerprint([inputs.prompts, inputs.heldout]))
+    device, found = run.start(settings, fingerprint([inputs.prompts, inputs.heldout]))
     output = Path(settings.output)
     dist.print0(f"step 3, PPO: {settings.responses} responses an iteration, {settings.ppo.epochs} epochs, {plan}")
     if settings.rollout.top_p < 1 or settings.rollout.top_k:
         dist.print0("rollout.top_p or top_k filters sampling: the sampled law is not the scored one, KL is biased")
     engines = build_engines(settings, configs, tokenizer)
     trained = {name: getattr(engines, name) for name in TRAINED if name in configs}
-    first = load_checkpoint(settings, trained)
-    control, average = restored(settings, engines)
+    first = load_checkpoint(settings, found, trained)
+    control, average = restored(settings, engines, found)
     extras = actor_extras(settings, inputs, average, tokenizer)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
     loader = prompt_loader(inputs.prompts, settings)
@@ -125,8 +123,8 @@ def train(
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):
                 evaluate_now(iteration)
             if last or (settings.save_every and iteration % settings.save_every == 0):
-                own = None if average is None else average.state_dict()
-                save_checkpoint(settings, iteration, trained, control.state_dict(), own)
+                own = None if average is None else average.pieces()
+                save_checkpoint(settings, iteration, trained, control.state_dict(), own, log.heldout_of(iteration))
     save_model(engines.actor, tokenizer, output / "final")
     if engines.critic is not None:
         save_model(engines.critic, tokenizer, output / "final_critic")
@@ -136,18 +134,17 @@ def train(
     dist.print0(f"step 3 is done: {output / 'final'}")
 
 
-def restored(settings: PPOConfig, engines: Engines) -> tuple[Control, WeightAverage | None]:
-    """KL coefficient, reward scale and moving average, as the latest checkpoint has them or new."""
+def restored(settings: PPOConfig, engines: Engines, found: Checkpoint | None) -> tuple[Control, WeightAverage | None]:
+    """KL coefficient, reward scale and moving average, as the checkpoint has them or new."""
     control, average = Control.of(settings), None
     if settings.ema is not None:
         steps = settings.total_steps - settings.warmup_steps  # the actor's, which follow the critic's warm-up
         start = settings.warmup_steps + int(settings.ema.start * steps)
         average = WeightAverage(engines.actor, settings.ema.decay, start)
-    state, own = load_control(settings)
-    if state is not None:
-        control.load_state_dict(state)
-    if average is not None and own is not None:
-        average.load_state_dict(own)
+    if found is not None and found.control is not None:
+        control.load_state_dict(found.control)
+    if average is not None and found is not None and (pieces := found.pieces("own")) is not None:
+        average.restore(pieces)
     return control, average
 
 

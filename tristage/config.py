@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tristage.errors import UserError
 
@@ -163,6 +172,13 @@ class DataSettings(Settings):
         return shares
 
 
+class KeepBest(Settings):
+    """Which checkpoint is the best one, which then stays however old it is."""
+
+    metric: str = Field(description="A held-out metric of metrics.jsonl, such as sft/loss.")
+    lower: bool = Field(True, description="Lower is better; false: higher is.")
+
+
 class RunSettings(Settings):
     """What every step has."""
 
@@ -172,15 +188,32 @@ class RunSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs when there are any.")
     precision: Precision = Field("bf16", description="Weights and activations; losses are always float32.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
-    keep_last: int = Field(2, ge=1, description="Checkpoints kept on disk.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints kept on disk.")
+    keep_every: int = Field(0, ge=0, description="Checkpoints of every so many-th step stay besides; 0: none.")
+    keep_best: KeepBest | None = Field(None, description="The best checkpoint by a held-out metric stays besides.")
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after only.")
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto continues from output/checkpoints when there is one; never starts again."
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="auto continues from output/checkpoints when there is one; never starts again; else a checkpoint's "
+        "or a run's folder to continue from.",
     )
+    resume_changed: bool = Field(False, description="Continue although settings or data are not the checkpoint's.")
+    check_disk: bool = Field(True, description="Refuse to train where the disk has no room for two checkpoints.")
     kind: ClassVar[Kind]  # what the step makes of a row
     step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
     _folder: Path = PrivateAttr(default=Path("."))
     _file: str = PrivateAttr(default="settings")
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> RunSettings:
+        if self.keep_best is not None and self.save_every:
+            if not self.evaluate_every or self.save_every % self.evaluate_every:
+                raise ValueError(
+                    f"key `keep_best` compares checkpoints, and not each of save_every {self.save_every} is evaluated; "
+                    "set evaluate_every to the same"
+                )
+        return self
 
     @property
     def folder(self) -> Path:
@@ -384,6 +417,9 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
     for name, owner in OWNED_BY_YAML.items():
         if name in values:
             raise UserError(f"{file}: `{name}` is set by `{owner}` in {settings.file}; remove it from the JSON")
+    for part in ("offload_optimizer", "offload_param"):
+        if values.get("zero_optimization", {}).get(part, {}).get("device") == "nvme":
+            raise UserError(f"{file}: zero_optimization.{part}.device is nvme, which no checkpoint holds; use cpu")
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{file}: zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
@@ -411,6 +447,7 @@ __all__ = [
     "BatchPlan",
     "CleanRule",
     "DataSettings",
+    "KeepBest",
     "Kind",
     "LoraSettings",
     "OptimizerSettings",

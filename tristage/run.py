@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ import torch
 import yaml
 
 from tristage import dist
-from tristage.checkpoint import latest_checkpoint
+from tristage.checkpoint import Checkpoint, find_checkpoint
 from tristage.config import (
     BatchPlan,
     RunSettings,
@@ -112,11 +113,13 @@ def train_loader(settings: TrainSettings, lengths: Sequence[int] | np.ndarray, p
     )
 
 
-def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
-    """Join the process group, seed, and make the run's folder with config.yaml and environment.json.
+def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, Checkpoint | None]:
+    """Join the process group, find the checkpoint to continue from, seed, and make the run's folder with config.yaml
+    and environment.json: (this rank's device, the checkpoint or None).
 
     Raises:
-        UserError: ranks that hold other data than rank 0, as when a node has an older copy of a file.
+        UserError: ranks that hold other data than rank 0, as when a node has an older copy of a file; checkpoints
+            that are not whole, or of another run.
     """
     device = dist.init(settings.device)
     others = dist.gather_objects((platform.node(), data_fingerprint))
@@ -126,30 +129,20 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
                 f"{settings.file}: rank {rank} on {node} has other data than rank 0 on {others[0][0]}; "
                 "give all nodes the same files and library versions"
             )
+    found = find_checkpoint(settings, data_fingerprint)
+    random.seed(settings.seed)
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed)
     if dist.is_main():
         output = Path(settings.output)
         output.mkdir(parents=True, exist_ok=True)
-        _warn_of_other_data(settings, output / "environment.json", data_fingerprint)
         origin = f"# What {settings.file} came to with its overrides; relative deepspeed paths start from its folder.\n"
         values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         (output / "config.yaml").write_text(origin + values)
         environment = _environment(device) | {"data": data_fingerprint}
         (output / "environment.json").write_text(json.dumps(environment, indent=2))
     dist.barrier()
-    return device
-
-
-def _warn_of_other_data(settings: RunSettings, before: Path, data_fingerprint: str) -> None:
-    if settings.resume == "never" or not before.is_file() or latest_checkpoint(before.parent) is None:
-        return
-    if json.loads(before.read_text()).get("data", data_fingerprint) != data_fingerprint:
-        print(
-            f"warning: {settings.output} was trained on other data (or another template, or other library versions) "
-            "than this run has: it goes on, but not as it would have; resume=never starts again",
-            flush=True,
-        )
+    return device, found
 
 
 def _environment(device: torch.device) -> dict[str, object]:
