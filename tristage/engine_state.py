@@ -84,9 +84,9 @@ def restore_engine(engine: Any, pieces: PieceReader, numbers: dict[str, Any]) ->
     for counter in COUNTERS:
         setattr(engine, counter, numbers[counter])
     _set_schedule(engine.lr_scheduler, numbers["schedule_step"])
-    scaler = _loss_scaler(engine)
-    for name, value in numbers["loss_scaler"].items():
-        setattr(scaler, name, value)
+    if (scaler := _loss_scaler(engine)) is not None:
+        for name, value in numbers["loss_scaler"].items():
+            setattr(scaler, name, value)
 
 
 def engine_numbers(engine: Any) -> dict[str, Any]:
@@ -191,5 +191,8 @@ def _set_schedule(scheduler: Any, step: int) -> None:
 
 
 def _loss_scaler(engine: Any) -> Any:
-    """What holds the scale of fp16's loss, None where nothing does."""
-    return getattr(engine.optimizer, "loss_scale_config", None) or getattr(engine.optimizer, "loss_scaler", None)
+    """What holds the moving scale of fp16's loss; None where it does not move."""
+    found = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)  # ZeRO 0 has it in a group of its own
+    if not getattr(found, "dynamic_loss_scale", False):
+        return None
+    return getattr(found, "loss_scaler", found)
