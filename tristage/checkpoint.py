@@ -260,12 +260,15 @@ def _candidates(settings: RunSettings) -> tuple[list[Path], str | None]:
     if settings.resume == "auto":
         return _newest_first(Path(settings.output) / "checkpoints"), None
     path = Path(settings.resume)
+    # A job that is queued again has the same command line, and must not lose what it has done since.
+    mine = _newest_first(Path(settings.output) / "checkpoints")
+    since = [folder for folder in mine if _state_of(folder).get("settings", {}).get("resume") == settings.resume]
     if (path / "state.json").is_file() or (path / MANIFEST).is_file():
-        return [path], None
+        return [*since, path], None
     for root in (path / "checkpoints", path):
         if found := _newest_first(root):
-            return found, None
-    return [], (
+            return [*since, *(folder for folder in found if folder not in since)], None
+    return since, None if since else (
         f"{settings.file}: key `resume`: there is no checkpoint in {path}; give a folder such as "
         "OUT/checkpoints/step_000200, a run's output folder, auto or never"
     )

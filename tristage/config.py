@@ -196,7 +196,7 @@ class RunSettings(Settings):
         "auto",
         min_length=1,
         description="auto continues from output/checkpoints when there is one; never starts again; else a checkpoint's "
-        "or a run's folder to continue from.",
+        "or a run's folder to start from (started again, the run goes on from what it has saved since).",
     )
     resume_changed: bool = Field(False, description="Continue although settings or data are not the checkpoint's.")
     check_disk: bool = Field(True, description="Refuse to train where the disk has no room for two checkpoints.")

@@ -498,7 +498,14 @@ def test_resume_takes_a_checkpoint_or_the_folder_of_a_run(settings, tmp_path):
     before = with_overrides(tmp_path, f"resume={root / 'step_000001'}")
     assert resume(before) == (1, 10)
     save(before, 2, value=21)
-    assert resume(settings) == (2, 21)
+    assert resume(settings) == resume(before) == (2, 21)  # a job that is queued again goes on
+    save(before, 3, value=31)
+    assert not (root / "step_000001").exists() and resume(before) == (3, 31)
+    other = with_overrides(tmp_path, f"resume={root / 'step_000002'}", f"output={tmp_path / 'other'}")
+    save(other, 9, value=91)
+    assert resume(other) == (9, 91)
+    (root_of(other) / "step_000009" / "random_rank0.json").unlink()
+    assert resume(other) == (2, 21)
 
 
 def test_a_path_without_a_checkpoint_is_an_error(tmp_path):
