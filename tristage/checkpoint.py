@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -114,8 +115,8 @@ def save_checkpoint(
             root.mkdir(parents=True, exist_ok=True)
             for left in root.glob("*.partial"):  # of a run that was killed
                 remove_tree(left) if left.is_dir() else left.unlink()
-            if (free := shutil.disk_usage(root).free) < need:
-                raise OSError(errno.ENOSPC, f"{free} bytes are free")
+            if _free(root) < need:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for name in shards:
                 (partial / name).mkdir(parents=True)
 
@@ -188,7 +189,8 @@ def _judge(rule: KeepBest | None, heldout: Mapping[str, float] | None) -> dict[s
         return None
     if rule.metric not in heldout:
         raise UserError(f"key `keep_best.metric`: there is no held-out {rule.metric}; use one of {', '.join(heldout)}")
-    return {"metric": rule.metric, "value": float(heldout[rule.metric])}
+    value = float(heldout[rule.metric])
+    return {"metric": rule.metric, "value": value} if math.isfinite(value) else None
 
 
 def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
@@ -200,13 +202,13 @@ def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
         problem = str(error)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(root).free
             problem = (
-                f"{root}: the disk is full: {partial.stem} needs {need} bytes, {free} are free; make room, or set "
-                "`output` to a larger disk; the checkpoints before it are whole"
+                f"{root}: the disk is full: {partial.stem} needs {need} bytes, {_free(root)} are free; make room, or "
+                "set `output` to a larger disk; the checkpoints before it are whole"
             )
         else:
-            problem = f"{error.filename or root}: {partial.stem} cannot be written ({error.strerror}); mend that"
+            hint = "all nodes must see `output`" if error.errno == errno.ENOENT else "mend that"
+            problem = f"{error.filename or root}: {partial.stem} cannot be written ({error.strerror}); {hint}"
     outcomes = dist.gather_objects((result, problem))
     problems = [problem for _, problem in outcomes if problem]
     if problems:
@@ -214,6 +216,11 @@ def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
             remove_tree(partial)
         raise UserError(problems[0])
     return [result for result, _ in outcomes]
+
+
+def _free(folder: Path) -> int:
+    """Bytes free on the disk that a folder is on, or will be."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def _data_of(settings: RunSettings) -> str | None:
@@ -392,8 +399,7 @@ def _check_room(settings: RunSettings, engines: dict[str, Any], found: Checkpoin
     """Refuse, before training, a disk without room for two checkpoints; one is there when a run goes on."""
     size = sum(dist.gather_objects(sum(map(engine_size, engines.values())))) + MARGIN
     need = size if found is not None else 2 * size
-    output = next(path for path in (Path(settings.output), *Path(settings.output).absolute().parents) if path.exists())
-    free = dist.gather_objects(shutil.disk_usage(output).free)[0]
+    free = dist.gather_objects(_free(Path(settings.output)))[0]
     if settings.check_disk and free < need:
         raise UserError(
             f"{settings.file}: key `output`: a checkpoint takes {size} bytes, {need} must be free in {settings.output} "

@@ -127,6 +127,18 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(folder, ranks, stage) 
         assert mine["sft/loss"] == pytest.approx(its["sft/loss"], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_ppo_goes_on_with_other_ranks_and_another_stage(folder) -> None:
+    """Actor, critic, average, KL controller and reward scale; the sampled tokens are the same ones."""
+    run_ranks(2, train, "ppo", [*argv_of(folder, "ppo", stage=3), f"output={folder}/ppo_whole"])
+    run_ranks(2, train, "ppo", [*argv_of(folder, "ppo", stage=3), f"output={folder}/ppo_on"], 3)
+    run_ranks(1, train, "ppo", [*argv_of(folder, "ppo", stage=2), f"output={folder}/ppo_on"])
+    ours, theirs = (untimed(folder / name / "metrics.jsonl")[-1] for name in ("ppo_on", "ppo_whole"))
+    assert ours["rollout/length"] == theirs["rollout/length"] and ours["step"] == theirs["step"] == 3
+    for name in ("objective/score", "objective/kl", "ema/objective/score"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
+
+
 # -- killed while saving -----------------------------------------------------------------------------------
 
 
@@ -189,7 +201,7 @@ def test_a_run_that_is_killed_in_a_save_ends_as_one_that_was_not(folder) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "share", "finals"), [
     ("sft", 1, ["final"]),
-    ("ppo", 5, ["final", "final_critic", "final_ema"]),
+    ("ppo", 37, ["final", "final_critic", "final_ema"]),
 ])  # fmt: skip
 def test_a_run_that_is_killed_at_any_operation_of_a_save_ends_as_one_that_was_not(folder, step, share, finals) -> None:
     check_cut_off(folder, step, share, *finals)

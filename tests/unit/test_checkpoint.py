@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,26 @@ def test_the_global_random_states_are_restored(settings):
     drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
     resume(settings)
     assert [random.random(), float(np.random.rand()), float(torch.rand(()))] == drawn
+
+
+@pytest.mark.parametrize("own_group", [True, False])  # as ZeRO 0 keeps it, and as the other stages do
+def test_the_moving_scale_of_fp16_goes_on_and_a_fixed_one_stays(settings, own_group):
+    def scaled(dynamic: bool, scale: float) -> StandInEngine:
+        engine = StandInEngine()
+        scaler = SimpleNamespace(cur_scale=scale, cur_iter=int(scale), last_overflow_iter=3, other=object())
+        if own_group:
+            scaler.dynamic_loss_scale = dynamic
+            engine.optimizer.loss_scale_config = scaler
+        else:
+            engine.optimizer.loss_scaler, engine.optimizer.dynamic_loss_scale = scaler, dynamic
+        engine.scaler = scaler
+        return engine
+
+    save_checkpoint(settings, 1, {"model": scaled(True, 512.0)})
+    for dynamic, expected in ((True, 512.0), (False, 1.0)):
+        engine = scaled(dynamic, 1.0)
+        load_checkpoint(settings, find_checkpoint(settings), {"model": engine})
+        assert (engine.scaler.cur_scale, engine.scaler.cur_iter) == (expected, int(expected))
 
 
 def test_a_checkpoint_of_another_model_is_refused(settings):
@@ -444,6 +465,12 @@ def test_the_best_is_known_to_the_run_that_goes_on(tmp_path):
     save(settings, 3, heldout={"sft/loss": 1.5})
     assert folders(settings) == ["latest", "step_000001", "step_000003"]
     assert resume(settings) == (3, 0)  # the newest, not the best
+
+
+def test_a_measure_that_is_no_number_is_not_the_best(tmp_path):
+    assert best_of(tmp_path, [2, float("nan"), float("-inf"), 3], "keep_best.metric=sft/loss") == [
+        *("step_000001", "step_000004"),
+    ]
 
 
 def test_a_metric_that_is_not_measured_is_an_error_that_names_those_that_are(tmp_path):

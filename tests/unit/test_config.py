@@ -309,6 +309,13 @@ def json_error(path: Path, settings: SFTConfig) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_offloading_to_nvme_which_no_checkpoint_holds_is_refused(tmp_path, sft_yaml, part):
+    file = write_json(tmp_path / "zero.json", {"zero_optimization": {"stage": 3, part: {"device": "nvme"}}})
+    wanted = f"{file}: zero_optimization.{part}.device is nvme, which no checkpoint holds; use cpu"
+    assert json_error(file, load_sft(sft_yaml)) == wanted
+
+
 def test_a_json_is_looked_up_here_and_then_beside_the_yaml(tmp_path, monkeypatch):
     here, beside = tmp_path / "here", tmp_path / "beside"
     here.mkdir()
