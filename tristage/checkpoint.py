@@ -269,7 +269,7 @@ def _candidates(settings: RunSettings) -> tuple[list[Path], str | None]:
     path = Path(settings.resume)
     # A job that is queued again has the same command line, and must not lose what it has done since.
     mine = _newest_first(Path(settings.output) / "checkpoints")
-    since = [folder for folder in mine if _state_of(folder).get("settings", {}).get("resume") == settings.resume]
+    since = [folder for folder in mine if _resumed(_state_of(folder)) in (settings.resume, None)]
     if (path / "state.json").is_file() or (path / MANIFEST).is_file():
         return [*since, path], None
     for root in (path / "checkpoints", path):
@@ -279,6 +279,11 @@ def _candidates(settings: RunSettings) -> tuple[list[Path], str | None]:
         f"{settings.file}: key `resume`: there is no checkpoint in {path}; give a folder such as "
         "OUT/checkpoints/step_000200, a run's output folder, auto or never"
     )
+
+
+def _resumed(state: dict[str, Any]) -> Any:
+    """`resume` of the run that wrote a state; None of one that cannot be read, which is then found damaged."""
+    return state.get("settings", {}).get("resume")
 
 
 def _folders(root: Path) -> list[Path]:

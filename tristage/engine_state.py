@@ -153,7 +153,7 @@ def _new_adam_state(engine: Any, owner: torch.Tensor, step: float) -> dict[str, 
     optimizer = _optimizer_of(engine, owner)
     state = optimizer.state[owner]
     if not state:
-        state.update({moment: torch.zeros_like(owner).detach() for moment in MOMENTS})
+        state.update({moment: torch.zeros_like(owner) for moment in MOMENTS})
     if isinstance(optimizer, torch.optim.AdamW):
         fused = optimizer.defaults.get("fused")
         state["step"] = torch.tensor(step, dtype=torch.float32, device=owner.device if fused else "cpu")
