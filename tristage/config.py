@@ -418,7 +418,7 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
         if name in values:
             raise UserError(f"{file}: `{name}` is set by `{owner}` in {settings.file}; remove it from the JSON")
     for part in ("offload_optimizer", "offload_param"):
-        if values.get("zero_optimization", {}).get(part, {}).get("device") == "nvme":
+        if (values.get("zero_optimization", {}).get(part) or {}).get("device") == "nvme":
             raise UserError(f"{file}: zero_optimization.{part}.device is nvme, which no checkpoint holds; use cpu")
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
