@@ -8,11 +8,11 @@ P parameters, T of them trained, N ranks, b bytes of a number in the run's preci
     gradients    b T or b T / N  whole until the step at ZeRO 0 and 1, partitions at 2 and 3; in the step 4 T / N more
 
 after Rajbhandari et al. 2020 ("ZeRO", section 3, whose 2 + 2 + 12 bytes a parameter this is), with what DeepSpeed
-0.19 has beside: buckets in which gradients are reduced, and at ZeRO 3 the parameters that are gathered at one time. Offloaded
-states are the host's. Activations follow Korthikanti et al. 2022 ("Reducing activation recomputation", section 4.1):
-34 h bytes a token and layer, less the 2 of their dropout masks and less the attention matrix, which fused attention
-does not keep, with the terms that other blocks have (layer_bytes). Logits exist for LOGIT_CHUNK tokens at a time
-(algo/logprobs.py).
+0.19 has beside: buckets in which gradients are reduced, and at ZeRO 3 the parameters that are gathered at one time.
+Offloaded states are the host's. Activations follow Korthikanti et al. 2022 ("Reducing activation recomputation",
+section 4.1): 34 h bytes a token and layer, less the 2 of their dropout masks and less the attention matrix, which
+fused attention does not keep, with the terms that other blocks have (layer_bytes). Logits exist for LOGIT_CHUNK
+tokens at a time (algo/logprobs.py).
 """
 
 from __future__ import annotations

@@ -120,11 +120,12 @@ def _ppo_phases(
     actor, rollout = engines[0], settings.rollout
     free = machine.gpu_memory - sum(map(total, held.values()))
     whole = actor.weights if actor.zero.stage == 3 else 0.0
-    if rollout.gather == "never" or whole > free / 2:  # the rule of engine.parameters_fit
-        whole = actor.gathered
+    name = "rollout"
+    if actor.zero.stage == 3 and (rollout.gather == "never" or whole > free / 2):  # the rule of engine.parameters_fit
+        whole, name = actor.gathered, "rollout, gathering at every token (slow)"
     rows = min(rollout.rows_at_once, settings.responses // machine.ranks)
     yield Phase(
-        "rollout",
+        name,
         {
             "gathered": whole,
             "KV cache": kv_cache_bytes(actor, rows, settings.max_tokens),

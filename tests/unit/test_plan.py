@@ -255,12 +255,14 @@ def test_an_average_is_spread_over_the_ranks(tmp_path, model):
 
 
 def test_a_rollout_gathers_the_whole_actor_where_half_of_what_is_free_holds_it(tmp_path, model):
-    def gathered(memory: float, *more: str) -> float:
-        machine = dataclasses.replace(FOUR, gpu_memory=memory)
+    actor = ppo_plan(tmp_path, model, stage=3).engines[0]
+
+    def gathered(size: float, *more: str) -> float:
+        machine = dataclasses.replace(FOUR, gpu_memory=size)
         rollout = ppo_plan(tmp_path, model, *more, machine=machine, stage=3).phases[0]
+        assert rollout.name.endswith("(slow)") == (rollout.adds["gathered"] < actor.weights)
         return rollout.adds["gathered"]
 
-    actor = ppo_plan(tmp_path, model, stage=3).engines[0]
     assert gathered(80 * GIB) == actor.weights
     assert gathered(3 * GIB) == gathered(80 * GIB, "rollout.gather=never") == actor.gathered < actor.weights
 
