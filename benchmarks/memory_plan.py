@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m benchmarks.memory_plan [--out FILE] [--only sft-zero2 ...]
 
-A random Llama of 39 million parameters in float32 trains for two optimizer steps of step 1, and for two iterations of
+A random Llama of 39 million parameters in float32 trains for two optimizer steps of step 1, and of one iteration of
 step 3 (four engines of it), on two CPU ranks at ZeRO 0, 2 and 3. Measured is how far the kernel's high-water mark of a
 rank's resident memory (VmHWM of /proc/self/status, set back before the run) rises above what the process has after its
 imports and a run of a network of 136 thousand parameters, which starts everything that is started once. The peak is
@@ -36,6 +36,10 @@ from tristage.plan import Plan, engines_of, make_plan
 RANKS = 2
 CASES = [f"{step}-zero{stage}" for step in ("sft", "ppo") for stage in (0, 2, 3)]
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+SHORT = {
+    "sft": ["max_steps=2", "micro_batch=4"],
+    "ppo": ["iterations=1", "ppo.epochs=1", "rollout.max_response_tokens=4", "data.heldout_limit=2"],  # two steps
+}
 SIZE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 6, "num_attention_heads": 10}
 
 
@@ -53,11 +57,11 @@ def settings_of(case: str, folder: Path, model: str, name: str) -> Any:
     step, stage = case.split("-zero")
     here, rows = folder / name / case, tiny.write_rows(folder / "rows")
     if step == "sft":
-        return tiny.sft_config(here, model, rows["sft"], int(stage), "max_steps=2", "micro_batch=4")
+        return tiny.sft_config(here, model, rows["sft"], int(stage), *SHORT[step])
     reward = f"{model}-reward"
     if not Path(reward).is_dir():
         tiny.write_reward_model(Path(reward), model)
-    return tiny.ppo_config(here, model, reward, rows["prompts"], int(stage), "iterations=2")
+    return tiny.ppo_config(here, model, reward, rows["prompts"], int(stage), *SHORT[step])
 
 
 def measure(rank: int, case: str, files: list[str]) -> float:
@@ -65,14 +69,14 @@ def measure(rank: int, case: str, files: list[str]) -> float:
     from step1_sft.train import main as sft
     from step3_ppo.train import main as ppo
 
-    main = sft if case.startswith("sft") else ppo
-    overrides = ["max_steps=2", "micro_batch=4"] if main is sft else ["iterations=2"]
+    step = case.split("-")[0]
+    main = sft if step == "sft" else ppo
     for number, file in enumerate(files):
         if number:
             gc.collect()
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is there
             before = memory("VmRSS")
-        main(["--config", file, *overrides])
+        main(["--config", file, *SHORT[step]])
     return memory("VmHWM") - before
 
 
@@ -123,8 +127,8 @@ def main() -> None:
         for case in arguments.only:
             results[case] = compare(case, folder)
             print(case, json.dumps(results[case]), flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+            if arguments.out:
+                arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

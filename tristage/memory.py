@@ -161,9 +161,8 @@ def kept_gradients(engine: Engine, machine: Machine) -> float:
 def backward(engine: Engine, machine: Machine) -> Bill:
     """What a forward and backward of one micro-batch add, its gradients included."""
     early = engine.zero.bucket < engine.trained  # a bucket is full, and reduced, while activations are still there
-    partitioned_later = engine.zero.stage == 2 and not early and engine.accumulation == 1
     return {
-        "gradients": 0.0 if partitioned_later else kept_gradients(engine, machine),
+        "gradients": kept_gradients(engine, machine) if early else _earlier_gradients(engine, machine),
         "buckets": _reduce_buckets(engine, machine, flat=early),
         "gathered": engine.gathered,
         "activations": activation_bytes(engine),
@@ -174,16 +173,24 @@ def backward(engine: Engine, machine: Machine) -> Bill:
 def reduction(engine: Engine, machine: Machine) -> Bill:
     """What the end of a backward adds, when the last bucket is reduced."""
     return {
-        "gradients": kept_gradients(engine, machine) if engine.accumulation > 1 else 0.0,
+        "gradients": _earlier_gradients(engine, machine),
         "buckets": _reduce_buckets(engine, machine, flat=True),
         "gathered": engine.gathered,
     }
 
 
+def _earlier_gradients(engine: Engine, machine: Machine) -> float:
+    """Bytes of gradients beside a bucket that holds the new ones: at ZeRO 2 the partitions of earlier micro-batches."""
+    return 0.0 if engine.zero.stage == 2 and engine.accumulation == 1 else kept_gradients(engine, machine)
+
+
 def _reduce_buckets(engine: Engine, machine: Machine, flat: bool) -> float:
-    """Bytes of the buckets that ZeRO 2 copies gradients into (ZeRO 3's is resident); both flatten one to reduce it."""
+    """Bytes of the buckets that ZeRO 2 copies gradients into (ZeRO 3's is resident); both flatten one to reduce it.
+
+    ZeRO 1 makes its bucket for a backward and fills it in the step.
+    """
     if engine.zero.stage < 2:
-        return 0.0
+        return engine.bytes * engine.zero.bucket if engine.zero.stage and engine.trained and not machine.cpu else 0.0
     buffers, flattened = engine.zero.bucket * engine.zero.buffers, min(engine.zero.bucket, engine.trained)
     if machine.cpu:  # memory is there once it is touched, on a GPU from the start
         buffers = min(buffers, engine.trained)

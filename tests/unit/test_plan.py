@@ -108,6 +108,14 @@ def test_a_gpu_has_whole_buckets_from_the_start_and_a_cpu_what_was_touched():
     assert memory.reduction(engine(zero=two), FOUR)["buckets"] == 2 * (2 * 5000 + 1000)  # and one flattened
     assert memory.reduction(engine(zero=two), dataclasses.replace(FOUR, cpu=True))["buckets"] == 2 * (1000 + 1000)
     assert memory.backward(engine(zero=two), FOUR)["buckets"] == 2 * 2 * 5000  # reduced at the end alone
+    assert memory.backward(engine(1), FOUR)["buckets"] == 2 * 200
+
+
+def test_partitions_wait_beside_the_bucket_from_the_second_micro_batch_on():
+    whole = Zero(2, bucket=5000)
+    assert [memory.reduction(engine(zero=whole, accumulation=n), FOUR)["gradients"] for n in (1, 2)] == [0, 500]
+    assert memory.backward(engine(2), FOUR)["gradients"] == 500  # a small bucket is emptied on the way
+    assert memory.reduction(engine(0), FOUR)["gradients"] == 2000
 
 
 def test_the_step_makes_float32_gradients_of_its_part():
