@@ -2,6 +2,7 @@
 
     tristage data show CONFIG [key=value ...] [--rows 3] [--heldout]      rows as the step will see them
     tristage data check CONFIG [key=value ...]                            everything that is wrong with the data
+    tristage plan CONFIG [key=value ...] [--gpus 8] [--gpu-memory 80]     the memory that it needs, and what fits
     tristage merge BASE ADAPTER OUT                                       a LoRA adapter into the model it is for
 
 CONFIG is a step's YAML; its name or --step says which step.
@@ -24,17 +25,21 @@ STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 1 when `check` found something to fix, 2 for what a user must correct before anything is read."""
+    """Exit code 0; 1 when `check` found something to fix or a `plan` does not fit; 2 for what a user must correct."""
     parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
     subcommands = parser.add_subparsers(required=True, dest="subcommand")
     _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))
     _data_arguments(subcommands.add_parser("data", help="look at what a step will train on"))
+    _plan_arguments(subcommands.add_parser("plan", help="the memory that a step needs, before it is started"))
     arguments, rest = parser.parse_known_args(argv)
-    is_data = arguments.subcommand == "data"
-    if unknown := [word for word in rest if not is_data or "=" not in word or word.startswith("-")]:
+    has_settings = arguments.subcommand in ("data", "plan")
+    if unknown := [word for word in rest if not has_settings or "=" not in word or word.startswith("-")]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
-        return _data(arguments, [*arguments.settings, *rest]) if is_data else _merge(arguments)
+        if not has_settings:
+            return _merge(arguments)
+        overrides = [*arguments.settings, *rest]
+        return _data(arguments, overrides) if arguments.subcommand == "data" else _plan(arguments, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,12 +56,24 @@ def _data_arguments(data: argparse.ArgumentParser) -> None:
     helps = {"show": "print rows as the step will see them", "check": "read everything, say what is wrong"}
     for name, does in helps.items():
         command = commands.add_parser(name, help=does)
-        command.add_argument("config", help="a step's YAML")
-        command.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
-        command.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
+        _config_arguments(command)
         if name == "show":
             command.add_argument("--rows", type=int, default=3, help="how many")
             command.add_argument("--heldout", action="store_true", help="rows of the held-out set")
+
+
+def _config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="a step's YAML")
+    command.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
+    command.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
+
+
+def _plan_arguments(plan: argparse.ArgumentParser) -> None:
+    _config_arguments(plan)
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of all nodes together (8)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="at most so many on one node (8)")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GiB", help="of one GPU (80)")
+    plan.add_argument("--host-memory", type=float, metavar="GiB", help="of one node; not judged unless given")
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -77,8 +94,7 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tristage.models import load_tokenizer
 
     tokenizer = load_tokenizer(settings.tokenizer_path, read_template(settings))
-    width = None if sys.stdout.isatty() else 160  # a pipe has no width, and 80 columns would cut file names
-    console = Console(markup=False, highlight=False, soft_wrap=True, width=width)
+    console = _console()
     if arguments.command == "show":
         inspect.show(settings, tokenizer, arguments.rows, arguments.heldout, console)
         return 0
@@ -88,6 +104,29 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not problems:
         console.print("nothing to fix")
     return int(bool(problems))
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    settings = load_config(settings_class(arguments.config, arguments.step), ["--config", arguments.config, *overrides])
+    for name in ("gpus", "gpus_per_node", "gpu_memory", "host_memory"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from tristage import memory, plan  # late, as in _data
+
+    machine = memory.Machine(
+        arguments.gpus,
+        arguments.gpus_per_node,
+        arguments.gpu_memory * memory.GIB,
+        None if arguments.host_memory is None else arguments.host_memory * memory.GIB,
+        cpu=settings.device == "cpu",
+    )
+    return 0 if plan.report(settings, machine, _console()) else 1
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width, and 80 columns would cut file names
+    return Console(markup=False, highlight=False, soft_wrap=True, width=width)
 
 
 def settings_class(config: str, step: str | None) -> type[RunSettings]:

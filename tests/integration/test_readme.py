@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.published import write_config
 from tests.helpers.tiny import REPO
+from tristage import cli
 from tristage.quickstart import prepare
 
 BLOCKS = re.findall(r"```bash\n(?!#!)(.*?)```", (REPO / "README.md").read_text(), flags=re.S)  # not a job's script
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+PLANNED = {"actor.model": "opt-6.7b", "reward.model": "opt-350m"}  # the models of the recipe that README.md plans
 # Run at length by a test of their own; the test command would run itself.
 ELSEWHERE = {
     "bash launch/quickstart.sh": "test_quickstart.py",
@@ -37,13 +40,23 @@ def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("tristage ")])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("tristage data ")])
 def test_a_data_command_runs_on_the_quickstart(command, quickstart_folder):
     words = [sys.executable, "-m", "tristage.cli", *command.split()[1:]]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(words, cwd=quickstart_folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("<eos>⟧" if "show" in command else "nothing to fix") in done.stdout
+
+
+def test_the_plan_is_what_the_readme_prints(tmp_path, capsys):
+    """With folders that hold the config.json of the models alone."""
+    (command,) = [command for command in COMMANDS if command.startswith("tristage plan ")]
+    models = {key: write_config(tmp_path / name, f"facebook/{name}") for key, name in PLANNED.items()}
+    assert cli.main([*command.split()[1:], *(f"{key}={folder}" for key, folder in models.items())]) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = re.findall(r"```\n(a GPU's context.*?)\n```", (REPO / "README.md").read_text(), flags=re.S)
+    assert printed[-len(shown.splitlines()) :] == shown.splitlines()
 
 
 LAUNCHED = [command for command in COMMANDS if command not in ELSEWHERE and not command.startswith("tristage ")]

@@ -6,11 +6,13 @@ from tristage.models.loading import check_model, check_packable, is_reward_model
 from tristage.models.lora import adapters_off, check_lora
 from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
 from tristage.models.saving import merge_adapter, save_model
+from tristage.models.sizes import ModelShape, model_shape
 from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_same_tokenizer
 
 __all__ = [
     "CausalLM",
     "Kernels",
+    "ModelShape",
     "RewardModel",
     "SAME_TOKENIZER",
     "adapters_off",
@@ -26,6 +28,7 @@ __all__ = [
     "load_tokenizer",
     "max_positions",
     "merge_adapter",
+    "model_shape",
     "require_same_tokenizer",
     "save_model",
 ]

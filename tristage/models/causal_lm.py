@@ -31,6 +31,11 @@ from tristage.models.lora import add_adapters
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
+def has_plain_head(config: Any) -> bool:
+    """Whether logits are weight @ hidden and no more, so that they need not be there all at once."""
+    return all(getattr(config, name, None) in (None, 1, 1.0) for name in LOGIT_TRANSFORMS)
+
+
 class CausalLM(nn.Module):
     """(input_ids [B,T], attention_mask [B,T], score_mask [B,T]) -> (logprobs [B,T-1], entropy [B,T-1]).
 
@@ -45,8 +50,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.value_head: nn.Linear | None = None
-        changed = [getattr(model.config, name, None) for name in LOGIT_TRANSFORMS]
-        self.plain_head = all(value in (None, 1, 1.0) for value in changed)
+        self.plain_head = has_plain_head(model.config)
         if value_head:
             if not self.plain_head:
                 raise UserError(f"{model.config.model_type}: this family cannot carry `value_head`; give a `critic`")

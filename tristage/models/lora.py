@@ -102,6 +102,17 @@ def _targeted(names: Iterable[str], targets: Iterable[str]) -> list[str]:
     ]
 
 
+def adapter_parameters(model: PreTrainedModel, lora: LoraSettings) -> int:
+    """Numbers in the adapters that add_adapters would make: rank x (in + out) a target."""
+    names = _targeted(_linear_names(model), lora.targets)
+    return sum(lora.rank * sum(model.get_submodule(name).weight.shape) for name in names)
+
+
+def inner_linear_parameters(model: PreTrainedModel) -> int:
+    """Numbers in the weights of the linear layers that can have adapters."""
+    return sum(model.get_submodule(name).weight.numel() for name in _linear_names(model))
+
+
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
