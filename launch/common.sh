@@ -30,7 +30,10 @@ ensure_environment() {
 # Without a GPU DeepSpeed compiles a small op on first use; do it here, once, and say so.
 build_cpu_op() {
     if has_gpu; then return; fi
-    mkdir -p "$TORCH_EXTENSIONS_DIR"
+    if ! { mkdir -p "$TORCH_EXTENSIONS_DIR" && : >>"$TORCH_EXTENSIONS_DIR/.builder"; } 2>/dev/null; then
+        echo "error: $TORCH_EXTENSIONS_DIR cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can" >&2
+        exit 2
+    fi
     (
         flock 9
         # Ranks hold `lock` for a moment when they load the op: an old one is left over from a killed run.
@@ -60,12 +63,105 @@ has_gpu() {
     [[ "$HAS_GPU" == yes ]]
 }
 
-# launch_step MODULE CONFIG [key=value ...] [deepspeed launcher options]
+# Pids of this run on this machine, DeepSpeed's launcher included: all inherit the variable.
+run_pids() { grep -lszxF "PYTHON_TRISTAGE_RUN=$RUN_MARK" /proc/[0-9]*/environ | cut -d/ -f3 || true; }
+
+# Those of them that are ranks, of module $1.
+rank_pids() {
+    local pid
+    for pid in $(run_pids); do
+        if tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -q -- " -u -m $1 "; then echo "$pid"; fi
+    done
+}
+
+kill_all() {
+    # shellcheck disable=SC2046
+    kill "$1" $(run_pids) 2>/dev/null || true
+}
+
+# A signal to this shell, from a terminal, a scheduler or a user: the first asks the ranks to end after their step, which
+# DeepSpeed's launcher would not let them (it kills them), the second ends everything. $1: its name, $2: the module.
+on_signal() {
+    local ranks
+    INTERRUPTED=yes
+    if [[ -n "$STOPPED_BY" ]]; then
+        kill_all -KILL
+    else
+        STOPPED_BY="$1"
+        echo "SIG$1: ending after this step, with a checkpoint (a second signal ends at once)" >&2
+        ranks="$(rank_pids "$2")"
+        # shellcheck disable=SC2086
+        if [[ -n "$ranks" ]]; then kill -TERM $ranks 2>/dev/null || true; else kill_all -TERM; fi
+    fi
+}
+
+# run_deepspeed MODULE CONFIG [key=value ...] -- [options]: one start of the ranks, to the end of the last; the exit code.
+run_deepspeed() {
+    local module="$1" command=() log port status=0 second child tees=() name seconds=0
+    RUN_MARK="$(mktemp -d "${TMPDIR:-/tmp}/tristage.XXXXXX")"
+    STOPPED_BY=""
+    # The name starts with PYTHON because DeepSpeed hands such variables on to other nodes.
+    if ! PYTHON_TRISTAGE_RUN="$RUN_MARK" python -m tristage.launch prepare "$RUN_MARK" "$@"; then
+        rm -rf "$RUN_MARK"
+        return 2
+    fi
+    mapfile -d '' -t command <"$RUN_MARK/command"
+    log="$(cat "$RUN_MARK/log")" port="$(cat "$RUN_MARK/port" 2>/dev/null || echo none)"
+    if [[ -z "$log" ]] || ! { mkdir -p "$(dirname "$log")" && echo "$(date '+%F %T') deepspeed ${command[*]@Q}" >>"$log"; } 2>/dev/null
+    then log=/dev/null; fi
+    for name in TERM INT USR1 HUP; do
+        # shellcheck disable=SC2064
+        trap "on_signal $name $module" "$name"
+    done
+    # What ranks say goes to the terminal and to the log; the pipes outlive signals, and are waited for.
+    mkfifo "$RUN_MARK/out" "$RUN_MARK/err"
+    (trap '' TERM INT USR1 HUP; exec tee -a "$log" <"$RUN_MARK/out") & tees+=($!)
+    (trap '' TERM INT USR1 HUP; exec tee -a "$log" <"$RUN_MARK/err" >&2) & tees+=($!)
+    # In a session of its own, out of reach of a terminal's Ctrl-C and of signals to this process group.
+    (
+        trap '' USR1
+        export PYTHON_TRISTAGE_RUN="$RUN_MARK"
+        if [[ -e "$RUN_MARK/env" ]]; then
+            export DS_ENV_FILE="$RUN_MARK/env"
+            # Without signs of life pdsh would wait for a lost node for ever.
+            export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+            for name in "${!MLFLOW@}"; do unset "$name"; done # DeepSpeed would pass them on unquoted
+        fi
+        exec setsid deepspeed --log_level error --no_local_rank "${command[@]}" >"$RUN_MARK/out" 2>"$RUN_MARK/err"
+    ) &
+    child=$!
+    while INTERRUPTED=no; do
+        second=0
+        wait "$child" || second=$?
+        [[ "$second" == 127 ]] || status="$second"
+        [[ "$INTERRUPTED" == yes ]] || break
+    done
+    # A signal that was sent to every process ended the launcher, but not the ranks, which save.
+    while [[ -n "$STOPPED_BY" && -n "$(run_pids)" && "$seconds" -lt 60 ]]; do
+        sleep 1 || true
+        seconds=$((seconds + 1))
+    done
+    kill_all -KILL
+    wait "${tees[@]}" || true
+    trap - TERM INT USR1 HUP
+    if [[ -n "$STOPPED_BY" && "$status" != 0 ]]; then
+        # 143, 241 (-15): ranks that had not got so far as to handle the signal.
+        if [[ -e "$RUN_MARK/preempted" || "$status" == 143 || "$status" == 241 ]]; then status=75; fi
+    fi
+    rm -rf "$RUN_MARK"
+    # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
+    [[ "$port" == none ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
+    return "$status"
+}
+
+# launch_step MODULE CONFIG [key=value ...] [--cpu N | --num-gpus N | --hostfile F] [--dry-run] [--max-restarts N]
+#     [other options of the deepspeed launcher]
 launch_step() {
-    local module="$1" options=() settings=() word
+    local module="$1" options=() settings=() word restarts=0 dry=no
     shift
     if [[ $# -eq 0 || "$1" == -* ]]; then
-        echo "usage: bash $0 CONFIG [key=value ...] [deepspeed launcher options]" >&2
+        echo "usage: bash $0 CONFIG [key=value ...] [--hostfile F | --num-gpus N | --cpu N] [--dry-run]" \
+            "[--max-restarts N] [deepspeed launcher options]" >&2
         exit 2
     fi
     local config="$1"
@@ -73,7 +169,19 @@ launch_step() {
     # A word after a --option belongs to it unless it is another option or a key=value.
     local after_option=no
     for word in "$@"; do
-        if [[ "$word" == -* ]]; then
+        case "$word" in
+            --cpu | --cpu=*) word="--num_gpus${word#--cpu}" HAS_GPU=no ;;
+            --num-gpus | --num-gpus=*) word="--num_gpus${word#--num-gpus}" ;;
+        esac
+        if [[ "$after_option" == restarts ]]; then
+            restarts="$word" after_option=no
+        elif [[ "$word" == --max-restarts ]]; then
+            restarts="" after_option=restarts
+        elif [[ "$word" == --max-restarts=* ]]; then
+            restarts="${word#*=}" after_option=no
+        elif [[ "$word" == --dry-run ]]; then
+            dry=yes after_option=no
+        elif [[ "$word" == -* ]]; then
             options+=("$word")
             [[ "$word" == *=* ]] && after_option=no || after_option=yes
         elif [[ "$after_option" == yes && "$word" != *=* ]]; then
@@ -84,22 +192,30 @@ launch_step() {
             after_option=no
         fi
     done
+    if [[ ! "$restarts" =~ ^[0-9]+$ ]]; then
+        echo "error: --max-restarts needs a number" >&2
+        exit 2
+    fi
     local given=" ${options[*]-} "
     if ! has_gpu; then
-        build_cpu_op
+        [[ "$dry" == yes ]] || build_cpu_op
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
         [[ "$given" =~ \ (--(num_gpus|num_accelerators|hostfile|include|exclude)|-[Hie]\ ) ]] || options+=(--num_gpus 2)
     fi
-    local port=none
-    if [[ ! "$given" =~ \ (--(master_port|hostfile)|-H\ ) ]]; then
-        port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-        options+=(--master_port "$port")
+    if [[ "$dry" == yes ]]; then
+        python -m tristage.launch show "$module" "$config" "${settings[@]}" -- "${options[@]}"
+        return
     fi
-    local status=0
-    deepspeed --log_level error --no_local_rank "${options[@]}" --module "$module" --config "$config" "${settings[@]}" || status=$?
-    # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
-    [[ "$port" == none ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
-    return "$status"
+    local status restart=0
+    while true; do
+        status=0
+        run_deepspeed "$module" "$config" "${settings[@]}" -- "${options[@]}" || status=$?
+        # Not after success, what the user has to mend, or a signal; a scheduler starts again after 75.
+        case "$status" in 0 | 2 | 75) return "$status" ;; esac
+        if [[ -n "$STOPPED_BY" || "$restart" -ge "$restarts" ]]; then return "$status"; fi
+        restart=$((restart + 1))
+        echo "exit code $status: restart $restart of at most $restarts" >&2
+    done
 }
 
 # run_step NAME MODULE CONFIG OUT ...: launch_step, unless OUT/final says that the step is finished.

@@ -31,6 +31,7 @@ from tristage.data.loader import Loader
 from tristage.data.template import read_template
 from tristage.engine import DTYPES, engine_config, zero_stage
 from tristage.errors import UserError
+from tristage.launch import decode
 from tristage.models import check_lora, check_model, load_tokenizer
 
 EXIT_USER_ERROR = 2
@@ -42,6 +43,7 @@ PACKAGES = ("tristage", "torch", "deepspeed", "transformers", "datasets", "accel
 
 def entry_point(main: Callable[[list[str]], None]) -> None:
     """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2."""
+    sys.argv[1:] = map(decode, sys.argv[1:])
     try:
         main(sys.argv[1:])
     except UserError as error:
