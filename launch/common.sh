@@ -150,7 +150,7 @@ run_deepspeed() {
     fi
     rm -rf "$RUN_MARK"
     # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
-    [[ "$port" == none ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
+    [[ ! "$port" =~ ^[0-9]+$ ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
     return "$status"
 }
 

@@ -17,7 +17,7 @@ from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
-from tristage.engine import DTYPES, frozen_engine
+from tristage.engine import frozen_engine
 from tristage.metrics import Averages
 from tristage.models import load_causal_lm
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     _, config, tokenizer = run.check_training(settings)
     heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
-    model = load_causal_lm(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
+    model = load_causal_lm(settings.model, tokenizer, engine_config=config, **run.loading(settings))
     metrics = evaluate(frozen_engine(model, config), heldout, settings.micro_batch, tokenizer, device)
     for name, value in metrics.items():
         dist.print0(f"{name} {value:.4f}")

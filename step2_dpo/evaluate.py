@@ -19,7 +19,7 @@ from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
-from tristage.engine import DTYPES, frozen_engine
+from tristage.engine import frozen_engine
 from tristage.errors import UserError
 from tristage.metrics import Averages
 from tristage.models import load_causal_lm
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     reference = no_reference if reference_config is None else ask_reference(settings, reference_config, tokenizer)
-    model = load_causal_lm(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
+    model = load_causal_lm(settings.model, tokenizer, engine_config=config, **run.loading(settings))
     metrics = evaluate(frozen_engine(model, config), reference, heldout, settings, tokenizer, device)
     for name, value in metrics.items():
         dist.print0(f"{name} {value:.4f}")

@@ -23,8 +23,8 @@ from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint
 from tristage.data.store import Rows
 from tristage.data.template import read_template
-from tristage.engine import DTYPES, frozen_engine
-from tristage.models import check_model, load_causal_lm, load_tokenizer, require_same_tokenizer
+from tristage.engine import frozen_engine
+from tristage.models import check_kernels, check_model, load_causal_lm, load_tokenizer, require_same_tokenizer
 
 MicroBatch = Sequence[int | None]
 Reference = Callable[[MicroBatch, PreferenceBatch], torch.Tensor | None]
@@ -52,7 +52,7 @@ def check_reference(settings: DPOConfig, plan: BatchPlan, tokenizer: Any) -> dic
     require_folder_or_hub_id(path, settings, "reference.model")
     theirs = load_tokenizer(path, read_template(settings))
     require_same_tokenizer({f"model ({settings.model})": tokenizer, f"reference.model ({path})": theirs})
-    check_model(path, settings.max_tokens, reward_model=False)
+    check_kernels(settings, path, check_model(path, settings.max_tokens, reward_model=False))
     return config
 
 
@@ -95,10 +95,8 @@ def make_references(
 
 def ask_reference(settings: DPOConfig, config: dict[str, Any], tokenizer: Any) -> Asked:
     """Load the reference model into an engine of its own."""
-    dtype = DTYPES[settings.precision]
-    model = load_causal_lm(
-        settings.reference_path, tokenizer, dtype=dtype, engine_config=config, max_tokens=settings.max_tokens
-    )
+    options = run.loading(settings, settings.lora) | {"max_tokens": settings.max_tokens}
+    model = load_causal_lm(settings.reference_path, tokenizer, engine_config=config, **options)
     return Asked(frozen_engine(model, config))
 
 
@@ -158,7 +156,8 @@ def _key(settings: DPOConfig, sets: Sequence[Rows]) -> str:
     path = Path(settings.reference_path)
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else []
     known_by = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    parts = [settings.reference_path, known_by, fingerprint(sets), settings.precision]
+    quantize = settings.lora.quantize if settings.lora is not None else None
+    parts = [settings.reference_path, known_by, fingerprint(sets), settings.precision, quantize]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

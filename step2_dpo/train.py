@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
     settings = load_config(DPOConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
     reference_config = check_reference(settings, plan, tokenizer)
+    if reference_config is not None:
+        run.check_one_hpz(settings, {"deepspeed": config, "reference.deepspeed": reference_config})
     check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, reference_config, tokenizer, *sets)

@@ -26,7 +26,7 @@ from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
-from tristage.engine import DTYPES, frozen_engine
+from tristage.engine import frozen_engine
 from tristage.metrics import Averages
 from tristage.models import last_token_scores, load_reward_model
 
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     device = dist.init(settings.device)
     if interactive:
         check_alone()
-    model = load_reward_model(settings.model, tokenizer, dtype=DTYPES[settings.precision], engine_config=config)
+    model = load_reward_model(settings.model, tokenizer, engine_config=config, **run.loading(settings))
     engine = frozen_engine(model, config)
     if heldout is None:
         score_typed(engine, settings, tokenizer, device, iter(sys.stdin))

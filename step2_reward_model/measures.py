@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from tristage.algo.masking import correlation
 
 Z = 1.959964  # of a standard normal, within which 95 % lie
 MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 4.0, math.inf)  # log-odds
@@ -48,7 +51,9 @@ class Measurements:
             "reward_model/length_baseline": mean(self.longer_wins),
             "reward_model/score": mean(self.scores),
             "reward_model/calibration_error": calibration_error(self.margins * self.scale),
-            "reward_model/length_correlation": correlation(self.scores, self.lengths),
+            "reward_model/length_correlation": float(
+                correlation(torch.from_numpy(self.scores), torch.from_numpy(self.lengths))
+            ),
         }
 
 
@@ -80,13 +85,6 @@ def calibration_error(margins: np.ndarray, num_bins: int = 10) -> float:
     bins = np.minimum((2 * num_bins * (confidence - 0.5)).astype(int), num_bins - 1)
     gaps = np.bincount(bins, weights=is_right - confidence, minlength=num_bins)  # of each bin, times its pairs
     return float(np.abs(gaps).sum()) / max(len(margins), 1)
-
-
-def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's; 0 where either does not vary."""
-    dx, dy = x - mean(x), y - mean(y)
-    spread = math.sqrt(float((dx**2).sum()) * float((dy**2).sum()))
-    return float((dx * dy).sum()) / spread if spread else 0.0
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,8 @@ class PPOConfig(RunSettings):
                 )
             if self.critic is not None and self.value_head is not None:
                 raise ValueError("`critic` and `value_head` are two critics; remove one of them")
+            if self.value_head is not None and self.actor.lora is not None and self.actor.lora.quantize is not None:
+                raise ValueError("`value_head` needs the actor's trunk in full; remove `actor.lora.quantize`")
             return
         if self.rollout.samples < 2:
             raise ValueError(

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 from step3_ppo.config import PPOConfig
 from tristage import run
-from tristage.config import BatchPlan, read_deepspeed_json, require_folder_or_hub_id
+from tristage.config import BatchPlan, LoraSettings, require_folder_or_hub_id
 from tristage.data.template import read_template
-from tristage.engine import DTYPES, engine_config, frozen_engine, train_engine
+from tristage.engine import frozen_engine, train_engine
 from tristage.models import (
     SAME_TOKENIZER,
+    check_kernels,
     check_lora,
     check_model,
+    check_quantized,
     is_reward_model,
     load_causal_lm,
     load_reward_model,
@@ -47,8 +49,8 @@ def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, 
         if name in ("reference", "reward"):
             found[name] = run.frozen_config(settings, engine.deepspeed, key, plan)
         else:
-            template = read_deepspeed_json(engine.deepspeed, settings, key)
-            found[name] = engine_config(template, settings.precision, plan, engine.optimizer.clip_norm)
+            found[name] = run.trained_config(settings, engine.deepspeed, key, plan, engine.optimizer.clip_norm)
+    run.check_one_hpz(settings, {f"{name}.deepspeed": config for name, config in found.items()})
     return found
 
 
@@ -82,10 +84,11 @@ def check_models(settings: PPOConfig) -> Any:
     require_same_tokenizer(tokenizers, fixes)
     for name, path in paths.items():
         scores = name == "reward" or (name == "critic" and path != settings.actor_path)
-        check_model(path, _max_tokens(settings, name), reward_model=scores)
+        check_kernels(settings, path, check_model(path, _max_tokens(settings, name), reward_model=scores))
         if name in ("actor", "critic"):
             lora = getattr(settings, name).lora
             check_lora(lora, path, f"{settings.file}: key `{name}.lora.targets`")
+            check_quantized(lora, settings.device, f"{settings.file}: key `{name}.lora.quantize`")
     return next(iter(tokenizers.values()))
 
 
@@ -100,20 +103,21 @@ def build_engines(
     """Load the models, one after the other, and hand each to its engine; with train=False all only answer."""
     reward_tokenizer = load_tokenizer(str(settings.reward.model)) if settings.reward.retokenize else None
 
-    def build(name: str, load: Any, path: str, frozen: bool = False, **options: Any) -> Any:
+    def build(name: str, load: Any, path: str, lora: LoraSettings | None = None, **options: Any) -> Any:
+        """`lora` is that of the policy for the reference too, which is then quantised alike."""
         if name not in configs:
             return None
         spec, config = getattr(settings, name), configs[name]
         own = reward_tokenizer if name == "reward" and reward_tokenizer is not None else tokenizer
-        options |= {"dtype": DTYPES[settings.precision], "max_tokens": _max_tokens(settings, name)}
-        if frozen or not train:
+        options |= run.loading(settings, lora if train else None) | {"max_tokens": _max_tokens(settings, name)}
+        if name in ("reference", "reward") or not train:
             return frozen_engine(load(path, own, engine_config=config, **options), config)
         model = load(
             path,
             own,
             engine_config=config,
             gradient_checkpointing=spec.gradient_checkpointing,
-            lora=spec.lora,
+            lora=lora,
             lora_seed=settings.seed,
             **options,
         )
@@ -121,6 +125,7 @@ def build_engines(
         return train_engine(model, config, spec.optimizer, steps)
 
     critic_path = settings.critic_path or ""
+    critic_lora = settings.critic.lora if settings.critic is not None else None
     # Without a reward model to start from, the critic is the actor's network with a head of its own.
     trained_head = not critic_path or is_reward_model(critic_path)
     new_head: dict[str, Any] = {} if trained_head else {"new_head_seed": settings.seed}
@@ -128,9 +133,15 @@ def build_engines(
         new_head["keep_start"] = True
     return Engines(
         # Trained with a head, and exported without it.
-        actor=build("actor", load_causal_lm, settings.actor_path, value_head=train and settings.value_head is not None),
-        critic=build("critic", load_reward_model, critic_path, **new_head),
-        reference=build("reference", load_causal_lm, settings.reference_path, frozen=True),
-        reward=build("reward", load_reward_model, settings.reward.model or "", frozen=True),
+        actor=build(
+            "actor",
+            load_causal_lm,
+            settings.actor_path,
+            settings.actor.lora,
+            value_head=train and settings.value_head is not None,
+        ),
+        critic=build("critic", load_reward_model, critic_path, critic_lora, **new_head),
+        reference=build("reference", load_causal_lm, settings.reference_path, settings.actor.lora),
+        reward=build("reward", load_reward_model, settings.reward.model or ""),
         reward_tokenizer=reward_tokenizer,
     )

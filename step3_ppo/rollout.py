@@ -16,7 +16,7 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
 from step3_ppo.rewards import RewardTerm, decode, pooled, retokenized_scores, score_texts
 from tristage import dist
-from tristage.algo.masking import masked_mean, masked_moments, masked_sum, whiten
+from tristage.algo.masking import correlation, masked_mean, masked_moments, masked_sum, whiten
 from tristage.algo.ppo import (
     KLController,
     RunningMoments,
@@ -271,6 +271,7 @@ def response_metrics(
     return (parts if len(parts) > 1 else {}) | {
         "objective/score": (scores * weight).sum() / rows,
         "objective/score_std": scores[weight > 0].std(correction=0),
+        "objective/score_length_correlation": correlation(scores[weight > 0], mask.sum(dim=1)[weight > 0]),
         "objective/kl": masked_sum(kl, mask) / rows,
         "objective/kl_per_token": masked_mean(kl, mask),
         "objective/entropy": masked_mean(entropy, mask),

@@ -14,6 +14,7 @@ import torch
 from tristage import dist
 from tristage.config import RunSettings, world_size_from_environment
 from tristage.errors import UserError
+from tristage.models.kernels import is_quantized
 from tristage.models.saving import remove_tree
 
 
@@ -39,7 +40,9 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     dist.barrier()
     for name, engine in engines.items():
-        engine.save_checkpoint(str(partial), tag=name, save_latest=False)
+        # Quantised weights are frozen and come from the base model again; DeepSpeed could not read them back.
+        without = {"exclude_frozen_parameters": True} if is_quantized(engine.module.model) else {}
+        engine.save_checkpoint(str(partial), tag=name, save_latest=False, **without)
     if own is not None:
         torch.save(own, partial / f"own_rank{dist.rank()}.pt")
     dist.barrier()
@@ -97,7 +100,7 @@ def load_checkpoint(settings: RunSettings, engines: dict[str, Any]) -> int:
     if folder is None:
         return 0
     for name, engine in engines.items():
-        engine.load_checkpoint(str(folder), tag=name)
+        engine.load_checkpoint(str(folder), tag=name, load_module_strict=not is_quantized(engine.module.model))
     dist.barrier()
     step = int(json.loads((folder / "state.json").read_text())["step"])
     dist.print0(f"resumed from {folder}")

@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from tristage.errors import UserError
 
 Precision = Literal["float32", "bf16", "fp16"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Kind = Literal["sft", "ranking", "prompt", "text"]  # what a step makes of a row
 
 # The step's YAML owns these; a DeepSpeed JSON that sets one would silently win or lose against it.
@@ -35,6 +36,15 @@ OWNED_BY_YAML = {
     "gradient_clipping": "optimizer.clip_norm",
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
+}
+# Settings of zero_optimization -> the lowest ZeRO stage that heeds them; DeepSpeed ignores them below.
+NEEDS_STAGE = {
+    "offload_optimizer": 1,
+    "offload_param": 3,
+    "zero_hpz_partition_size": 3,
+    "zero_quantized_weights": 3,
+    "zero_quantized_nontrainable_weights": 3,
+    "zero_quantized_gradients": 3,
 }
 
 
@@ -71,6 +81,9 @@ class LoraSettings(Settings):
         ("all-linear",),
         min_length=1,
         description="Endings of the names of linear layers, such as q_proj; all-linear: all but the output projection.",
+    )
+    quantize: Literal["nf4"] | None = Field(
+        None, description="QLoRA: the frozen linear layers in 4 bits (nf4) through bitsandbytes; null: in `precision`."
     )
 
 
@@ -171,6 +184,8 @@ class RunSettings(Settings):
     seed: int = Field(0, ge=0, description="Seed of data order, new weights and sampling.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs when there are any.")
     precision: Precision = Field("bf16", description="Weights and activations; losses are always float32.")
+    attention: Attention = Field("auto", description="Implementation of attention in all models; auto: transformers'.")
+    liger_kernel: bool = Field(False, description="Norms, rotary positions and MLPs by Liger's GPU kernels.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept on disk.")
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after only.")
@@ -378,7 +393,7 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
     """The DeepSpeed JSON that `key` names.
 
     Raises:
-        UserError: no such file, not JSON, or it sets something that the YAML owns.
+        UserError: no such file, not JSON, it sets something that the YAML owns, or what its stage ignores.
     """
     file = find_file(path, settings, key)
     try:
@@ -393,7 +408,31 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{file}: zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
+    _check_zero(file, values.get("zero_optimization", {}), stage)
     return values
+
+
+def _check_zero(file: Path, zero: dict[str, Any], stage: int) -> None:
+    """Raises UserError for a setting of ZeRO that DeepSpeed would pass over in silence, or end in an assertion."""
+    for name, least in NEEDS_STAGE.items():
+        value = zero.get(name)
+        if isinstance(value, dict):
+            value = value.get("device", "none") != "none"
+        is_set = value > 1 if type(value) is int else bool(value)  # groups of 1 rank are none
+        if is_set and stage < least:
+            raise UserError(f"{file}: zero_optimization.{name} does nothing at stage {stage}; remove it or use stage 3")
+    for name in ("offload_optimizer", "offload_param"):
+        offload = zero.get(name) or {}
+        if not isinstance(offload, dict):
+            raise UserError(f'{file}: zero_optimization.{name} is {offload!r}; write {{"device": "cpu"}}')
+        if offload.get("device") == "nvme" and (stage != 3 or not offload.get("nvme_path")):
+            raise UserError(f"{file}: zero_optimization.{name} to nvme needs stage 3 and an `nvme_path`; give both")
+    ranks, group = world_size_from_environment(), zero.get("zero_hpz_partition_size") or 1
+    if not isinstance(group, int) or ranks % group:
+        raise UserError(
+            f"{file}: zero_optimization.zero_hpz_partition_size is {group!r}, which does not divide {ranks} ranks; "
+            "give the ranks of one node"
+        )
 
 
 def require_folder_or_hub_id(path: str, settings: RunSettings, key: str) -> None:

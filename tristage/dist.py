@@ -27,16 +27,27 @@ def check_device(device: str, where: str) -> None:
         raise UserError(f"{where}: key `device` is cuda but this machine shows no GPU; use `device: auto` or `cpu`")
     if device == "cpu" and has_gpu and os.environ.get("DS_ACCELERATOR") != "cpu":
         raise UserError(f"{where}: key `device` is cpu on a machine with GPUs; set DS_ACCELERATOR=cpu to force it")
-    if has_gpu and os.environ.get("DS_ACCELERATOR") != "cpu" and local_rank() >= torch.cuda.device_count():
+    if uses_gpu(device) and local_rank() >= torch.cuda.device_count():
         raise UserError(
             f"{where}: this node was asked for {local_rank() + 1} ranks but shows {torch.cuda.device_count()} GPUs; "
             "lower --num_gpus"
         )
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether the setting `device` means a GPU on this machine."""
+    return torch.cuda.is_available() and device != "cpu" and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def current_device() -> torch.device:
+    """This rank's device, once `init` was called."""
+    use_gpu = torch_dist.is_initialized() and torch_dist.get_backend() == "nccl"
+    return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
+
+
 def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
     """Join the process group that the deepspeed launcher describes (alone: a group of one); this rank's device."""
-    use_gpu = torch.cuda.is_available() and device != "cpu" and os.environ.get("DS_ACCELERATOR") != "cpu"
+    use_gpu = uses_gpu(device)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if use_gpu:

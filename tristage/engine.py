@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import psutil
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero import register_external_parameter
 from torch import nn
@@ -57,6 +58,28 @@ def engine_config(template: dict[str, Any], precision: str, plan: BatchPlan, cli
     if zero.get("stage", 0) != 2:
         zero.setdefault("overlap_comm", False)  # managed_gradient_accumulation=False allows it at stage 2 only
     return config
+
+
+def check_zero_support(config: dict[str, Any], has_gpu: bool, where: str) -> None:
+    """What `config` asks of ZeRO++ and of disks must be there: DeepSpeed would stop in a traceback, models loaded.
+
+    Raises:
+        UserError: names the setting.
+    """
+    zero = config["zero_optimization"]
+    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(name) and not has_gpu:
+            raise UserError(f"{where}: zero_optimization.{name} has kernels for GPUs only; remove it")
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme" and not _reads_disks():
+            raise UserError(
+                f"{where}: zero_optimization.{name} to nvme needs the library libaio, which a compiler does not find "
+                "here; install its development package, or offload to cpu"
+            )
+
+
+def _reads_disks() -> bool:
+    return bool(get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible())
 
 
 def zero_stage(config: dict[str, Any]) -> int:

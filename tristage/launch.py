@@ -76,9 +76,10 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
         check_paths(options)
         (folder / "env").touch(mode=0o600)
         (folder / "env").write_text(environment_file(dict(os.environ)))
-    elif option(options, "--master_port") is None:
+    elif (port := option(options, "--master_port")) is None:
         port = free_port()
         options = [*options, "--master_port", port]
+    if not nodes:
         (folder / "port").write_text(port)
     sent = [encode(word) for word in words] if nodes else words
     (folder / "command").write_text("".join(f"{word}\0" for word in [*options, "--module", *sent]))

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import yaml
 
-from tristage import dist
+from tristage import dist, preflight
 from tristage.checkpoint import latest_checkpoint
 from tristage.config import (
     BatchPlan,
+    LoraSettings,
     RunSettings,
     TrainSettings,
     read_deepspeed_json,
@@ -29,16 +30,19 @@ from tristage.config import (
 )
 from tristage.data.loader import Loader
 from tristage.data.template import read_template
-from tristage.engine import DTYPES, engine_config, zero_stage
+from tristage.engine import DTYPES, check_zero_support, engine_config, zero_stage
 from tristage.errors import UserError
 from tristage.launch import decode
-from tristage.models import check_lora, check_model, load_tokenizer
+from tristage.models import Kernels, check_kernels, check_lora, check_model, check_quantized, load_tokenizer
 
 EXIT_USER_ERROR = 2
 # torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-PACKAGES = ("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "numpy")
+PACKAGES = (
+    *("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "numpy"),
+    *("bitsandbytes", "liger-kernel"),  # only where a setting asks for them
+)
 
 
 def entry_point(main: Callable[[list[str]], None]) -> None:
@@ -66,13 +70,26 @@ def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], 
     dist.check_device(settings.device, settings.file)
     keys = f"{settings.file}: global_batch, micro_batch"
     plan = BatchPlan.make(settings.global_batch, settings.micro_batch, world_size_from_environment(), keys)
-    template = read_deepspeed_json(settings.deepspeed, settings)
-    config = engine_config(template, settings.precision, plan, settings.optimizer.clip_norm)
+    config = trained_config(settings, settings.deepspeed, "deepspeed", plan, settings.optimizer.clip_norm)
     require_folder_or_hub_id(settings.model, settings, "model")
-    check_model(settings.model, settings.max_tokens, reward_model=False)
+    check_kernels(settings, settings.model, check_model(settings.model, settings.max_tokens, reward_model=False))
     tokenizer = load_tokenizer(settings.model, read_template(settings))
     check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
+    check_quantized(settings.lora, settings.device, f"{settings.file}: key `lora.quantize`")
     return plan, config, tokenizer
+
+
+def trained_config(
+    settings: RunSettings, deepspeed_json: str, key: str, plan: BatchPlan, clip_norm: float = 0.0
+) -> dict[str, Any]:
+    """The DeepSpeed config of an engine, from the JSON that `key` names.
+
+    Raises:
+        UserError: an unreadable JSON, or one that this machine cannot do.
+    """
+    config = engine_config(read_deepspeed_json(deepspeed_json, settings, key), settings.precision, plan, clip_norm)
+    check_zero_support(config, dist.uses_gpu(settings.device), f"{settings.file}: key `{key}`: {deepspeed_json}")
+    return config
 
 
 def frozen_config(settings: RunSettings, deepspeed_json: str, key: str, plan: BatchPlan) -> dict[str, Any]:
@@ -81,13 +98,40 @@ def frozen_config(settings: RunSettings, deepspeed_json: str, key: str, plan: Ba
     Raises:
         UserError: an unreadable JSON, or ZeRO 1 or 2, which shard what such a model lacks.
     """
-    config = engine_config(read_deepspeed_json(deepspeed_json, settings, key), settings.precision, plan)
+    config = trained_config(settings, deepspeed_json, key, plan)
     if zero_stage(config) not in (0, 3):
         raise UserError(
             f"{settings.file}: key `{key}`: ZeRO stage {zero_stage(config)} shards gradients and "
             "optimizer, which a frozen model has not; use stage 0 or 3"
         )
     return config
+
+
+def loading(settings: RunSettings, lora: LoraSettings | None = None) -> dict[str, Any]:
+    """What every model of a run is loaded with; `lora` is that of the policy, whose reference is quantised alike."""
+    quantize = lora.quantize if lora is not None else None
+    return {
+        "dtype": DTYPES[settings.precision],
+        "kernels": Kernels(settings.attention, settings.liger_kernel, quantize),
+    }
+
+
+def check_one_hpz(settings: RunSettings, configs: dict[str, dict[str, Any]]) -> None:
+    """ZeRO++'s second partition is for one engine of a process: DeepSpeed ends a second one in an assertion.
+
+    Args:
+        configs: DeepSpeed config of each engine, by the key that names its JSON.
+
+    Raises:
+        UserError: several have it.
+    """
+    size = "zero_hpz_partition_size"
+    keys = [f"`{key}`" for key, config in configs.items() if config["zero_optimization"].get(size, 1) > 1]
+    if len(keys) > 1:
+        raise UserError(
+            f"{settings.file}: keys {' and '.join(keys)} have zero_optimization.{size}, and only one "
+            "engine of a run can; leave it out of the other JSON"
+        )
 
 
 def load_trained(
@@ -97,12 +141,12 @@ def load_trained(
     return load(
         settings.model,
         tokenizer,
-        dtype=DTYPES[settings.precision],
         engine_config=config,
         gradient_checkpointing=settings.gradient_checkpointing,
         lora=settings.lora,
         lora_seed=settings.seed,
         max_tokens=settings.max_tokens,
+        **loading(settings, settings.lora),
         **options,
     )
 
@@ -118,9 +162,10 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
     """Join the process group, seed, and make the run's folder with config.yaml and environment.json.
 
     Raises:
-        UserError: ranks that hold other data than rank 0, as when a node has an older copy of a file.
+        UserError: ranks that hold other versions or data than rank 0, as when a node has an older copy of a file.
     """
     device = dist.init(settings.device)
+    preflight.check(settings, device)
     others = dist.gather_objects((platform.node(), data_fingerprint))
     for rank, (node, found) in enumerate(others):
         if found != others[0][1]:

@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, str, LoraSettings, bool]] = {
     "recomputed": ("sft", "llama_untied", LoraSettings(rank=4, alpha=8), True),
     "reward": ("pairs", "gpt2", LoraSettings(rank=4, alpha=8), False),
 }
-ONE_RANK, TWO_RANKS = [(0, 8), (2, 1)], [(0, 4), (2, 2), (3, 2)]  # (stage, micro-batch)
+ONE_RANK, TWO_RANKS = [(0, 8), (2, 1)], [(0, 4), (1, 2), (2, 2), (3, 2)]  # (stage, micro-batch)
 
 
 def load(case: str, path: str, tokenizer: Any, **options: Any) -> Any:

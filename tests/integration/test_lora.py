@@ -1,4 +1,7 @@
-"""The three steps with adapters, chained through folders at ZeRO 2 and 3 on two ranks, and what comes out of them."""
+"""The three steps with adapters, chained through folders at ZeRO 2 and 3 on two ranks, and what comes out of them.
+
+Step 1 at ZeRO 0 and 1 as well.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,8 @@ RUNS: dict[str, tuple[str, list[str]]] = {  # in this order: a step starts from 
 def run_all(rank: int, base: str) -> dict[str, tuple[int, int]]:
     """Every run at every stage; {run: how many policies and how many reward models step 3 loaded}."""
     loaded = {}
+    for stage in (0, 1):
+        MAINS["sft"](["--config", f"{base}/zero{stage}/whole/sft.yaml", *TRAINED])
     for stage in STAGES:
         for name, (step, words) in RUNS.items():
             scorer = f"{base}/zero{stage}/reward/reward/final"
@@ -69,6 +74,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("lora")
     rows = tiny.write_rows(base / "rows")
     model = tiny.teach(tiny.write_model(base / "model"), rows["sft"], steps=3)
+    for stage in (0, 1):
+        tiny.sft_config(base / f"zero{stage}/whole", model, rows["sft"], stage)
     for stage in STAGES:
         folder = base / f"zero{stage}"
         actor, scorer = f"{folder}/whole/sft/final", f"{folder}/reward/reward/final"
@@ -115,6 +122,14 @@ def test_zero_3_trains_as_zero_2_does(name: str, base: Path) -> None:
     two, three = (lines(base / f"zero{stage}" / name / step, "train") for stage in STAGES)
     assert len(two) >= 2
     assert [line[key] for line in three] == pytest.approx([line[key] for line in two], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_the_first_steps_are_those_of_zero_0(stage: int, base: Path) -> None:
+    ours, theirs = (lines(base / f"zero{s}/whole/sft", "train")[:3] for s in (stage, 0))
+    assert len(theirs) == 3
+    for key in ("sft/loss", "optimizer/grad_norm"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

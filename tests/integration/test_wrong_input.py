@@ -48,6 +48,13 @@ class World(NamedTuple):
         return str(self.folder / name)
 
 
+ZEROS: dict[str, dict[str, Any]] = {
+    "quantized": {"stage": 3, "zero_quantized_gradients": True},
+    "second": {"stage": 3, "zero_hpz_partition_size": 2},
+    "in_vain": {"stage": 2, "offload_param": {"device": "cpu"}},
+}
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
@@ -57,6 +64,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for name in ("no_eos", "other_eos", "other_template", "other_vocabulary", "small_vocabulary", "reward"):
         shutil.copytree(model, folder / name)
     edit_json(folder / "reward/config.json", architectures=["LlamaForSequenceClassification"])
+    for name, zero in ZEROS.items():
+        (folder / name).write_text(json.dumps({"zero_optimization": zero}))
     edit_json(folder / "no_eos/tokenizer_config.json", eos_token=None)
     edit_json(folder / "other_eos/tokenizer_config.json", eos_token="<bos>")
     edit_json(folder / "small_vocabulary/config.json", vocab_size=10)
@@ -99,6 +108,25 @@ def one_sentence(stderr: str) -> str:
 # What is wrong: (steps, words that spoil their good config, how the sentence starts). {name} is a path of the world,
 # {config} the step's YAML, ... any text.
 CASES = {
+    "quantised gradients without a GPU": (
+        [STEP1, STEP2], ["deepspeed={quantized}"],
+        "{config}: key `deepspeed`: {quantized}: zero_optimization.zero_quantized_gradients has kernels for GPUs only",
+    ),
+    "quantised gradients of an actor without a GPU": (
+        [STEP3], ["actor.deepspeed={quantized}"],
+        "{config}: key `actor.deepspeed`: {quantized}: zero_optimization.zero_quantized_gradients has kernels for GPUs",
+    ),
+    "parameters offloaded where none are partitioned": (
+        [STEP1, STEP2], ["deepspeed={in_vain}"], "{in_vain}: zero_optimization.offload_param does nothing at stage 2;",
+    ),
+    "attention that a CPU lacks": (
+        [STEP1, STEP2, STEP3], ["attention=flex_attention"],
+        "{config}: key `attention`: flex_attention has no backward pass on CPUs; use auto, eager or sdpa",
+    ),
+    "kernels that a CPU lacks": (
+        [STEP1, STEP2, STEP3], ["liger_kernel=true"],
+        "{config}: key `liger_kernel`: Liger's kernels run on GPUs only; remove it",
+    ),
     "missing model folder": (
         [STEP1, STEP2], ["model=./none"],
         "{config}: key `model`: there is no folder ./none; give a Hugging Face folder, or run the step that writes it",
@@ -247,6 +275,15 @@ def test_prompts_that_ranks_cannot_share_are_refused(world, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert sentence_of(world, STEP3, [], capfd) == (
         f"{world.configs[STEP3]}: rollout.prompts 16 is not a multiple of 3 ranks; change it or the number of ranks"
+    )
+
+
+def test_second_partitions_of_two_engines_are_refused(world, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = [f"{name}.deepspeed={world.path('second')}" for name in ("actor", "reference")]
+    assert sentence_of(world, STEP3, words, capfd) == (
+        f"{world.configs[STEP3]}: keys `actor.deepspeed` and `reference.deepspeed` have "
+        "zero_optimization.zero_hpz_partition_size, and only one engine of a run can; leave it out of the other JSON"
     )
 
 

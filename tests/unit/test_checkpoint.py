@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,16 +20,20 @@ STAGES = {"model": 2}
 class StandInEngine:
     """An engine whose state is one number; keeps what a checkpoint folder looked like while it was written."""
 
-    def __init__(self, value: int = 0, stage: int = 2):
+    def __init__(self, value: int = 0, stage: int = 2, is_quantized: bool = False):
         self.value, self.stage = value, stage
+        self.module = SimpleNamespace(model=SimpleNamespace(is_quantized=is_quantized))
+        self.options: list[dict[str, bool]] = []
         self.seen: list[tuple[str, bool]] = []
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, **options: bool) -> None:
+        self.options.append(options)
         self.seen.append((Path(folder).name, save_latest))
         (Path(folder) / tag).mkdir()
         (Path(folder) / tag / "value").write_text(str(self.value))
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
+    def load_checkpoint(self, folder: str, tag: str, **options: bool) -> tuple[str, dict]:
+        self.options.append(options)
         self.value = int((Path(folder) / tag / "value").read_text())
         return folder, {}
 
@@ -112,8 +117,8 @@ def test_the_pointer_is_written_last(settings, monkeypatch):
 
 def test_a_save_that_dies_in_an_engine_leaves_the_checkpoint_before(settings):
     class Dies(StandInEngine):
-        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-            super().save_checkpoint(folder, tag, save_latest)
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool, **options: bool) -> None:
+            super().save_checkpoint(folder, tag, save_latest, **options)
             raise OSError("no space left on device")
 
     save(settings, 1, value=10)
@@ -123,6 +128,14 @@ def test_a_save_that_dies_in_an_engine_leaves_the_checkpoint_before(settings):
     engine = StandInEngine()
     assert load_checkpoint(settings, {"model": engine}) == 1
     assert engine.value == 10
+
+
+def test_a_checkpoint_leaves_quantised_weights_out_and_does_not_miss_them(settings):
+    engines = {"whole": StandInEngine(), "quantised": StandInEngine(is_quantized=True)}
+    save_checkpoint(settings, 1, engines)
+    load_checkpoint(settings, engines)
+    assert engines["whole"].options == [{}, {"load_module_strict": True}]
+    assert engines["quantised"].options == [{"exclude_frozen_parameters": True}, {"load_module_strict": False}]
 
 
 def test_a_partial_folder_is_never_a_checkpoint_and_gives_way_to_a_whole_one(settings):

@@ -17,7 +17,7 @@ from step1_sft.config import SFTConfig
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.tiny import ppo_values, write_yaml
-from tristage import dist
+from tristage import dist, engine
 from tristage.config import (
     OWNED_BY_YAML,
     BatchPlan,
@@ -344,6 +344,66 @@ def test_what_the_yaml_owns_is_refused_in_a_json_with_both_places(sft_yaml, tmp_
 )
 def test_the_yaml_owns_batches_precision_clipping_optimizer_and_schedule(name):
     assert name in OWNED_BY_YAML
+
+
+@pytest.mark.parametrize(
+    "zero, sentence",
+    [
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer does nothing at stage 0; remove it"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param does nothing at stage 2; remove it or use"),
+        ({"stage": 2, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size does nothing at stage 2; remove it"),
+        ({"stage": 2, "zero_quantized_gradients": True}, "zero_quantized_gradients does nothing at stage 2; remove it"),
+        ({"stage": 1, "zero_quantized_weights": True}, "zero_quantized_weights does nothing at stage 1; remove it"),
+        ({"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/a"}}, "offload_optimizer to nvme need"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param to nvme needs stage 3 and an `nvme_path`"),
+        ({"stage": 3, "offload_param": "cpu"}, "offload_param is 'cpu'; write {\"device\": \"cpu\"}"),
+        ({"stage": 3, "zero_hpz_partition_size": "2"}, "zero_hpz_partition_size is '2', which does not divide 4 ranks"),
+        ({"stage": 3, "zero_hpz_partition_size": 3}, "zero_hpz_partition_size is 3, which does not divide 4 ranks; gi"),
+    ],
+)
+def test_what_deepspeed_would_pass_over_is_refused(sft_yaml, tmp_path, monkeypatch, zero, sentence):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    path = write_json(tmp_path / "zero.json", {"zero_optimization": zero})
+    assert json_error(path, load_sft(sft_yaml)).startswith(f"{path}: zero_optimization.{sentence}")
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 0, "offload_optimizer": {"device": "none"}, "offload_param": None, "zero_hpz_partition_size": 1},
+        {"stage": 1, "offload_optimizer": {"device": "cpu"}, "zero_quantized_weights": False},
+        {"stage": 3, "zero_hpz_partition_size": 2, "zero_quantized_weights": True, "offload_param": {"device": "cpu"}},
+    ],
+)
+def test_what_a_stage_heeds_and_what_is_off_is_accepted(sft_yaml, tmp_path, monkeypatch, zero):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    path = write_json(tmp_path / "zero.json", {"zero_optimization": zero})
+    assert read_deepspeed_json(str(path), load_sft(sft_yaml)) == {"zero_optimization": zero}
+
+
+def support_error(zero, has_gpu):
+    with pytest.raises(UserError) as caught:
+        engine.check_zero_support({"zero_optimization": {"stage": 3} | zero}, has_gpu, "a.yaml: key `deepspeed`")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weights", "nontrainable_weights", "gradients"])
+def test_quantised_communication_wants_a_gpu(name):
+    zero = {f"zero_quantized_{name}": True}
+    where = f"a.yaml: key `deepspeed`: zero_optimization.zero_quantized_{name}"
+    assert support_error(zero, has_gpu=False) == f"{where} has kernels for GPUs only; remove it"
+    engine.check_zero_support({"zero_optimization": zero}, True, "")
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_offload_to_disk_wants_libaio(name, monkeypatch):
+    zero = {name: {"device": "nvme", "nvme_path": "/a"}}
+    monkeypatch.setattr(engine, "_reads_disks", lambda: False)
+    where = f"a.yaml: key `deepspeed`: zero_optimization.{name} to nvme needs the library libaio"
+    assert support_error(zero, has_gpu=True).startswith(where)
+    monkeypatch.setattr(engine, "_reads_disks", lambda: True)
+    engine.check_zero_support({"zero_optimization": zero}, False, "")
+    engine.check_zero_support({"zero_optimization": {name: {"device": "cpu"}}}, False, "")
 
 
 def test_broken_json_is_named_with_its_line(sft_yaml, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tests.helpers import oracles
 from tristage.algo.masking import (
+    correlation,
     masked_mean,
     masked_moments,
     masked_sum,
@@ -190,6 +192,16 @@ def test_response_mask_matches_the_oracle(seed: int, eos_ids: list[int]) -> None
     mask = response_mask(ids, eos_ids)
     assert mask.dtype == torch.bool
     assert mask.tolist() == oracles.response_mask(ids, eos_ids)
+
+
+def test_correlation_by_hand_and_of_numbers_that_do_not_vary() -> None:
+    # Deviations (-1, 0, 1) and (-2, 1, 1): 3 / sqrt(2 * 6).
+    assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 4, 4])).item() == pytest.approx(3 / 12**0.5)
+    assert correlation(torch.arange(5.0), -torch.arange(5)).item() == pytest.approx(-1)
+    x, y = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    assert correlation(x, y).item() == pytest.approx(statistics.correlation(x.tolist(), y.tolist()))
+    for constant in (torch.full((7,), 0.1), torch.zeros(0)):
+        assert correlation(constant, torch.arange(len(constant))).item() == 0
 
 
 def test_position_ids_count_from_the_first_real_token() -> None:

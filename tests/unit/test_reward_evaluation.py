@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,6 @@ from step2_reward_model.measures import (
     Measurements,
     accuracy_by,
     calibration_error,
-    correlation,
     length_warning,
     wilson_interval,
 )
@@ -98,12 +96,6 @@ def test_calibration_and_margins_are_told_in_the_units_of_training_whatever_the_
     name = "reward_model/calibration_error"
     assert scaled.metrics()[name] == pytest.approx(raw.metrics()[name])
     assert text(scaled).count("2 to 4") == 1 and text(scaled).splitlines()[20:] == text(raw).splitlines()[20:]
-
-
-def test_correlation_is_pearsons() -> None:
-    x, y = np.random.default_rng(0).normal(size=(2, 50)) + np.linspace(0, 3, 50)
-    assert correlation(x, y) == pytest.approx(statistics.correlation(x.tolist(), y.tolist()))
-    assert correlation(x, -2 * x + 3) == pytest.approx(-1) and correlation(x, np.ones(50)) == 0
 
 
 def test_buckets_hold_every_pair_once() -> None:

@@ -56,6 +56,14 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     return zero_masked((zero_masked(x, mask) - mean) * torch.rsqrt(var + _WHITEN_EPSILON), mask)
 
 
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """x [B], y [B] -> [] float64: Pearson's; 0 where either does not vary."""
+    dx, dy = x.double() - x.double().mean(), y.double() - y.double().mean()
+    spread = (dx.square().sum() * dy.square().sum()).sqrt()
+    vary = (x != x[:1]).any() & (y != y[:1]).any()  # of equal numbers, rounding leaves a spread above 0
+    return torch.where(vary, (dx * dy).sum() / spread, 0.0)
+
+
 def response_mask(ids: Tensor, eos_ids: int | Sequence[int]) -> Tensor:
     """ids [B,R] -> bool [B,R]: True up to and including the first EOS, the whole row when there is none.
 

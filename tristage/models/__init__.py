@@ -1,6 +1,7 @@
 """Tokenizers, policies and reward models by Hugging Face folder or id."""
 
 from tristage.models.causal_lm import CausalLM, load_causal_lm
+from tristage.models.kernels import Kernels, check_kernels, check_quantized
 from tristage.models.loading import check_model, check_packable, is_reward_model, max_positions
 from tristage.models.lora import adapters_off, check_lora
 from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
@@ -9,12 +10,15 @@ from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_sa
 
 __all__ = [
     "CausalLM",
+    "Kernels",
     "RewardModel",
     "SAME_TOKENIZER",
     "adapters_off",
+    "check_kernels",
     "check_lora",
     "check_model",
     "check_packable",
+    "check_quantized",
     "is_reward_model",
     "last_token_scores",
     "load_causal_lm",

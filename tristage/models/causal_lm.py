@@ -17,6 +17,7 @@ from tristage.algo.logprobs import entropy as logits_entropy
 from tristage.algo.logprobs import linear_token_logprobs, token_logprobs
 from tristage.config import LoraSettings
 from tristage.errors import UserError
+from tristage.models.kernels import PLAIN, Kernels
 from tristage.models.loading import (
     align_special_tokens,
     backbone_hidden,
@@ -121,10 +122,12 @@ def load_causal_lm(
     lora_seed: int = 0,
     max_tokens: int = 1,
     value_head: bool = False,
+    kernels: Kernels = PLAIN,
 ) -> CausalLM:
     """A policy from a Hugging Face folder or id, all dropouts 0; partitioned while loading under ZeRO-3.
 
-    With `lora` it is frozen, beside adapters that are drawn from `lora_seed`; a new value head is trained.
+    With `lora` it is frozen, beside adapters that are drawn from `lora_seed`; a new value head is trained;
+    `kernels.quantize` is for frozen ones.
 
     Raises:
         UserError: no such model, one whose vocabulary is smaller than the tokenizer's, or with fewer positions
@@ -132,7 +135,7 @@ def load_causal_lm(
     """
     config = check_model(path, max_tokens, reward_model=False)
     align_special_tokens(config, tokenizer)
-    model = from_pretrained(AutoModelForCausalLM, path, config, dtype, engine_config)
+    model = from_pretrained(AutoModelForCausalLM, path, config, dtype, engine_config, kernels)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from tristage.algo import masking
 from tristage.errors import UserError
+from tristage.models.kernels import Kernels
 
 MASK_WITHOUT_POSITIONS = ("opt", "falcon")  # as of transformers 5.23; step 1 checks any family when it starts
 # A bar a file a rank, and a report that the new head is new, hide the lines that matter.
@@ -33,18 +34,27 @@ def load_config_without_dropout(path: str) -> PretrainedConfig:
 
 
 def from_pretrained(
-    auto_class: Any, path: str, config: PretrainedConfig, dtype: torch.dtype, engine_config: dict[str, Any] | None
+    auto_class: Any,
+    path: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    engine_config: dict[str, Any] | None,
+    kernels: Kernels,
 ) -> PreTrainedModel:
-    """`auto_class.from_pretrained`; with a ZeRO-3 `engine_config` no rank ever holds a full copy."""
+    """`auto_class.from_pretrained`; under ZeRO-3 no rank holds all parameters (rank 0 maps the files).
+
+    Quantised ones are the exception: each rank packs them all, and the engine shares them out.
+    """
     stage = (engine_config or {}).get("zero_optimization", {}).get("stage", 0)
     # transformers partitions while it loads for as long as this object is alive.
-    zero3 = HfDeepSpeedConfig(engine_config) if stage == 3 else None
+    zero3 = HfDeepSpeedConfig(engine_config) if stage == 3 and kernels.quantize is None else None
     try:
-        model = auto_class.from_pretrained(path, config=config, dtype=dtype)
+        model = auto_class.from_pretrained(path, config=config, dtype=dtype, **kernels.loading_options(dtype))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be opened as a model ({str(error).splitlines()[0]})") from None
     finally:
         del zero3
+    kernels.finish(model)
     return model
 
 
@@ -110,8 +120,8 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def check_packable(path: str) -> None:
-    """Raises UserError for a family whose rows can't be packed, since it has no position_ids."""
+def check_packable(path: str, attention: str = "auto", micro_batch: int = 1) -> None:
+    """Raises UserError for a family whose rows can't be packed, since it has no position_ids, or not by `attention`."""
     config = load_config_without_dropout(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -119,6 +129,17 @@ def check_packable(path: str) -> None:
         raise UserError(
             f"{path}: a {config.model_type} model takes no position_ids, so packed rows would see each other; "
             "set `packing: false`"
+        )
+    if attention in ("flash_attention_2", "flex_attention") and config.model_type in MASK_WITHOUT_POSITIONS:
+        raise UserError(
+            f"{path}: packed rows of a {config.model_type} model are kept apart by a mask, which {attention} "
+            "does not take; set `attention: sdpa` or `packing: false`"
+        )
+    if attention == "flash_attention_2" and micro_batch > 1:
+        # transformers finds where packed rows begin in a batch of one sequence, and only there.
+        raise UserError(
+            f"{path}: with flash_attention_2 packed rows are kept apart in micro-batches of one sequence only; "
+            "set `micro_batch: 1`, which `max_tokens` may make up for"
         )
 
 

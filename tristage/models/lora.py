@@ -115,6 +115,11 @@ def has_adapters(model: nn.Module) -> bool:
     return any(True for _ in _lora_layers(model))
 
 
+def base_path(model: PreTrainedModel) -> str:
+    """The folder or id of the model that add_adapters was given."""
+    return str(model.peft_config[ADAPTER].base_model_name_or_path)
+
+
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model as its base, for forward passes without gradients: W x alone."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from tristage.config import LoraSettings
 from tristage.engine import gathered
 from tristage.errors import UserError
+from tristage.models.kernels import PLAIN, Kernels
 from tristage.models.loading import (
     align_special_tokens,
     backbone_hidden,
@@ -100,6 +101,7 @@ def load_reward_model(
     lora_seed: int = 0,
     max_tokens: int = 1,
     keep_start: bool = False,
+    kernels: Kernels = PLAIN,
 ) -> RewardModel:
     """A reward model or critic from a Hugging Face folder or id, all dropouts 0.
 
@@ -118,7 +120,7 @@ def load_reward_model(
     is_trained = has_scalar_head(config)
     align_special_tokens(config, tokenizer)
     config.num_labels = 1
-    model = from_pretrained(AutoModelForSequenceClassification, path, config, dtype, engine_config)
+    model = from_pretrained(AutoModelForSequenceClassification, path, config, dtype, engine_config, kernels)
     reward_model = RewardModel(model)
     if new_head_seed is not None and is_trained:
         _fold_scale(reward_model, engine_config)

@@ -17,8 +17,9 @@ from tristage import dist
 from tristage.engine import full_state_dict
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
+from tristage.models.kernels import is_quantized
 from tristage.models.loading import load_config_without_dropout
-from tristage.models.lora import has_adapters, load_adapter, merged_state, read_adapter_config, save_adapter
+from tristage.models.lora import base_path, has_adapters, load_adapter, merged_state, read_adapter_config, save_adapter
 from tristage.models.reward_model import load_reward_model
 from tristage.models.tokenizer import load_tokenizer
 
@@ -26,21 +27,26 @@ from tristage.models.tokenizer import load_tokenizer
 def save_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write an engine's model (a CausalLM or RewardModel wrapper) as safetensors with config and tokenizer.
 
-    A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter; with a
-    value head trunk and head are written as a critic, in FOLDER_critic.
+    A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter; those
+    beside quantised weights are merged into the base model that they were quantised from. With a value head trunk and
+    head are written as a critic, in FOLDER_critic.
     """
     state = full_state_dict(engine)
     if dist.is_main():
         model, value_head = engine.module.model, state.pop("value_head.weight", None)
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        adapter = folder.with_name(folder.name + "_adapter")
         if has_adapters(model):
-            with _whole(folder.with_name(folder.name + "_adapter")) as beside:
+            with _whole(adapter) as beside:
                 save_adapter(model, state, beside)
                 tokenizer.save_pretrained(beside)
-        state = merged_state(model, state)
-        with _whole(folder) as beside:
-            model.save_pretrained(beside, state_dict=state)
-            tokenizer.save_pretrained(beside)
+        if is_quantized(model):
+            _write_merged(base_path(model), str(adapter), folder, model.dtype)
+        else:
+            state = merged_state(model, state)
+            with _whole(folder) as beside:
+                model.save_pretrained(beside, state_dict=state)
+                tokenizer.save_pretrained(beside)
         if value_head is not None:
             with _whole(folder.with_name(folder.name + "_critic")) as beside:
                 _save_critic(model, state, value_head, beside)
@@ -68,19 +74,23 @@ def merge_adapter(base: str, adapter: str, out: str) -> None:
     """
     if Path(out).exists():
         raise UserError(f"{out}: is there already; name a new folder")
+    read_adapter_config(adapter)  # a better sentence than that of a missing base
+    _write_merged(base, adapter, Path(out), load_config_without_dropout(base).dtype)
+
+
+def _write_merged(base: str, adapter: str, out: Path, dtype: torch.dtype) -> None:
     scores = read_adapter_config(adapter).task_type == "SEQ_CLS"
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{adapter}: holds no {weights.name}; give a folder such as OUT/final_adapter")
     # The tokenizer that it was trained with, when it is there: its template may be another than the base's.
     tokenizer = load_tokenizer(adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base)
-    options: dict[str, Any] = {"dtype": load_config_without_dropout(base).dtype}
     if scores:
-        model: Any = load_reward_model(base, tokenizer, new_head_seed=0, **options).model  # the adapter has its head
+        model: Any = load_reward_model(base, tokenizer, new_head_seed=0, dtype=dtype).model  # the adapter has its head
     else:
-        model = load_causal_lm(base, tokenizer, **options).model
+        model = load_causal_lm(base, tokenizer, dtype=dtype).model
     load_adapter(model, adapter, load_file(weights))
-    with _whole(Path(out)) as beside:
+    with _whole(out) as beside:
         model.save_pretrained(beside, state_dict=merged_state(model, model.state_dict()))
         tokenizer.save_pretrained(beside)
 
