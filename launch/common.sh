@@ -101,7 +101,7 @@ run_deepspeed() {
     RUN_MARK="$(mktemp -d "${TMPDIR:-/tmp}/tristage.XXXXXX")"
     STOPPED_BY=""
     # The name starts with PYTHON because DeepSpeed hands such variables on to other nodes.
-    if ! PYTHON_TRISTAGE_RUN="$RUN_MARK" python -m tristage.launch prepare "$RUN_MARK" "$@"; then
+    if ! PYTHON_TRISTAGE_RUN="$RUN_MARK" python -m tristage.launch "$RUN_MARK" "$@"; then
         rm -rf "$RUN_MARK"
         return 2
     fi
@@ -203,7 +203,7 @@ launch_step() {
         [[ "$given" =~ \ (--(num_gpus|num_accelerators|hostfile|include|exclude)|-[Hie]\ ) ]] || options+=(--num_gpus 2)
     fi
     if [[ "$dry" == yes ]]; then
-        python -m tristage.launch show "$module" "$config" "${settings[@]}" -- "${options[@]}"
+        python -m tristage.dry_run "$module" "$config" "${settings[@]}" -- "${options[@]}"
         return
     fi
     local status restart=0

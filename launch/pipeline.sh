@@ -14,4 +14,4 @@ run_step "step 1" step1_sft.train "$configs/step1_sft.yaml" "$sft" "$@"
 run_step "step 2" step2_reward_model.train "$configs/step2_reward_model.yaml" "$reward" "$@"
 run_step "step 3" step3_ppo.train "$configs/step3_ppo.yaml" "$ppo" \
     "actor.model=$sft/final" "reward.model=$reward/final" "$@"
-python -m tristage.launch summary "$out"
+python -m tristage.dry_run summary "$out"

@@ -25,7 +25,7 @@ STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 1 when `check` or `doctor` found something to fix, 2 for what a user must correct before anything is read."""
+    """Exit code 0, 1 when `check` or `doctor` found something to fix, 2 for what must be corrected before that."""
     parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
     subcommands = parser.add_subparsers(required=True, dest="subcommand")
     _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))

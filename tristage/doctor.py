@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from tristage.config import RunSettings, SourceSettings, read_deepspeed_json, require_folder_or_hub_id
 from tristage.data.sources import resolve_preset
 from tristage.data.store import cache_folder
+from tristage.dry_run import batch_table
 from tristage.errors import UserError
-from tristage.launch import batch_table
 from tristage.preflight import installed
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +153,8 @@ def several_nodes() -> Iterator[Finding]:
     """What --hostfile needs here."""
     missing = [tool for tool in ("ssh", "pdsh") if not shutil.which(tool)]
     if missing:
-        yield Finding("note", f"no {', '.join(missing)}", "needed for --hostfile alone: apt-get install pdsh openssh-client")
+        fix = "needed for --hostfile alone: apt-get install pdsh openssh-client"
+        yield Finding("note", f"no {', '.join(missing)}", fix)
 
 
 def room(what: str, free: int, need: int, fix: str) -> Finding:
@@ -176,7 +177,7 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
         batches = batch_table(settings, ranks).splitlines()[-1].split()
         yield Finding("ok", f"batches on {ranks} ranks, micro x accumulation x ranks: {' '.join(batches)} rows a step")
     except UserError as error:
-        yield Finding("stop", f"batches on {ranks} ranks", str(error))
+        yield Finding("stop", str(error))
     for key, value in _named(settings):
         try:
             if key.endswith("deepspeed"):
@@ -185,7 +186,7 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
                 require_folder_or_hub_id(value, settings, key)
             yield Finding("ok", f"{key}: {value}")
         except UserError as error:
-            yield Finding("stop", f"{key}: {value}", str(error))
+            yield Finding("stop", str(error))
     for source in (*settings.data.train, *settings.data.heldout):
         yield _source(source, settings)
     yield disk("the run", Path(settings.output))
@@ -205,7 +206,7 @@ def _source(source: SourceSettings, settings: RunSettings) -> Finding:
     try:
         path = str(resolve_preset(source, settings).path)
     except UserError as error:
-        return Finding("stop", "data", str(error))
+        return Finding("stop", str(error))
     if os.path.exists(path):
         if os.access(path, os.R_OK):
             return Finding("ok", f"data: {path}")

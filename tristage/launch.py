@@ -1,10 +1,8 @@
 """What a launcher works out before it starts ranks; called by launch/common.sh.
 
-    python -m tristage.launch prepare FOLDER MODULE CONFIG [key=value ...] -- [deepspeed launcher options]
-    python -m tristage.launch show MODULE CONFIG [key=value ...] -- [deepspeed launcher options]
-    python -m tristage.launch summary OUT
+    python -m tristage.launch FOLDER MODULE CONFIG [key=value ...] -- [deepspeed launcher options]
 
-`prepare` writes the arguments of `deepspeed` (FOLDER/command, each ended by a NUL), the path of the log (FOLDER/log),
+writes the arguments of `deepspeed` (FOLDER/command, each ended by a NUL), the path of the log (FOLDER/log),
 the port where ranks on this machine alone will meet (FOLDER/port) and, for ranks on other nodes, the variables that
 they need (FOLDER/env, which DeepSpeed reads). DeepSpeed hands arguments and variables to other nodes in the text of a
 shell command, through pdsh and ssh, with quotes around some of them: here arguments that a shell would change travel as
@@ -14,10 +12,8 @@ base64 (`run.entry_point` restores them), and variables are escaped.
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -27,8 +23,6 @@ from pathlib import Path
 
 import yaml
 
-from tristage.cli import settings_class
-from tristage.config import BatchPlan, RunSettings, TrainSettings, load_config
 from tristage.errors import UserError
 
 ENCODED = "base64:"
@@ -47,17 +41,10 @@ VALUED |= {"--num_gpus": "", "--num_accelerators": "", "--master_addr": "", "--s
 
 def main(argv: list[str]) -> int:
     """Exit code 2 and one sentence for what a user must mend."""
+    folder, module, config, *rest = argv
+    end = len(rest) - 1 - rest[::-1].index("--")
     try:
-        if argv[0] == "summary":
-            print(summary(Path(argv[1])))
-            return 0
-        folder, rest = (Path(argv[1]), argv[2:]) if argv[0] == "prepare" else (None, argv[1:])
-        end = len(rest) - 1 - rest[::-1].index("--")
-        words, options = [rest[0], "--config", *rest[1:end]], rest[end + 1 :]
-        if folder is None:
-            show(words, options)
-        else:
-            prepare(folder, words, options)
+        prepare(Path(folder), [module, "--config", config, *rest[:end]], rest[end + 1 :])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,10 +52,11 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(folder: Path, words: list[str], options: list[str]) -> None:
-    """Write `folder`/command, /log, /port and, for several nodes, /env. `words`: MODULE --config CONFIG [key=value ...].
+    """Write `folder`/command, /log and, for several nodes, /env, else /port. `words`: MODULE --config CONFIG ...
 
     Raises:
-        UserError: a hostfile or filter that names no nodes, a node that ssh does not reach, a variable that cannot travel.
+        UserError: a hostfile or filter that names no nodes, a node that ssh does not reach, a variable that cannot
+            travel.
     """
     nodes = read_nodes(options)
     if nodes:
@@ -76,46 +64,14 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
         check_paths(options)
         (folder / "env").touch(mode=0o600)
         (folder / "env").write_text(environment_file(dict(os.environ)))
-    elif (port := option(options, "--master_port")) is None:
-        port = free_port()
-        options = [*options, "--master_port", port]
-    if not nodes:
-        (folder / "port").write_text(port)
+    else:
+        if option(options, "--master_port") is None:
+            options = [*options, "--master_port", free_port()]
+        (folder / "port").write_text(option(options, "--master_port") or "")
     sent = [encode(word) for word in words] if nodes else words
     (folder / "command").write_text("".join(f"{word}\0" for word in [*options, "--module", *sent]))
     output = output_of(words[2:])
     (folder / "log").write_text(str(output / "logs/launch.log") if output else "")
-
-
-def show(words: list[str], options: list[str]) -> None:
-    """What `prepare` would have started: nodes, ranks, batches, where the run stands. Nothing is written or asked."""
-    settings = load_config(settings_class(words[2], words[0].removesuffix(".train")), words[1:])
-    nodes = read_nodes(options)
-    ranks = sum(map(len, nodes.values())) if nodes else local_ranks(options)
-    print("would run: " + shlex.join(["deepspeed", "--no_local_rank", *options, "--module", *words]))
-    for node, slots in nodes.items():
-        print(f"node {node}: {len(slots)} ranks")
-    print(batch_table(settings, ranks))
-    output = Path(settings.output)
-    checkpoints = sorted(path.name for path in output.glob("checkpoints/step_*"))
-    state = "is finished" if (output / "final/config.json").exists() else "is new"
-    if checkpoints and state == "is new":
-        state = f"goes on from {checkpoints[-1]}" if settings.resume == "auto" else "starts over (resume=never)"
-    print(f"output: {output} {state}; log: {output}/logs/launch.log")
-
-
-def batch_table(settings: RunSettings, ranks: int) -> str:
-    """Micro-batch x accumulation x ranks = global batch, of each optimizer that steps. Raises UserError."""
-    if isinstance(settings, TrainSettings):
-        keys = f"{settings.file}: global_batch, micro_batch"
-        plan = BatchPlan.make(settings.global_batch, settings.micro_batch, ranks, keys)
-    else:
-        plan = settings.plan(ranks)
-    heads = ("micro-batch", "accumulation", "ranks", "rows a step")
-    row = (plan.micro_batch, plan.accumulation, plan.world_size, plan.global_batch)
-    cells = [f"{value:>{len(head)}}" for head, value in zip(heads, row, strict=True)]
-    signs = (" x ", " x ", " = ", "")
-    return "\n".join("".join(f"{cell}{sign}" for cell, sign in zip(line, signs, strict=True)) for line in (heads, cells))
 
 
 # -- nodes -------------------------------------------------------------------------------------------------
@@ -135,17 +91,6 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return str(probe.getsockname()[1])
-
-
-def local_ranks(options: Sequence[str]) -> int:
-    """Ranks on this machine alone."""
-    count = option(options, "--num_gpus") or option(options, "--num_accelerators")
-    if count:
-        return int(count)
-    if include := option(options, "--include"):
-        return len(include.partition(":")[2].split(","))
-    probe = "import torch; print(torch.cuda.device_count())"
-    return int(subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout or 0)
 
 
 def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:
@@ -188,7 +133,7 @@ def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:
     if count := option(options, "--num_gpus") or option(options, "--num_accelerators"):
         nodes = {node: list(range(int(count))) for node in nodes}
     if not nodes:
-        raise UserError(f"{file}: no node is left to run on; add lines `HOST slots=N`, or change --include or --exclude")
+        raise UserError(f"{file}: no node is left; add lines `HOST slots=N`, or change --include or --exclude")
     return nodes
 
 
@@ -217,8 +162,8 @@ def check_reachable(nodes: Sequence[str] | dict[str, list[int]], hostfile: str |
         for node, why in zip(nodes, pool.map(ask, nodes), strict=True):
             if why is not None:
                 raise UserError(
-                    f"{hostfile}: node {node} does not answer to ssh ({why}); mend `ssh {node} true`, which must need no "
-                    "password, or leave the node out (--exclude)"
+                    f"{hostfile}: node {node} does not answer to ssh ({why}); mend `ssh {node} true`, which must need "
+                    "no password, or leave the node out (--exclude)"
                 )
 
 
@@ -313,21 +258,6 @@ def output_of(words: Sequence[str]) -> Path | None:
         return None
     return Path(found) if isinstance(found, str) else None
 
-
-def summary(out: Path) -> str:
-    """What each step in `out` reached: its last held-out measures, or its last step."""
-    lines = []
-    for folder in sorted(path.parent for path in out.glob("*/metrics.jsonl")):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        heldout = [row for row in rows if row["split"] == "heldout"] or rows
-        shown = {name.partition("/")[2]: value for name, value in heldout[-1].items() if "/" in name}
-        kept = [f"{name} {value:.4g}" for name, value in shown.items() if name in SUMMARY]
-        state = "finished" if (folder / "final/config.json").exists() else "not finished"
-        lines.append(f"{folder.name}: {state} at step {rows[-1]['step']}, held out: {', '.join(kept)}")
-    return "\n".join(lines)
-
-
-SUMMARY = ("loss", "perplexity", "accuracy", "score", "kl", "grade", "length")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

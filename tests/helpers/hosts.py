@@ -142,7 +142,8 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
             hosts.append(Host(folder, name, address))
         first, second = hosts
         ends = [["name", INTERFACE, "netns", str(host.init.pid)] for host in hosts]
-        subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]], env={"PATH": PATH}, check=True)
+        command = ["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]]
+        subprocess.run(command, env={"PATH": PATH}, check=True)
         for host in hosts:
             host.do("ip", "address", "add", f"{host.address}/24", "dev", INTERFACE)
             host.link("up")
