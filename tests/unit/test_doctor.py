@@ -20,7 +20,7 @@ def test_a_machine_and_a_config_that_are_well(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "compiled_op", lambda folder: iter(()))  # its own test; here it may be being built
     monkeypatch.setattr(doctor, "locks", lambda folder: iter(()))
     sft_config(tmp_path, write_model(tmp_path / "model"), write_rows(tmp_path / "rows")["sft"])
-    assert cli.main(["doctor", str(tmp_path / "sft.yaml"), "--ranks", "4"]) == 0
+    assert cli.main(["doctor", str(tmp_path / "sft.yaml"), "--step", "step1_sft", "--ranks", "4"]) == 0
     told = capsys.readouterr().out
     assert "nothing would stop a run" in told and "2 x 1 x 4 = 8 rows a step" in told
     assert f"model: {tmp_path}/model" in told and "torch 2" in told
@@ -28,7 +28,7 @@ def test_a_machine_and_a_config_that_are_well(tmp_path, capsys, monkeypatch):
 
 def test_what_a_config_names_and_is_not_there_stops_a_run(tmp_path, capsys):
     sft_config(tmp_path, "./none", "none.jsonl")
-    words = ["doctor", str(tmp_path / "sft.yaml"), "deepspeed=none.json", "--ranks", "3"]
+    words = ["doctor", str(tmp_path / "sft.yaml"), "deepspeed=none.json", "--step", "step1_sft", "--ranks", "3"]
     assert cli.main(words) == 1
     stops = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stop")]
     for words in ("no folder ./none", "there is no none.jsonl", "no file none.json", "8 rows don't divide"):
