@@ -5,6 +5,7 @@ One gather of a few facts a rank and one small file in the output folder: millis
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import shutil
@@ -102,7 +103,8 @@ def _check_output(settings: RunSettings, nodes: list[str]) -> None:
         problem = f"is not the folder that rank 0 on {nodes[0]} writes; put it on a disk that all nodes share"
     problems = dist.gather_objects(problem)
     if dist.is_main():
-        (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
     for node, found in zip(nodes, problems, strict=True):
         if found:
             raise UserError(f"{settings.file}: key `output`: {settings.output} on {node} {found}")
