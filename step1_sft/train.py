@@ -17,7 +17,7 @@ from step1_sft.config import SFTConfig
 from step1_sft.evaluate import evaluate
 from tristage import dist, run
 from tristage.batches import SFTBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from tristage.checkpoint import check_resumable, load_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_packed, collate_sft, pick
 from tristage.data.packing import PackedRows
@@ -72,9 +72,7 @@ def train(
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
-            if last or health.must_stop or (settings.save_every and step % settings.save_every == 0):
-                save_checkpoint(settings, step, {"model": engine}, {"health": health.state()})
-            health.check(step)
+            run.save_if_due(settings, step, last, device, {"model": engine}, health)
     health.check_finished()
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 1 is done: {output / 'final'}")

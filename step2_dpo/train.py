@@ -18,7 +18,7 @@ from step2_dpo.evaluate import answer_lengths, evaluate, pair_metrics, prompt_lo
 from step2_dpo.reference import MicroBatch, Reference, answer_logprobs, check_reference, make_references
 from tristage import dist, run
 from tristage.batches import PreferenceBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from tristage.checkpoint import check_resumable, load_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.sets import fingerprint, load_sets
@@ -83,9 +83,7 @@ def train(
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
-            if last or health.must_stop or (settings.save_every and step % settings.save_every == 0):
-                save_checkpoint(settings, step, {"model": engine}, {"health": health.state()})
-            health.check(step)
+            run.save_if_due(settings, step, last, device, {"model": engine}, health)
     health.check_finished()
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 2 is done: {output / 'final'}")

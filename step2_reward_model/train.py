@@ -20,7 +20,7 @@ from step2_reward_model.evaluate import evaluate, pair_metrics, pair_options, pr
 from step2_reward_model.measures import length_warning
 from tristage import dist, run
 from tristage.batches import PreferenceBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from tristage.checkpoint import check_resumable, load_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, collate_sft, pick
 from tristage.data.loader import evaluation_rows
@@ -81,9 +81,7 @@ def train(
                 log.write(step, "heldout", measured.metrics())
                 if last and (warning := length_warning(measured)):
                     dist.print0(warning)
-            if last or health.must_stop or (settings.save_every and step % settings.save_every == 0):
-                save_checkpoint(settings, step, {"model": engine}, {"health": health.state()})
-            health.check(step)
+            run.save_if_due(settings, step, last, device, {"model": engine}, health)
     health.check_finished()
     if settings.normalize:
         normalize_scores(engine, rows, settings, tokenizer, device)

@@ -12,6 +12,7 @@ import torch
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
+from tristage import watchdog
 from tristage.algo.masking import masked_mean
 from tristage.batches import PromptBatch, Sequences
 from tristage.data.collate import collate_sft, pick
@@ -73,7 +74,8 @@ def score_texts(
 ) -> torch.Tensor:
     """[B] float32 on the CPU. Raises UserError when the function fails or gives no finite number for a response."""
     try:
-        scores = [float(score) for score in function(prompts, responses)]
+        with watchdog.doing(name):
+            scores = [float(score) for score in function(prompts, responses)]
     except Exception as error:  # whatever a user's function raises
         raise UserError(f"{name} failed on {len(prompts)} responses ({type(error).__name__}: {error})") from error
     if len(scores) != len(responses) or not all(map(math.isfinite, scores)):

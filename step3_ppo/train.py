@@ -20,7 +20,7 @@ from step3_ppo.rollout import Control, NotFiniteError, make_experience
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
 from tristage.batches import PromptBatch, SFTBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, load_control, save_checkpoint
+from tristage.checkpoint import check_resumable, load_checkpoint, load_control
 from tristage.config import BatchPlan, load_config, world_size_from_environment
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import Loader, MicroBatch, deal
@@ -99,7 +99,8 @@ def train(
     extras = actor_extras(settings, inputs, average, tokenizer)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
     loader = prompt_loader(inputs.prompts, settings)
-    watch = Stopwatch(device)
+    own = None if average is None else average.state_dict
+    watch, saved, warned = Stopwatch(device), first, False
     with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
 
         def evaluate_now(iteration: int) -> None:
@@ -116,6 +117,7 @@ def train(
         if first == 0:
             evaluate_now(0)
         for iteration in range(first + 1, settings.iterations + 1):
+            carried = control.state_dict()
             batch = next_prompts(loader, iteration, inputs.prompts, settings, tokenizer).to(device)
             names = response_names(loader, iteration, inputs.prompts, settings)
             noticed = partial(note_minibatch, health, iteration, names)
@@ -123,6 +125,9 @@ def train(
                 experience, metrics = make_experience(
                     engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
                 )
+                if run.stop_agreed(device):  # the rollout is dropped: a resumed run samples the same
+                    run.stop_after(settings, iteration - 1, saved, trained, health, carried, own)
+                warned = warned or warn_of_constant(metrics)
                 if iteration == 1:
                     check_first_iteration(engines, experience, settings, plan)
                 with watch("update"):
@@ -138,10 +143,8 @@ def train(
             last = iteration == settings.iterations
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):
                 evaluate_now(iteration)
-            if last or health.must_stop or (settings.save_every and iteration % settings.save_every == 0):
-                own = None if average is None else average.state_dict()
-                save_checkpoint(settings, iteration, trained, control.state_dict() | {"health": health.state()}, own)
-            health.check(iteration)
+            if run.save_if_due(settings, iteration, last, device, trained, health, control.state_dict(), own):
+                saved = iteration
     health.check_finished()
     save_model(engines.actor, tokenizer, output / "final")
     if engines.critic is not None:
@@ -150,6 +153,14 @@ def train(
         with average.in_place():
             save_model(engines.actor, tokenizer, output / "final_ema")
     dist.print0(f"step 3 is done: {output / 'final'}")
+
+
+def warn_of_constant(metrics: dict[str, float]) -> bool:
+    """A reward that is the same for all responses may be what was meant, early on; it teaches nothing."""
+    constant = metrics["objective/score_std"] == 0
+    if constant:
+        dist.print0(f"warning: every response has the score {metrics['objective/score']:.4g}: nothing to learn from it")
+    return constant
 
 
 def restored(settings: PPOConfig, engines: Engines) -> tuple[Control, WeightAverage | None]:

@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch.nn import functional
 
+from tristage import watchdog
+
 BatchType = TypeVar("BatchType", bound="_Batch")
 
 
@@ -109,6 +111,7 @@ class Sequences:
 
     def micro_batch(self, rows: torch.Tensor) -> MicroBatch:
         """Some rows, without the columns that are padding in all of them."""
+        watchdog.moved()
         columns = trim_columns(self.attention_mask[rows])
         mask = self.attention_mask[rows][:, columns]
         return MicroBatch(

@@ -198,6 +198,12 @@ class RunSettings(Settings):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from output/checkpoints when there is one; never starts again."
     )
+    watchdog_seconds: float = Field(
+        600,
+        ge=0,
+        description="A rank that gives no sign of life, or all ranks that do not move, for so long end the run, stacks "
+        "in output/logs; three times as long before the first step and while saving. 0: never.",
+    )
     kind: ClassVar[Kind]  # what the step makes of a row
     step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
     _folder: Path = PrivateAttr(default=Path("."))

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 
+from tristage import watchdog
 from tristage.errors import UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _waiting(collective: F) -> F:
+    """The watchdog sees that a rank in here has come further than one that is not."""
+
+    @functools.wraps(collective)
+    def noted(*arguments: Any, **named: Any) -> Any:
+        with watchdog.phase(f"{collective.__name__}, waiting for the others"):
+            return collective(*arguments, **named)
+
+    return cast(F, noted)
 
 
 def check_device(device: str, where: str) -> None:
@@ -45,15 +61,27 @@ def current_device() -> torch.device:
     return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
 
 
-def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
-    """Join the process group that the deepspeed launcher describes (alone: a group of one); this rank's device."""
+def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
+    """Join the process group that the deepspeed launcher describes (alone: a group of one); this rank's device.
+
+    Raises:
+        UserError: the port where the ranks meet is taken.
+    """
     use_gpu = uses_gpu(device)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if use_gpu:
         torch.cuda.set_device(local_rank())
     if not torch_dist.is_initialized():
-        torch_dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        try:
+            torch_dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        except torch_dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} of {platform.node()}, where the ranks are to meet, is in use; give "
+                "another as --master_port, or none"
+            ) from None
     return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
 
 
@@ -75,6 +103,12 @@ def world_size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
+def of_this_node() -> str:
+    """" (rank 3 on HOST)" where ranks run on several nodes and this is not the first; else nothing."""
+    several = int(os.environ.get("LOCAL_SIZE", "1")) < int(os.environ.get("WORLD_SIZE", "1"))
+    return f" (rank {rank()} on {platform.node()})" if several and rank() != 0 and "LOCAL_SIZE" in os.environ else ""
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -85,11 +119,13 @@ def print0(*words: object) -> None:
         print(*words, flush=True)
 
 
+@_waiting
 def sum_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Sum of each named number over ranks, in float64. Every rank must give the same names."""
     return _reduce_named(values, device, torch_dist.ReduceOp.SUM)
 
 
+@_waiting
 def max_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Largest of each named number over ranks; as sum_over_ranks."""
     return _reduce_named(values, device, torch_dist.ReduceOp.MAX)
@@ -103,6 +139,7 @@ def _reduce_named(values: Mapping[str, float], device: torch.device, operation: 
     return dict(zip(names, numbers.tolist(), strict=True))
 
 
+@_waiting
 def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     """[b, ...] on each rank -> [ranks * b, ...] on every rank, in rank order. b must agree."""
     if world_size() == 1:
@@ -113,6 +150,7 @@ def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).to(x.dtype)
 
 
+@_waiting
 def gather_objects(item: Any) -> list[Any]:
     """Every rank's small Python object, in rank order, on every rank."""
     if world_size() == 1:
@@ -122,12 +160,14 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
+@_waiting
 def broadcast(x: torch.Tensor, source: int) -> None:
     """Overwrite x on every rank with that of rank `source`."""
     if world_size() > 1:
         torch_dist.broadcast(x, source)
 
 
+@_waiting
 def barrier() -> None:
     if world_size() > 1:
         torch_dist.barrier()

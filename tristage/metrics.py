@@ -14,7 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from tristage import dist
+from tristage import dist, watchdog
 
 
 class Averages:
@@ -52,6 +52,7 @@ class RunLog:
         self.latest: dict[str, float] = {}
 
     def __enter__(self) -> RunLog:
+        watchdog.may_save()
         if dist.is_main():
             _drop_lines_after(self.output / "metrics.jsonl", self.first)
             _drop_lines_after(self.output / "samples.jsonl", self.first)
@@ -71,6 +72,8 @@ class RunLog:
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, the same numbers to TensorBoard; training lines move the bar."""
+        if split == "train":
+            watchdog.finished(step)
         if not dist.is_main():
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
@@ -159,11 +162,13 @@ class _Phase:
         self.watch, self.phase = watch, phase
 
     def __enter__(self) -> None:
+        self.before = watchdog.progress.enter(self.phase)
         self.start = self._now()
 
     def __exit__(self, *exception: object) -> None:
         seconds = self.watch.seconds
         seconds[self.phase] = seconds.get(self.phase, 0.0) + self._now() - self.start
+        watchdog.progress.enter(self.before)
 
     def _now(self) -> float:
         if self.watch.device.type == "cuda":

@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import yaml
 
-from tristage import dist, preflight
-from tristage.checkpoint import latest_checkpoint
+from tristage import dist, preflight, watchdog
+from tristage.checkpoint import latest_checkpoint, save_checkpoint
 from tristage.config import (
     BatchPlan,
     LoraSettings,
@@ -32,6 +32,7 @@ from tristage.data.loader import Loader
 from tristage.data.template import read_template
 from tristage.engine import DTYPES, check_zero_support, engine_config, zero_stage
 from tristage.errors import UserError
+from tristage.health import Health
 from tristage.launch import decode
 from tristage.models import Kernels, check_kernels, check_lora, check_model, check_quantized, load_tokenizer
 
@@ -45,19 +46,105 @@ PACKAGES = (
 )
 
 
+class Preempted(Exception):
+    """A signal ended the run after a step, its checkpoint written."""
+
+    def __init__(self, step: int) -> None:
+        where = f"after step {step}, its checkpoint written" if step else "before step 1"
+        super().__init__(f"stopped by a signal {where}; start again to go on")
+
+
 def entry_point(main: Callable[[list[str]], None]) -> None:
-    """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2."""
+    """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2, Preempted exit code 75."""
+    code = 0
     sys.argv[1:] = map(decode, sys.argv[1:])
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        if dist.rank() != 0:
-            # Rank 0 meets the same error and says it; the launcher then ends us. If rank 0 is still going
-            # after this, the mistake is on this node alone and we say it.
-            time.sleep(10)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
-    dist.shutdown()  # not after an error: the others may sit in a collective, and the launcher ends them
+    with watchdog.listening():
+        try:
+            main(sys.argv[1:])
+        except UserError as error:
+            watchdog.leave("failed")
+            if dist.rank() != 0:
+                # Rank 0 meets the same error and says it; the launcher then ends us. If rank 0 is still going
+                # after this, the mistake is of this rank alone and we say it.
+                time.sleep(3)
+            print(f"error: {error}{dist.of_this_node()}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_USER_ERROR)
+        except Preempted as stopped:
+            dist.print0(stopped)
+            watchdog.tell_launcher()
+            code = watchdog.EXIT_PREEMPTED
+        except Exception:
+            of_another = watchdog.died_of_another()
+            watchdog.leave("failed")
+            if not of_another:
+                raise
+            time.sleep(watchdog.FOR_THE_LAUNCHER)
+            os._exit(watchdog.EXIT_STALLED)  # leaving the process group of a lost rank may wait for ever
+        watchdog.leave("done")
+        dist.shutdown()  # not after an error: the others may sit in a collective, and the launcher ends them
+    if code:
+        sys.exit(code)
+
+
+def stop_agreed(device: torch.device) -> bool:
+    """Whether any rank was asked to stop: the same answer on every rank. A collective."""
+    return dist.max_over_ranks({"stop": float(watchdog.stop_asked())}, device)["stop"] > 0
+
+
+Own = Callable[[], dict[str, torch.Tensor]]  # this rank's tensors, as save_checkpoint takes them
+
+
+def save_if_due(
+    settings: RunSettings,
+    step: int,
+    last: bool,
+    device: torch.device,
+    engines: dict[str, Any],
+    health: Health,
+    control: dict[str, Any] | None = None,
+    own: Own | None = None,
+) -> bool:
+    """After `step`: a checkpoint at its turn, after the last step, and when the run must stop; whether it is.
+
+    Raises:
+        Preempted: on every rank, when one was asked to stop and this is not the last step.
+        UserError: on every rank, after too many steps in a row with numbers that are not finite.
+    """
+    if stop_agreed(device) and not last:
+        stop_after(settings, step, step - 1, engines, health, control, own)
+    due = last or health.must_stop or (settings.save_every > 0 and step % settings.save_every == 0)
+    if due:
+        _save(settings, step, engines, health, control, own)
+    health.check(step)
+    return due
+
+
+def stop_after(
+    settings: RunSettings,
+    step: int,
+    saved: int,
+    engines: dict[str, Any],
+    health: Health,
+    control: dict[str, Any] | None = None,
+    own: Own | None = None,
+) -> NoReturn:
+    """Write checkpoint `step`, unless it is the one last `saved`, and raise Preempted. A collective."""
+    if step > saved:
+        _save(settings, step, engines, health, control, own)
+    raise Preempted(step)
+
+
+def _save(
+    settings: RunSettings,
+    step: int,
+    engines: dict[str, Any],
+    health: Health,
+    control: dict[str, Any] | None,
+    own: Own | None,
+) -> None:
+    with watchdog.phase("save"):
+        state = (control or {}) | {"health": health.state()}
+        save_checkpoint(settings, step, engines, state, own() if own else None)
 
 
 def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], Any]:
@@ -164,7 +251,8 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
     Raises:
         UserError: ranks that hold other versions or data than rank 0, as when a node has an older copy of a file.
     """
-    device = dist.init(settings.device)
+    patience = watchdog.LONG * settings.watchdog_seconds
+    device = dist.init(settings.device, patience + 60 if patience else 1800)  # the watchdog, which says more, is first
     preflight.check(settings, device)
     others = dist.gather_objects((platform.node(), data_fingerprint))
     for rank, (node, found) in enumerate(others):
@@ -188,7 +276,13 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
         (output / "config.yaml").write_text(origin + values)
         environment = _environment(device) | {"data": data_fingerprint}
         (output / "environment.json").write_text(json.dumps(environment, indent=2))
+        (output / "logs").mkdir(exist_ok=True)
+        for old in (output / "logs").glob("rank_*.json"):  # an earlier run's, of ranks that may not come back
+            old.unlink()
     dist.barrier()
+    logs = Path(settings.output) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)  # on a node that has another disk
+    watchdog.watch(logs, settings.watchdog_seconds, dist.rank(), dist.world_size())
     return device
 
 

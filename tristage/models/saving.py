@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from tristage import dist
+from tristage import dist, watchdog
 from tristage.engine import full_state_dict
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
@@ -31,27 +31,33 @@ def save_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
     beside quantised weights are merged into the base model that they were quantised from. With a value head trunk and
     head are written as a critic, in FOLDER_critic.
     """
-    state = full_state_dict(engine)
-    if dist.is_main():
-        model, value_head = engine.module.model, state.pop("value_head.weight", None)
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        adapter = folder.with_name(folder.name + "_adapter")
-        if has_adapters(model):
-            with _whole(adapter) as beside:
-                save_adapter(model, state, beside)
-                tokenizer.save_pretrained(beside)
-        if is_quantized(model):
-            _write_merged(base_path(model), str(adapter), folder, model.dtype)
-        else:
-            state = merged_state(model, state)
-            with _whole(folder) as beside:
-                model.save_pretrained(beside, state_dict=state)
-                tokenizer.save_pretrained(beside)
-        if value_head is not None:
-            with _whole(folder.with_name(folder.name + "_critic")) as beside:
-                _save_critic(model, state, value_head, beside)
-                tokenizer.save_pretrained(beside)
-    dist.barrier()
+    with watchdog.phase("save"):
+        state = full_state_dict(engine)
+        if dist.is_main():
+            _write(engine.module.model, state, tokenizer, folder)
+        dist.barrier()
+
+
+def _write(model: Any, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The folders of save_model from the whole wrapper's `state`."""
+    value_head = state.pop("value_head.weight", None)
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    adapter = folder.with_name(folder.name + "_adapter")
+    if has_adapters(model):
+        with _whole(adapter) as beside:
+            save_adapter(model, state, beside)
+            tokenizer.save_pretrained(beside)
+    if is_quantized(model):
+        _write_merged(base_path(model), str(adapter), folder, model.dtype)
+    else:
+        state = merged_state(model, state)
+        with _whole(folder) as beside:
+            model.save_pretrained(beside, state_dict=state)
+            tokenizer.save_pretrained(beside)
+    if value_head is not None:
+        with _whole(folder.with_name(folder.name + "_critic")) as beside:
+            _save_critic(model, state, value_head, beside)
+            tokenizer.save_pretrained(beside)
 
 
 def _save_critic(

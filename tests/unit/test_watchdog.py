@@ -1,0 +1,198 @@
+"""What the watchdog makes of the other ranks' signs of life, by a clock that the test sets."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import pytest
+
+from tristage import watchdog
+from tristage.watchdog import EXIT_STALLED, Watchdog
+
+SECONDS = 100.0  # the interval is then 1 s: something is noticed 98 s after it was last seen
+
+
+class Ended(Exception):
+    """os._exit, with its code."""
+
+
+class World:
+    """Rank 0 of three under a watchdog whose clock is `now`; the signs of the others are written by hand."""
+
+    def __init__(self, folder: Path, rank: int = 0, ranks: int = 3):
+        self.now = 1000.0
+        self.signs: dict[int, dict[str, Any]] = {}
+        self.folder = folder
+        self.dog = Watchdog(-1)
+        with self.clock():
+            self.dog.watch(folder, SECONDS, rank, ranks)
+        watchdog.progress.step = 4
+        own = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": "a"}
+        own |= {"machine": watchdog.machine()}
+        for peer in self.dog.peers:
+            self.signs[peer] = own | {"step": 4, "phase": "step", "place": 10, "moves": 20, "beat": 1}
+            self.signs[peer] |= {"state": "running", "verdict": None}
+
+    def clock(self) -> Any:
+        return mock.patch.object(watchdog.time, "monotonic", lambda: self.now)
+
+    def live(self, seconds: int, silent: tuple[int, ...] = (), moving: tuple[int, ...] = ()) -> None:
+        """That many seconds; raises Ended. The ranks not `silent` beat each second, those `moving` get on."""
+        for _ in range(seconds):
+            self.now += 1
+            for peer, sign in self.signs.items():
+                sign["beat"] += peer not in silent
+                sign["moves"] += peer in moving
+                (self.folder / f"rank_{peer:05d}.json").write_text(json.dumps(sign))
+            with self.clock():
+                self.dog.beat()
+                self.dog.check()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    def exit_now(code: int) -> None:
+        raise Ended(code)
+
+    with (
+        mock.patch.object(watchdog.os, "_exit", exit_now),
+        mock.patch.object(watchdog.os, "kill"),
+        mock.patch.object(watchdog.time, "sleep"),
+        mock.patch.object(watchdog, "progress", watchdog.Progress()),
+    ):
+        watchdog.progress.place = 10
+        yield World(tmp_path)
+
+
+def ending(world: World, capsys: pytest.CaptureFixture[str], seconds: int = 110, **how: Any) -> str:
+    """What is said when the run ends by the watchdog within so many seconds."""
+    with pytest.raises(Ended) as ended:
+        world.live(seconds, **how)
+    assert ended.value.args == (EXIT_STALLED,)
+    return capsys.readouterr().err
+
+
+def test_ranks_that_get_on_are_left_alone_however_long_it_takes(world):
+    for _ in range(4):
+        world.live(95)  # one phase, in which nobody moves
+        world.live(1, moving=(2,))  # one is enough: the others wait for it
+
+
+def test_a_silent_rank_is_named(world, capsys):
+    said = ending(world, capsys, silent=(2,), moving=(1,))
+    assert said.startswith("error: rank 2 on ") and "gave no sign of life for 9" in said
+    watchdog.os.kill.assert_called_once()  # a stopped process goes on, to write its stacks
+
+
+def test_of_ranks_that_stand_still_the_one_that_is_behind_is_named(world, capsys):
+    world.signs[1] |= {"place": 9, "phase": "reward function f"}
+    said = ending(world, capsys)
+    assert said.startswith("error: rank 1 on ") and "in reward function f after step 4) did not move for 9" in said
+
+
+def test_where_no_rank_is_behind_all_are_listed(world, capsys):
+    said = ending(world, capsys)
+    assert "nor did any other rank (rank 0: start, rank 1: step, rank 2: step)" in said
+
+
+def test_this_rank_can_be_the_one_that_is_behind(world, capsys):
+    watchdog.progress.place = 5
+    assert ending(world, capsys).startswith("error: rank 0 on ")
+
+
+@pytest.mark.parametrize("sign", [{"phase": "save"}, {"step": None}])
+def test_saving_and_the_first_step_may_take_three_times_as_long(world, capsys, sign):
+    world.signs[1] |= sign
+    world.live(290)
+    ending(world, capsys, 20)
+
+
+def test_time_in_which_this_process_was_stopped_does_not_count(world):
+    world.live(50)
+    world.now += 10_000
+    world.live(40)
+    world.live(1, moving=(1,))
+
+
+def test_a_rank_that_is_done_may_be_silent(world):
+    world.signs[1] |= {"state": "done"}
+    for _ in range(5):
+        world.live(90, silent=(1,))
+        world.live(1, silent=(1,), moving=(2,))
+
+
+def test_a_rank_that_was_never_seen_is_not_watched(world):
+    del world.signs[1]
+    for _ in range(5):
+        world.live(90)
+        world.live(1, moving=(2,))
+
+
+@pytest.mark.parametrize(
+    "sign", [{"state": "failed"}, {"pid": 2**22 + 1}, {"started": 1.0}], ids=["failed", "no process", "another process"]
+)
+def test_a_rank_that_is_gone_ends_the_others_after_the_launcher_had_time_to_see_it(world, capsys, sign):
+    world.live(3)
+    world.signs[2] |= sign
+    world.live(8)
+    assert "rank 2 on" in ending(world, capsys, 3)
+
+
+def test_a_process_of_another_machine_is_not_looked_for_here(world):
+    world.signs[2] |= {"machine": "elsewhere", "pid": 2**22 + 1}
+    world.live(20)
+
+
+def test_the_launchers_signal_ends_a_rank_that_lost_another_at_once(world, capsys):
+    world.dog.may_save = True
+    world.live(1)
+    world.signs[2] |= {"pid": 2**22 + 1}
+    world.dog.signalled(15)
+    assert "rank 2 on" in ending(world, capsys, 1)
+
+
+def test_the_verdict_of_rank_0_ends_the_others_which_write_their_stacks(tmp_path, world):
+    (tmp_path / "other").mkdir()
+    other = World(tmp_path / "other", rank=2)
+    assert other.dog.peers == [0]
+    other.live(3)
+    other.signs[0]["verdict"] = "rank 1 did not move"
+    with pytest.raises(Ended):
+        other.live(1)
+    text = (tmp_path / "other/stacks_rank_00002.txt").read_text()
+    assert "rank 1 did not move" in text and "test_watchdog.py" in text
+
+
+def test_a_sign_of_life_is_always_as_long(world):
+    for place in (1, 10**9):
+        watchdog.progress.place = place
+        watchdog.progress.phase = "a reward function of a long name " * place if place < 10 else "\u00e4\u4e2d" * 500
+        world.dog.verdict = "\u4e2d" * 400
+        world.dog.beat()
+        assert world.dog.file.stat().st_size == watchdog.SIGN_OF_LIFE
+        assert json.loads(world.dog.file.read_text())["place"] == place
+
+
+def test_one_request_may_arrive_twice_and_a_second_one_ends_at_once(world):
+    world.dog.may_save = True
+    with world.clock():
+        world.dog.signalled(15)
+        world.now += 0.5
+        world.dog.signalled(2)
+        assert world.dog.asked_at == 1000.0
+        world.now += 1
+        with pytest.raises(Ended) as ended:
+            world.dog.signalled(2)
+    assert ended.value.args == (130,)
+
+
+def test_before_there_is_anything_to_save_a_signal_ends_at_once(world):
+    with pytest.raises(Ended) as ended:
+        world.dog.signalled(10)
+    assert ended.value.args == (watchdog.EXIT_PREEMPTED,)
