@@ -77,6 +77,40 @@ rank_pids() {
 kill_all() {
     # shellcheck disable=SC2046
     kill "$1" $(run_pids) 2>/dev/null || true
+    on_nodes "kill $1 \$(grep -lszxF 'PYTHON_TRISTAGE_RUN=$RUN_MARK' /proc/[0-9]*/environ | cut -d/ -f3)"
+}
+
+# A command on every node of a hostfile, which is not waited for long and may fail.
+on_nodes() {
+    local node pids=()
+    [[ -e "$RUN_MARK/nodes" ]] || return 0
+    while read -r node; do
+        timeout 15 ssh -o BatchMode=yes -o ConnectTimeout=5 "$node" "$1" </dev/null >/dev/null 2>&1 &
+        pids+=($!)
+    done <"$RUN_MARK/nodes"
+    wait "${pids[@]}" || true
+}
+
+# With several nodes: what ranks say on standard error goes on, and the exit code of the first node that fails is kept.
+# DeepSpeed and pdsh would wait for the others, whose ranks may wait for those that are gone.
+note_first_failure() {
+    local line
+    while IFS= read -r line || [[ -n "$line" ]]; do
+        printf '%s\n' "$line"
+        if [[ "$line" =~ ^pdsh@.*:\ ssh\ exited\ with\ exit\ code\ ([0-9]+)$ && ! -e "$RUN_MARK/first" ]]; then
+            echo "${BASH_REMATCH[1]}" >"$RUN_MARK/first"
+        fi
+    done
+}
+
+# Ends what is left of a run on all nodes some time after one has failed: ranks that save, or say what is wrong, are done.
+end_after_failure() {
+    local seconds=0
+    while [[ -d "$RUN_MARK" && "$seconds" -lt 30 ]]; do
+        sleep 1
+        [[ ! -e "$RUN_MARK/first" ]] || seconds=$((seconds + 1))
+    done
+    [[ ! -d "$RUN_MARK" ]] || kill_all -KILL
 }
 
 # A signal to this shell, from a terminal, a scheduler or a user: the first asks the ranks to end after their step, which
@@ -107,8 +141,9 @@ run_deepspeed() {
     fi
     mapfile -d '' -t command <"$RUN_MARK/command"
     log="$(cat "$RUN_MARK/log")" port="$(cat "$RUN_MARK/port" 2>/dev/null || echo none)"
-    if [[ -z "$log" ]] || ! { mkdir -p "$(dirname "$log")" && echo "$(date '+%F %T') deepspeed ${command[*]@Q}" >>"$log"; } 2>/dev/null
-    then log=/dev/null; fi
+    if ! { mkdir -p "$(dirname "$log")" && echo "$(date '+%F %T') deepspeed ${command[*]@Q}" >>"$log"; } 2>/dev/null; then
+        log=/dev/null # also where the config does not say its output; the step will say so
+    fi
     for name in TERM INT USR1 HUP; do
         # shellcheck disable=SC2064
         trap "on_signal $name $module" "$name"
@@ -116,7 +151,10 @@ run_deepspeed() {
     # What ranks say goes to the terminal and to the log; the pipes outlive signals, and are waited for.
     mkfifo "$RUN_MARK/out" "$RUN_MARK/err"
     (trap '' TERM INT USR1 HUP; exec tee -a "$log" <"$RUN_MARK/out") & tees+=($!)
-    (trap '' TERM INT USR1 HUP; exec tee -a "$log" <"$RUN_MARK/err" >&2) & tees+=($!)
+    (trap '' TERM INT USR1 HUP; tee -a "$log" <"$RUN_MARK/err" | note_first_failure >&2) & tees+=($!)
+    if [[ -e "$RUN_MARK/nodes" ]]; then
+        (trap '' TERM INT USR1 HUP; end_after_failure) >/dev/null 2>&1 &
+    fi
     # In a session of its own, out of reach of a terminal's Ctrl-C and of signals to this process group.
     (
         trap '' USR1
@@ -143,6 +181,7 @@ run_deepspeed() {
     done
     kill_all -KILL
     wait "${tees[@]}" || true
+    if [[ -e "$RUN_MARK/first" ]]; then status="$(cat "$RUN_MARK/first")"; fi
     trap - TERM INT USR1 HUP
     if [[ -n "$STOPPED_BY" && "$status" != 0 ]]; then
         # 143, 241 (-15): ranks that had not got so far as to handle the signal.

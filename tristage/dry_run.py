@@ -17,7 +17,7 @@ from typing import Any, cast
 from tristage.cli import settings_class
 from tristage.config import BatchPlan, RunSettings, TrainSettings, load_config
 from tristage.errors import UserError
-from tristage.launch import option, read_nodes
+from tristage.launch import count_of, option, read_nodes
 
 SUMMARY = ("loss", "perplexity", "accuracy", "score", "kl", "grade", "length")
 
@@ -71,7 +71,7 @@ def local_ranks(options: Sequence[str]) -> int:
     """Ranks on this machine alone."""
     count = option(options, "--num_gpus") or option(options, "--num_accelerators")
     if count:
-        return int(count)
+        return count_of(count)
     if include := option(options, "--include"):
         return len(include.partition(":")[2].split(","))
     probe = "import torch; print(torch.cuda.device_count())"

@@ -4,9 +4,9 @@
 
 writes the arguments of `deepspeed` (FOLDER/command, each ended by a NUL), the path of the log (FOLDER/log),
 the port where ranks on this machine alone will meet (FOLDER/port) and, for ranks on other nodes, the variables that
-they need (FOLDER/env, which DeepSpeed reads). DeepSpeed hands arguments and variables to other nodes in the text of a
-shell command, through pdsh and ssh, with quotes around some of them: here arguments that a shell would change travel as
-base64 (`run.entry_point` restores them), and variables are escaped.
+they need (FOLDER/env, which DeepSpeed reads) and the nodes' names (FOLDER/nodes). DeepSpeed hands arguments and
+variables to other nodes in the text of a shell command, through pdsh and ssh, with quotes around some of them: here
+arguments that a shell would change travel as base64 (`run.entry_point` restores them), and variables are escaped.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ PASSED = re.compile(
 # Any user of a machine can read the command lines on it, where DeepSpeed puts variables.
 SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|_KEY$", re.IGNORECASE)
 HOST_LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+#.*)?")
+DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's, taken where it is there
 VALUED = {"--hostfile": "-H", "--include": "-i", "--exclude": "-e", "--num_nodes": "", "--master_port": ""}
 VALUED |= {"--num_gpus": "", "--num_accelerators": "", "--master_addr": "", "--ssh_port": ""}
 
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(folder: Path, words: list[str], options: list[str]) -> None:
-    """Write `folder`/command, /log and, for several nodes, /env, else /port. `words`: MODULE --config CONFIG ...
+    """Write `folder`/command, /log and, for several nodes, /nodes and /env, else /port.
+
+    `words`: MODULE --config CONFIG [key=value ...].
 
     Raises:
         UserError: a hostfile or filter that names no nodes, a node that ssh does not reach, a variable that cannot
@@ -62,6 +65,7 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
     if nodes:
         check_reachable(nodes, option(options, "--hostfile"), option(options, "--ssh_port"))
         check_paths(options)
+        (folder / "nodes").write_text("".join(f"{node}\n" for node in nodes))
         (folder / "env").touch(mode=0o600)
         (folder / "env").write_text(environment_file(dict(os.environ)))
     else:
@@ -87,6 +91,13 @@ def option(options: Sequence[str], name: str) -> str | None:
     return None
 
 
+def count_of(text: str) -> int:
+    """A count in a launcher option. Raises UserError."""
+    if not text.isdecimal():
+        raise UserError(f"{text!r} is not a number of nodes or ranks; write for instance --num-gpus 2")
+    return int(text)
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -99,8 +110,8 @@ def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:
     Raises:
         UserError: no such file, a line that is not `HOST slots=N`, a filter that names what is not there.
     """
-    file = option(options, "--hostfile")
-    if file is None:
+    file = option(options, "--hostfile") or DEFAULT_HOSTFILE
+    if file == DEFAULT_HOSTFILE and not os.path.isfile(file):
         return {}
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such hostfile; give one with a line `HOST slots=N` for each node")
@@ -129,9 +140,9 @@ def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:
         }
     nodes = {node: slots for node, slots in nodes.items() if slots}
     if limit := option(options, "--num_nodes"):
-        nodes = dict(list(nodes.items())[: int(limit)])
+        nodes = dict(list(nodes.items())[: count_of(limit)])
     if count := option(options, "--num_gpus") or option(options, "--num_accelerators"):
-        nodes = {node: list(range(int(count))) for node in nodes}
+        nodes = {node: list(range(count_of(count))) for node in nodes}
     if not nodes:
         raise UserError(f"{file}: no node is left; add lines `HOST slots=N`, or change --include or --exclude")
     return nodes
@@ -159,12 +170,13 @@ def check_reachable(nodes: Sequence[str] | dict[str, list[int]], hostfile: str |
         return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1] if done.returncode else None
 
     with ThreadPoolExecutor(16) as pool:
-        for node, why in zip(nodes, pool.map(ask, nodes), strict=True):
-            if why is not None:
-                raise UserError(
-                    f"{hostfile}: node {node} does not answer to ssh ({why}); mend `ssh {node} true`, which must need "
-                    "no password, or leave the node out (--exclude)"
-                )
+        answers = list(pool.map(ask, nodes))
+    for node, why in zip(nodes, answers, strict=True):
+        if why is not None:
+            raise UserError(
+                f"{hostfile}: node {node} does not answer to ssh ({why}); mend `ssh {node} true`, which must need "
+                "no password, or leave the node out (--exclude)"
+            )
 
 
 # -- what travels ------------------------------------------------------------------------------------------

@@ -238,3 +238,9 @@ def test_the_summary_says_what_each_step_reached(tmp_path):
         "step1_sft: finished at step 3, held out: loss 1.25",
         "step3_ppo: not finished at step 4: score 2",
     ]
+
+
+@pytest.mark.parametrize("options", [["--num_nodes=two"], ["--num_gpus", "-1"]])
+def test_a_count_that_is_none_is_refused(hostfile, options):
+    with pytest.raises(UserError, match="is not a number of nodes or ranks"):
+        launch.read_nodes(["--hostfile", hostfile, *options])
