@@ -131,7 +131,7 @@ on_signal() {
 
 # run_deepspeed MODULE CONFIG [key=value ...] -- [options]: one start of the ranks, to the end of the last; the exit code.
 run_deepspeed() {
-    local module="$1" command=() log port status=0 second child tees=() name seconds=0
+    local module="$1" command=() log port status=0 second child tees=() after="" name seconds=0
     RUN_MARK="$(mktemp -d "${TMPDIR:-/tmp}/tristage.XXXXXX")"
     STOPPED_BY=""
     # The name starts with PYTHON because DeepSpeed hands such variables on to other nodes.
@@ -153,7 +153,7 @@ run_deepspeed() {
     (trap '' TERM INT USR1 HUP; exec tee -a "$log" <"$RUN_MARK/out") & tees+=($!)
     (trap '' TERM INT USR1 HUP; tee -a "$log" <"$RUN_MARK/err" | note_first_failure >&2) & tees+=($!)
     if [[ -e "$RUN_MARK/nodes" ]]; then
-        (trap '' TERM INT USR1 HUP; end_after_failure) >/dev/null 2>&1 &
+        (trap '' TERM INT USR1 HUP; end_after_failure) >/dev/null 2>&1 & after=$!
     fi
     # In a session of its own, out of reach of a terminal's Ctrl-C and of signals to this process group.
     (
@@ -170,7 +170,7 @@ run_deepspeed() {
     child=$!
     while INTERRUPTED=no; do
         second=0
-        wait "$child" || second=$?
+        wait "$child" 2>/dev/null || second=$? # bash would say "Killed", with all that was
         [[ "$second" == 127 ]] || status="$second"
         [[ "$INTERRUPTED" == yes ]] || break
     done
@@ -188,6 +188,7 @@ run_deepspeed() {
         if [[ -e "$RUN_MARK/preempted" || "$status" == 143 || "$status" == 241 ]]; then status=75; fi
     fi
     rm -rf "$RUN_MARK"
+    [[ -z "$after" ]] || wait "$after" || true
     # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
     [[ ! "$port" =~ ^[0-9]+$ ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
     return "$status"

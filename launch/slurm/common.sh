@@ -36,6 +36,8 @@ slurm_step() {
         kill -0 "$child" 2>/dev/null || break
     done
     trap - USR1 TERM
+    # 138: the signal (128 + 10) came before ranks could handle it; they had done nothing yet.
+    if [[ "$status" == 138 ]]; then status=75; fi
     if [[ "$status" == 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
     exit "$status"
 }

@@ -6,8 +6,8 @@ set -euo pipefail
 sizes=()
 for part in ${SLURM_STEP_TASKS_PER_NODE//,/ }; do
     times=1
-    if [[ "$part" == *"(x"* ]]; then times="${part##*x}"; fi
-    for ((i = 0; i < ${times%)}; i++)); do sizes+=("${part%%(*}"); done
+    if [[ "$part" =~ x([0-9]+) ]]; then times="${BASH_REMATCH[1]}"; fi
+    for ((i = 0; i < times; i++)); do sizes+=("${part%%[!0-9]*}"); done
 done
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_SIZE="${sizes[$SLURM_NODEID]}"
 module="$1"

@@ -95,7 +95,8 @@ class Host:
         """Commands of all processes of this host but its sshd."""
         with contextlib.suppress(psutil.NoSuchProcess):
             inside = os.readlink(f"/proc/{self.init.pid}/ns/pid")
-            return [text for pid, text in _commands() if _pid_namespace(pid) == inside and pid != self.init.pid]
+            ours = [text for pid, text in _commands() if _pid_namespace(pid) == inside]
+            return [text for text in ours if not text.startswith("sshd:")]
         return []
 
     def link(self, state: str) -> None:
