@@ -17,14 +17,14 @@ from step1_sft.config import SFTConfig
 from step1_sft.evaluate import evaluate
 from tristage import dist, run
 from tristage.batches import SFTBatch
-from tristage.checkpoint import check_resumable, load_checkpoint
+from tristage.checkpoint import load_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_packed, collate_sft, pick
 from tristage.data.packing import PackedRows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example
-from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine
 from tristage.errors import UserError
 from tristage.health import Health, row_ids
 from tristage.metrics import Averages, RunLog, Stopwatch
@@ -38,7 +38,6 @@ def main(argv: list[str]) -> None:
     plan, config, tokenizer = run.check_training(settings)
     if settings.packing:
         check_packable(settings.model, settings.attention, settings.micro_batch)
-    check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
 
@@ -47,7 +46,8 @@ def train(
     settings: SFTConfig, plan: BatchPlan, config: dict[str, Any], tokenizer: Any, rows: Rows, heldout: Rows
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
-    device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
+    device, found = run.start(settings, fingerprint([rows, heldout]))
+    output = Path(settings.output)
     dist.print0(f"step 1, supervised fine-tuning: {plan}")
     model = run.load_trained(load_causal_lm, settings, config, tokenizer)
     collate: Any = collate_packed if settings.packing else collate_sft
@@ -56,7 +56,7 @@ def train(
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     if settings.packing:
         check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)
-    first, health = load_checkpoint(settings, {"model": engine}), Health.restored(settings)
+    first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch = Stopwatch(device)
     with RunLog(output, "sft", loader.total_steps, first, SHOWN) as log:
         if first == 0:
@@ -72,7 +72,7 @@ def train(
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
-            run.save_if_due(settings, step, last, device, {"model": engine}, health)
+            run.save_if_due(settings, step, last, device, {"model": engine}, health, log)
     health.check_finished()
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 1 is done: {output / 'final'}")

@@ -18,12 +18,12 @@ from step2_dpo.evaluate import answer_lengths, evaluate, pair_metrics, prompt_lo
 from step2_dpo.reference import MicroBatch, Reference, answer_logprobs, check_reference, make_references
 from tristage import dist, run
 from tristage.batches import PreferenceBatch
-from tristage.checkpoint import check_resumable, load_checkpoint
+from tristage.checkpoint import load_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
-from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine
 from tristage.health import Health, row_ids
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import load_causal_lm, save_model
@@ -43,7 +43,6 @@ def main(argv: list[str]) -> None:
     reference_config = check_reference(settings, plan, tokenizer)
     if reference_config is not None:
         run.check_one_hpz(settings, {"deepspeed": config, "reference.deepspeed": reference_config})
-    check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, reference_config, tokenizer, *sets)
 
@@ -58,13 +57,14 @@ def train(
     heldout: Rows,
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
-    device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
+    device, found = run.start(settings, fingerprint([rows, heldout]))
+    output = Path(settings.output)
     dist.print0(f"step 2, {NAMES[settings.loss]}: {plan}")
     references = make_references(settings, reference_config, tokenizer, rows, heldout, device)
     model = run.load_trained(load_causal_lm, settings, config, tokenizer)
     loader = run.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
-    first, health = load_checkpoint(settings, {"model": engine}), Health.restored(settings)
+    first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch = Stopwatch(device)
 
     def collated(step: int) -> list[tuple[MicroBatch, PreferenceBatch]]:
@@ -83,7 +83,7 @@ def train(
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
-            run.save_if_due(settings, step, last, device, {"model": engine}, health)
+            run.save_if_due(settings, step, last, device, {"model": engine}, health, log)
     health.check_finished()
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 2 is done: {output / 'final'}")

@@ -20,14 +20,14 @@ from step2_reward_model.evaluate import evaluate, pair_metrics, pair_options, pr
 from step2_reward_model.measures import length_warning
 from tristage import dist, run
 from tristage.batches import PreferenceBatch
-from tristage.checkpoint import check_resumable, load_checkpoint
+from tristage.checkpoint import load_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, collate_sft, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
-from tristage.engine import backward_mean, optimizer_step, train_engine, zero_stage
+from tristage.engine import backward_mean, optimizer_step, train_engine
 from tristage.health import Health, row_ids
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import last_token_scores, load_reward_model, save_model
@@ -43,7 +43,6 @@ SHOWN = {
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
-    check_resumable(settings, {"model": zero_stage(config)})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
 
@@ -57,12 +56,13 @@ def train(
     heldout: Rows,
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the last step; export to output/final."""
-    device, output = run.start(settings, fingerprint([rows, heldout])), Path(settings.output)
+    device, found = run.start(settings, fingerprint([rows, heldout]))
+    output = Path(settings.output)
     dist.print0(f"step 2, reward model: {plan}")
     model = run.load_trained(load_reward_model, settings, config, tokenizer, new_head_seed=settings.seed)
     loader = run.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
-    first, health = load_checkpoint(settings, {"model": engine}), Health.restored(settings)
+    first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch = Stopwatch(device)
     with RunLog(output, "reward model", loader.total_steps, first, SHOWN) as log:
         if first == 0:
@@ -81,7 +81,7 @@ def train(
                 log.write(step, "heldout", measured.metrics())
                 if last and (warning := length_warning(measured)):
                     dist.print0(warning)
-            run.save_if_due(settings, step, last, device, {"model": engine}, health)
+            run.save_if_due(settings, step, last, device, {"model": engine}, health, log)
     health.check_finished()
     if settings.normalize:
         normalize_scores(engine, rows, settings, tokenizer, device)

@@ -20,7 +20,7 @@ from step3_ppo.rollout import Control, NotFiniteError, make_experience
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
 from tristage.batches import PromptBatch, SFTBatch
-from tristage.checkpoint import check_resumable, load_checkpoint, load_control
+from tristage.checkpoint import Checkpoint, load_checkpoint
 from tristage.config import BatchPlan, load_config, world_size_from_environment
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import Loader, MicroBatch, deal
@@ -28,7 +28,7 @@ from tristage.data.packing import Blocks
 from tristage.data.sets import fingerprint, load_sets, load_text_blocks
 from tristage.data.store import Rows
 from tristage.ema import WeightAverage
-from tristage.engine import StepReport, zero_stage
+from tristage.engine import StepReport
 from tristage.errors import UserError
 from tristage.health import Health
 from tristage.metrics import RunLog, Stopwatch
@@ -61,7 +61,6 @@ def main(argv: list[str]) -> None:
     dist.check_device(settings.device, settings.file)
     plan = settings.plan(world_size_from_environment())
     configs = engine_configs(settings, plan)
-    check_resumable(settings, {name: zero_stage(configs[name]) for name in TRAINED if name in configs})
     tokenizer = check_models(settings)
     train(settings, plan, configs, tokenizer, load_inputs(settings, tokenizer))
 
@@ -86,20 +85,20 @@ def train(
     settings: PPOConfig, plan: BatchPlan, configs: dict[str, dict[str, Any]], tokenizer: Any, inputs: Inputs
 ) -> None:
     """Iterate from the latest checkpoint, or from the start, to the last iteration; export actor and critic."""
-    device = run.start(settings, fingerprint([inputs.prompts, inputs.heldout]))
+    device, found = run.start(settings, fingerprint([inputs.prompts, inputs.heldout]))
     output = Path(settings.output)
     dist.print0(f"step 3, PPO: {settings.responses} responses an iteration, {settings.ppo.epochs} epochs, {plan}")
     if settings.rollout.top_p < 1 or settings.rollout.top_k:
         dist.print0("rollout.top_p or top_k filters sampling: the sampled law is not the scored one, KL is biased")
     engines = build_engines(settings, configs, tokenizer)
     trained = {name: getattr(engines, name) for name in TRAINED if name in configs}
-    first = load_checkpoint(settings, trained)
-    control, average = restored(settings, engines)
-    health = Health.restored(settings)
+    first = load_checkpoint(settings, found, trained)
+    control, average = restored(settings, engines, found)
+    health = Health.restored(settings, found)
     extras = actor_extras(settings, inputs, average, tokenizer)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
     loader = prompt_loader(inputs.prompts, settings)
-    own = None if average is None else average.state_dict
+    own = None if average is None else average.pieces
     watch, saved, warned = Stopwatch(device), first, False
     with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
 
@@ -126,7 +125,7 @@ def train(
                     engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
                 )
                 if run.stop_agreed(device):  # the rollout is dropped: a resumed run samples the same
-                    run.stop_after(settings, iteration - 1, saved, trained, health, carried, own)
+                    run.stop_after(settings, iteration - 1, saved, trained, health, log, carried, own)
                 warned = warned or warn_of_constant(metrics)
                 if iteration == 1:
                     check_first_iteration(engines, experience, settings, plan)
@@ -143,7 +142,7 @@ def train(
             last = iteration == settings.iterations
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):
                 evaluate_now(iteration)
-            if run.save_if_due(settings, iteration, last, device, trained, health, control.state_dict(), own):
+            if run.save_if_due(settings, iteration, last, device, trained, health, log, control.state_dict(), own):
                 saved = iteration
     health.check_finished()
     save_model(engines.actor, tokenizer, output / "final")
@@ -163,18 +162,17 @@ def warn_of_constant(metrics: dict[str, float]) -> bool:
     return constant
 
 
-def restored(settings: PPOConfig, engines: Engines) -> tuple[Control, WeightAverage | None]:
-    """KL coefficient, reward scale and moving average, as the latest checkpoint has them or new."""
+def restored(settings: PPOConfig, engines: Engines, found: Checkpoint | None) -> tuple[Control, WeightAverage | None]:
+    """KL coefficient, reward scale and moving average, as the checkpoint has them or new."""
     control, average = Control.of(settings), None
     if settings.ema is not None:
         steps = settings.total_steps - settings.warmup_steps  # the actor's, which follow the critic's warm-up
         start = settings.warmup_steps + int(settings.ema.start * steps)
         average = WeightAverage(engines.actor, settings.ema.decay, start)
-    state, own = load_control(settings)
-    if state is not None:
-        control.load_state_dict(state)
-    if average is not None and own is not None:
-        average.load_state_dict(own)
+    if found is not None and found.control is not None:
+        control.load_state_dict(found.control)
+    if average is not None and found is not None and (pieces := found.pieces("own")) is not None:
+        average.restore(pieces)
     return control, average
 
 

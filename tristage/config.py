@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tristage.errors import UserError
 
@@ -176,6 +185,13 @@ class DataSettings(Settings):
         return shares
 
 
+class KeepBest(Settings):
+    """Which checkpoint is the best one, which then stays however old it is."""
+
+    metric: str = Field(description="A held-out metric of metrics.jsonl, such as sft/loss.")
+    lower: bool = Field(True, description="Lower is better; false: higher is.")
+
+
 class RunSettings(Settings):
     """What every step has."""
 
@@ -187,7 +203,9 @@ class RunSettings(Settings):
     attention: Attention = Field("auto", description="Implementation of attention in all models; auto: transformers'.")
     liger_kernel: bool = Field(False, description="Norms, rotary positions and MLPs by Liger's GPU kernels.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
-    keep_last: int = Field(2, ge=1, description="Checkpoints kept on disk.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints kept on disk.")
+    keep_every: int = Field(0, ge=0, description="Checkpoints of every so many-th step stay besides; 0: none.")
+    keep_best: KeepBest | None = Field(None, description="The best checkpoint by a held-out metric stays besides.")
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after only.")
     max_bad_steps: int = Field(
         5, gt=0, description="Stop after this many steps in a row with a loss, gradient or score of nan or inf."
@@ -195,9 +213,14 @@ class RunSettings(Settings):
     deterministic: bool = Field(
         False, description="Deterministic kernels on GPUs, where torch has them: slower. CPUs need no setting."
     )
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto continues from output/checkpoints when there is one; never starts again."
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="auto continues from output/checkpoints when there is one; never starts again; else a checkpoint's "
+        "or a run's folder to start from (started again, the run goes on from what it has saved since).",
     )
+    resume_changed: bool = Field(False, description="Continue although settings or data are not the checkpoint's.")
+    check_disk: bool = Field(True, description="Refuse to train where the disk has no room for two checkpoints.")
     watchdog_seconds: float = Field(
         600,
         ge=0,
@@ -208,6 +231,16 @@ class RunSettings(Settings):
     step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
     _folder: Path = PrivateAttr(default=Path("."))
     _file: str = PrivateAttr(default="settings")
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> RunSettings:
+        if self.keep_best is not None and self.save_every:
+            if not self.evaluate_every or self.save_every % self.evaluate_every:
+                raise ValueError(
+                    f"key `keep_best` compares checkpoints, and not each of save_every {self.save_every} is evaluated; "
+                    "set evaluate_every to the same"
+                )
+        return self
 
     @property
     def folder(self) -> Path:
@@ -462,6 +495,7 @@ __all__ = [
     "BatchPlan",
     "CleanRule",
     "DataSettings",
+    "KeepBest",
     "Kind",
     "LoraSettings",
     "OptimizerSettings",

@@ -14,6 +14,7 @@ from torch import nn
 
 from tristage import dist
 from tristage.engine import refresh_persistent
+from tristage.pieces import Piece, PieceReader
 
 
 class WeightAverage:
@@ -70,11 +71,24 @@ class WeightAverage:
                 dist.broadcast(own, source=i % dist.world_size())
         refresh_persistent(self.engine)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's share, on the CPU."""
-        return {name: average.cpu() for name, average in self.averages.items()}
+    def pieces(self) -> list[Piece]:
+        """This rank's share, as the checkpoint keeps it: any number of ranks and ZeRO stage reads it back."""
+        return [Piece(name, *self._place(p), self.averages[name].view(-1)[: self._real(p)]) for name, p in self._mine()]
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises KeyError when the share is of another number of ranks."""
-        for name, average in self.averages.items():
-            average.copy_(state[name])
+    def restore(self, pieces: PieceReader) -> None:
+        """Raises UserError when the averages are of another model."""
+        for name, parameter in self._mine():
+            start, _ = self._place(parameter)
+            pieces.read(name, start, self.averages[name].view(-1)[: self._real(parameter)])
+
+    def _place(self, parameter: Any) -> tuple[int, int]:
+        """(first element that this rank averages, elements of the whole parameter)."""
+        if not self.partitioned:
+            return 0, parameter.numel()
+        rank: int = self.engine.optimizer._get_param_partition_rank(parameter)
+        return min(rank * parameter.ds_tensor.numel(), parameter.ds_numel), parameter.ds_numel
+
+    def _real(self, parameter: Any) -> int:
+        """Elements of this rank's share that are no padding."""
+        start, total = self._place(parameter)
+        return min(int(self._own(parameter).numel()), total - start)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tristage import dist
-from tristage.checkpoint import load_control
+from tristage.checkpoint import Checkpoint
 from tristage.config import RunSettings
 from tristage.engine import StepReport
 from tristage.errors import UserError
@@ -32,11 +32,11 @@ class Health:
         self.taken = self.skipped = self.in_a_row = 0
 
     @classmethod
-    def restored(cls, settings: RunSettings) -> Health:
+    def restored(cls, settings: RunSettings, found: Checkpoint | None) -> Health:
         """As the checkpoint that the run goes on from has it, or new."""
-        health, (control, _) = cls(settings), load_control(settings)
-        if control is not None:
-            health.taken, health.skipped, health.in_a_row = control["health"]
+        health = cls(settings)
+        if found is not None:
+            health.taken, health.skipped, health.in_a_row = (found.control or {})["health"]
         return health
 
     def state(self) -> list[int]:

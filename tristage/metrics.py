@@ -50,6 +50,7 @@ class RunLog:
         self.output, self.title, self.total, self.first, self.shown = output, title, total_steps, first_step, shown
         self.started = time.monotonic()
         self.latest: dict[str, float] = {}
+        self.heldout: tuple[int, dict[str, float]] = (-1, {})
 
     def __enter__(self) -> RunLog:
         watchdog.may_save()
@@ -86,7 +87,12 @@ class RunLog:
             self.latest.update(metrics)
             self._show_progress(step)
         else:
+            self.heldout = (step, metrics)
             self._say(f"{self.title} {step}/{self.total} held out: {self._short(metrics)}")
+
+    def heldout_of(self, step: int) -> dict[str, float] | None:
+        """The held-out metrics of a step, on rank 0, where they were written."""
+        return self.heldout[1] if self.heldout[0] == step else None
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append to samples.jsonl."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ import torch
 import yaml
 
 from tristage import dist, preflight, watchdog
-from tristage.checkpoint import latest_checkpoint, save_checkpoint
+from tristage.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from tristage.config import (
     BatchPlan,
     LoraSettings,
@@ -34,7 +35,9 @@ from tristage.engine import DTYPES, check_zero_support, engine_config, zero_stag
 from tristage.errors import UserError
 from tristage.health import Health
 from tristage.launch import decode
+from tristage.metrics import RunLog
 from tristage.models import Kernels, check_kernels, check_lora, check_model, check_quantized, load_tokenizer
+from tristage.pieces import Piece
 
 EXIT_USER_ERROR = 2
 # torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
@@ -66,7 +69,7 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
             if dist.rank() != 0:
                 # Rank 0 meets the same error and says it; the launcher then ends us. If rank 0 is still going
                 # after this, the mistake is of this rank alone and we say it.
-                time.sleep(3)
+                time.sleep(8)
             print(f"error: {error}{dist.of_this_node()}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
         except Preempted as stopped:
@@ -91,7 +94,7 @@ def stop_agreed(device: torch.device) -> bool:
     return dist.max_over_ranks({"stop": float(watchdog.stop_asked())}, device)["stop"] > 0
 
 
-Own = Callable[[], dict[str, torch.Tensor]]  # this rank's tensors, as save_checkpoint takes them
+Own = Callable[[], list[Piece]]  # this rank's tensors beside the engines'
 
 
 def save_if_due(
@@ -101,6 +104,7 @@ def save_if_due(
     device: torch.device,
     engines: dict[str, Any],
     health: Health,
+    log: RunLog,
     control: dict[str, Any] | None = None,
     own: Own | None = None,
 ) -> bool:
@@ -111,10 +115,10 @@ def save_if_due(
         UserError: on every rank, after too many steps in a row with numbers that are not finite.
     """
     if stop_agreed(device) and not last:
-        stop_after(settings, step, step - 1, engines, health, control, own)
+        stop_after(settings, step, step - 1, engines, health, log, control, own)
     due = last or health.must_stop or (settings.save_every > 0 and step % settings.save_every == 0)
     if due:
-        _save(settings, step, engines, health, control, own)
+        _save(settings, step, engines, health, log, control, own)
     health.check(step)
     return due
 
@@ -125,12 +129,13 @@ def stop_after(
     saved: int,
     engines: dict[str, Any],
     health: Health,
+    log: RunLog,
     control: dict[str, Any] | None = None,
     own: Own | None = None,
 ) -> NoReturn:
     """Write checkpoint `step`, unless it is the one last `saved`, and raise Preempted. A collective."""
     if step > saved:
-        _save(settings, step, engines, health, control, own)
+        _save(settings, step, engines, health, log, control, own)
     raise Preempted(step)
 
 
@@ -139,12 +144,13 @@ def _save(
     step: int,
     engines: dict[str, Any],
     health: Health,
+    log: RunLog,
     control: dict[str, Any] | None,
     own: Own | None,
 ) -> None:
     with watchdog.phase("save"):
         state = (control or {}) | {"health": health.state()}
-        save_checkpoint(settings, step, engines, state, own() if own else None)
+        save_checkpoint(settings, step, engines, state, own() if own else None, log.heldout_of(step))
 
 
 def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], Any]:
@@ -169,11 +175,24 @@ def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], 
 def trained_config(
     settings: RunSettings, deepspeed_json: str, key: str, plan: BatchPlan, clip_norm: float = 0.0
 ) -> dict[str, Any]:
-    """The DeepSpeed config of an engine, from the JSON that `key` names.
+    """The DeepSpeed config of an engine that trains, from the JSON that `key` names.
 
     Raises:
-        UserError: an unreadable JSON, or one that this machine cannot do.
+        UserError: an unreadable JSON, or one that this machine or a checkpoint cannot do.
     """
+    config = _config(settings, deepspeed_json, key, plan, clip_norm)
+    for part in ("offload_optimizer", "offload_param"):
+        if (config["zero_optimization"].get(part) or {}).get("device") == "nvme":
+            raise UserError(
+                f"{settings.file}: key `{key}`: {deepspeed_json}: zero_optimization.{part} to nvme is for frozen "
+                "models alone: checkpoints don't hold what is on disk; offload to cpu"
+            )
+    return config
+
+
+def _config(
+    settings: RunSettings, deepspeed_json: str, key: str, plan: BatchPlan, clip_norm: float = 0.0
+) -> dict[str, Any]:
     config = engine_config(read_deepspeed_json(deepspeed_json, settings, key), settings.precision, plan, clip_norm)
     check_zero_support(config, dist.uses_gpu(settings.device), f"{settings.file}: key `{key}`: {deepspeed_json}")
     return config
@@ -185,7 +204,7 @@ def frozen_config(settings: RunSettings, deepspeed_json: str, key: str, plan: Ba
     Raises:
         UserError: an unreadable JSON, or ZeRO 1 or 2, which shard what such a model lacks.
     """
-    config = trained_config(settings, deepspeed_json, key, plan)
+    config = _config(settings, deepspeed_json, key, plan)
     if zero_stage(config) not in (0, 3):
         raise UserError(
             f"{settings.file}: key `{key}`: ZeRO stage {zero_stage(config)} shards gradients and "
@@ -245,11 +264,13 @@ def train_loader(settings: TrainSettings, lengths: Sequence[int] | np.ndarray, p
     )
 
 
-def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
-    """Join the process group, seed, and make the run's folder with config.yaml and environment.json.
+def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, Checkpoint | None]:
+    """Join the process group, find the checkpoint to continue from, seed, and make the run's folder with config.yaml
+    and environment.json: (this rank's device, the checkpoint or None).
 
     Raises:
-        UserError: ranks that hold other versions or data than rank 0, as when a node has an older copy of a file.
+        UserError: ranks that hold other versions or data than rank 0, as when a node has an older copy of a file; checkpoints
+            that are not whole, or of another run.
     """
     patience = watchdog.LONG * settings.watchdog_seconds
     device = dist.init(settings.device, patience + 60 if patience else 1800)  # the watchdog, which says more, is first
@@ -261,6 +282,8 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
                 f"{settings.file}: rank {rank} on {node} has other data than rank 0 on {others[0][0]}; "
                 "give all nodes the same files and library versions"
             )
+    found = find_checkpoint(settings, data_fingerprint)
+    random.seed(settings.seed)
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed)
     if settings.deterministic:
@@ -270,7 +293,6 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
     if dist.is_main():
         output = Path(settings.output)
         output.mkdir(parents=True, exist_ok=True)
-        _warn_of_other_data(settings, output / "environment.json", data_fingerprint)
         origin = f"# What {settings.file} came to with its overrides; relative deepspeed paths start from its folder.\n"
         values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         (output / "config.yaml").write_text(origin + values)
@@ -283,18 +305,7 @@ def start(settings: RunSettings, data_fingerprint: str) -> torch.device:
     logs = Path(settings.output) / "logs"
     logs.mkdir(parents=True, exist_ok=True)  # on a node that has another disk
     watchdog.watch(logs, settings.watchdog_seconds, dist.rank(), dist.world_size())
-    return device
-
-
-def _warn_of_other_data(settings: RunSettings, before: Path, data_fingerprint: str) -> None:
-    if settings.resume == "never" or not before.is_file() or latest_checkpoint(before.parent) is None:
-        return
-    if json.loads(before.read_text()).get("data", data_fingerprint) != data_fingerprint:
-        print(
-            f"warning: {settings.output} was trained on other data (or another template, or other library versions) "
-            "than this run has: it goes on, but not as it would have; resume=never starts again",
-            flush=True,
-        )
+    return device, found
 
 
 def _environment(device: torch.device) -> dict[str, object]:

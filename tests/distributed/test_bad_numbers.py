@@ -19,7 +19,7 @@ import step3_ppo.train
 import step3_ppo.update
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
-from tristage import checkpoint, dist
+from tristage import dist
 from tristage.config import BatchPlan, OptimizerSettings
 from tristage.data.collate import collate_sft
 from tristage.engine import DTYPES, backward_mean, engine_config, full_state_dict, optimizer_steps, train_engine
@@ -240,9 +240,9 @@ def test_the_run_stops_after_too_many_with_a_checkpoint(runs: Any) -> None:
     for rank in range(2):
         assert "stopped at step 6: 3 steps in a row" in said[rank][1] and "bad_batches" in said[rank][1]
     assert [line["in_a_row"] for line in health(output)] == [1, 2, 3]
-    saved = checkpoint.latest_checkpoint(output)
-    assert saved is not None and saved.name == "step_000006"
-    assert json.loads((saved / "state.json").read_text())["control"]["health"] == [3, 3, 3]
+    assert (output / "checkpoints/latest").read_text() == "step_000006"
+    state = json.loads((output / "checkpoints/step_000006/state.json").read_text())
+    assert state["control"]["health"] == [3, 3, 3]
     assert not (output / "final").exists()
 
 

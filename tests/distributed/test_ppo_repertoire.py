@@ -33,6 +33,7 @@ from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import deal
 from tristage.ema import WeightAverage
 from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
+from tristage.pieces import PieceReader, write_pieces
 
 paths = gradients.paths  # the fixture
 
@@ -270,8 +271,13 @@ def run_average(paths: dict[str, str], name: str, averaged: bool) -> dict[str, A
             found["inside"] = weights_of(trained), said()
         found["after"] = weights_of(trained), said()
         again = WeightAverage(trained, DECAY, START)
-        again.load_state_dict({name: share.clone() for name, share in average.state_dict().items()})
-        found["restored"] = all(torch.equal(again.averages[name], share) for name, share in average.averages.items())
+        kept = Path(paths["experience"]).parent / f"average_{name}"
+        kept.mkdir(exist_ok=True)
+        write_pieces(kept / f"rank{dist.rank()}.safetensors", average.pieces())
+        dist.barrier()
+        again.restore(PieceReader(kept, dist.world_size()))
+        pairs = zip(again.pieces(), average.pieces(), strict=True)
+        found["restored"] = all(torch.equal(ours.tensor, theirs.tensor) for ours, theirs in pairs)
     for step in (STEPS, STEPS + 1):
         sft_step(trained, text_batches(tokenizer, plan, step), CPU)
     return found | {"last": weights_of(trained)}

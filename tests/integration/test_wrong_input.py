@@ -287,14 +287,15 @@ def test_second_partitions_of_two_engines_are_refused(world, capfd, monkeypatch)
     )
 
 
-def test_a_checkpoint_of_other_ranks_is_refused(world, capfd, tmp_path):
+def test_a_checkpoint_that_cannot_be_verified_is_no_silent_new_start(world, capfd, tmp_path):
     folder = tmp_path / "checkpoints/step_000004"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": 4, "ranks": 8, "zero_stages": {"model": 0}}))
+    (folder / "state.json").write_text(json.dumps({"step": 4}))
     (tmp_path / "checkpoints/latest").write_text("step_000004")
     said = sentence_of(world, STEP1, [f"output={tmp_path}"], capfd)
     assert said == (
-        f"{folder}: was written by 8 ranks, this run has 1; start as many, or start again with resume=never"
+        f"no checkpoint is whole ({folder}: it has no manifest.json, as those of earlier versions, and cannot be "
+        "verified); restore one, or start again with resume=never"
     )
 
 

@@ -17,7 +17,7 @@ from step1_sft.config import SFTConfig
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.tiny import ppo_values, write_yaml
-from tristage import dist, engine
+from tristage import dist, engine, run
 from tristage.config import (
     OWNED_BY_YAML,
     BatchPlan,
@@ -198,7 +198,7 @@ def test_a_missing_key_of_a_group_is_named_with_its_group(tmp_path):
         ("optimizer.schedule=step", "optimizer.schedule", "'cosine', 'linear' or 'constant'", '"step"'),
         ("data.heldout_fraction=1", "data.heldout_fraction", "less than 1", "1"),
         ("device=gpu", "device", "'auto', 'cpu' or 'cuda'", '"gpu"'),
-        ("resume=yes", "resume", "'auto' or 'never'", "true"),
+        ("resume=yes", "resume", "valid string", "true"),
     ],
 )
 def test_a_wrong_type_or_value_names_file_key_range_and_what_it_is_now(sft_yaml, word, key, wanted, now):
@@ -307,6 +307,17 @@ def json_error(path: Path, settings: SFTConfig) -> str:
         read_deepspeed_json(str(path), settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_offloading_to_nvme_which_no_checkpoint_holds_is_for_frozen_models(tmp_path, sft_yaml, part, monkeypatch):
+    nvme = {"stage": 3, part: {"device": "nvme", "nvme_path": "/a"}}
+    file, plan = write_json(tmp_path / "zero.json", {"zero_optimization": nvme}), BatchPlan.make(1, 1, 1)
+    monkeypatch.setattr(engine, "_reads_disks", lambda: True)
+    settings = load_sft(sft_yaml)
+    with pytest.raises(UserError, match=f"{part} to nvme is for frozen models alone: checkpoints don't hold"):
+        run.trained_config(settings, str(file), "deepspeed", plan)
+    assert run.frozen_config(settings, str(file), "reward.deepspeed", plan)["zero_optimization"][part] == nvme[part]
 
 
 def test_a_json_is_looked_up_here_and_then_beside_the_yaml(tmp_path, monkeypatch):
