@@ -269,8 +269,8 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
     and environment.json: (this rank's device, the checkpoint or None).
 
     Raises:
-        UserError: ranks that hold other versions or data than rank 0, as when a node has an older copy of a file; checkpoints
-            that are not whole, or of another run.
+        UserError: ranks that hold other versions or data than rank 0, as when a node has an older copy of a file;
+            checkpoints that are not whole, or of another run.
     """
     patience = watchdog.LONG * settings.watchdog_seconds
     device = dist.init(settings.device, patience + 60 if patience else 1800)  # the watchdog, which says more, is first
