@@ -77,6 +77,40 @@ rank_pids() {
 kill_all() {
     # shellcheck disable=SC2046
     kill "$1" $(run_pids) 2>/dev/null || true
+    on_nodes "kill $1 \$(grep -lszxF 'PYTHON_TRISTAGE_RUN=$RUN_MARK' /proc/[0-9]*/environ | cut -d/ -f3)"
+}
+
+# A command on every node of a hostfile, which is not waited for long and may fail.
+on_nodes() {
+    local node pids=()
+    [[ -e "$RUN_MARK/nodes" ]] || return 0
+    while read -r node; do
+        timeout 15 ssh -o BatchMode=yes -o ConnectTimeout=5 "$node" "$1" </dev/null >/dev/null 2>&1 &
+        pids+=($!)
+    done <"$RUN_MARK/nodes"
+    wait "${pids[@]}" || true
+}
+
+# With several nodes: what ranks say on standard error goes on, and the exit code of the first node that fails is kept.
+# DeepSpeed and pdsh would wait for the others, whose ranks may wait for those that are gone.
+note_first_failure() {
+    local line
+    while IFS= read -r line || [[ -n "$line" ]]; do
+        printf '%s\n' "$line"
+        if [[ "$line" =~ ^pdsh@.*:\ ssh\ exited\ with\ exit\ code\ ([0-9]+)$ && ! -e "$RUN_MARK/first" ]]; then
+            echo "${BASH_REMATCH[1]}" >"$RUN_MARK/first"
+        fi
+    done
+}
+
+# Ends what is left of a run on all nodes some time after one has failed: ranks that save, or say what is wrong, are done.
+end_after_failure() {
+    local seconds=0
+    while [[ -d "$RUN_MARK" && "$seconds" -lt 30 ]]; do
+        sleep 1
+        [[ ! -e "$RUN_MARK/first" ]] || seconds=$((seconds + 1))
+    done
+    [[ ! -d "$RUN_MARK" ]] || kill_all -KILL
 }
 
 # A signal to this shell, from a terminal, a scheduler or a user: the first asks the ranks to end after their step, which
@@ -95,27 +129,48 @@ on_signal() {
     fi
 }
 
-# run_deepspeed MODULE PORT ARGUMENT ...: one start of the ranks, to the end of the last of them; the exit code.
+# run_deepspeed MODULE CONFIG [key=value ...] -- [options]: one start of the ranks, to the end of the last; the exit code.
 run_deepspeed() {
-    local module="$1" port="$2" status=0 second child name seconds=0
-    shift 2
+    local module="$1" command=() log port status=0 second child tees=() after="" name seconds=0
     RUN_MARK="$(mktemp -d "${TMPDIR:-/tmp}/tristage.XXXXXX")"
     STOPPED_BY=""
+    # The name starts with PYTHON because DeepSpeed hands such variables on to other nodes.
+    if ! PYTHON_TRISTAGE_RUN="$RUN_MARK" python -m tristage.launch "$RUN_MARK" "$@"; then
+        rm -rf "$RUN_MARK"
+        return 2
+    fi
+    mapfile -d '' -t command <"$RUN_MARK/command"
+    log="$(cat "$RUN_MARK/log")" port="$(cat "$RUN_MARK/port" 2>/dev/null || echo none)"
+    if ! { mkdir -p "$(dirname "$log")" && echo "$(date '+%F %T') deepspeed ${command[*]@Q}" >>"$log"; } 2>/dev/null; then
+        log=/dev/null # also where the config does not say its output; the step will say so
+    fi
     for name in TERM INT USR1 HUP; do
         # shellcheck disable=SC2064
         trap "on_signal $name $module" "$name"
     done
-    # In a session of its own, out of reach of a terminal's Ctrl-C and of signals to this process group. The name starts
-    # with PYTHON because DeepSpeed hands only such variables on to other nodes.
+    # What ranks say goes to the terminal and to the log; the pipes outlive signals, and are waited for.
+    mkfifo "$RUN_MARK/out" "$RUN_MARK/err"
+    (trap '' TERM INT USR1 HUP; exec tee -a "$log" <"$RUN_MARK/out") & tees+=($!)
+    (trap '' TERM INT USR1 HUP; tee -a "$log" <"$RUN_MARK/err" | note_first_failure >&2) & tees+=($!)
+    if [[ -e "$RUN_MARK/nodes" ]]; then
+        (trap '' TERM INT USR1 HUP; end_after_failure) >/dev/null 2>&1 & after=$!
+    fi
+    # In a session of its own, out of reach of a terminal's Ctrl-C and of signals to this process group.
     (
         trap '' USR1
         export PYTHON_TRISTAGE_RUN="$RUN_MARK"
-        exec setsid deepspeed --log_level error --no_local_rank "$@"
+        if [[ -e "$RUN_MARK/env" ]]; then
+            export DS_ENV_FILE="$RUN_MARK/env"
+            # Without signs of life pdsh would wait for a lost node for ever.
+            export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+            for name in "${!MLFLOW@}"; do unset "$name"; done # DeepSpeed would pass them on unquoted
+        fi
+        exec setsid deepspeed --log_level error --no_local_rank "${command[@]}" >"$RUN_MARK/out" 2>"$RUN_MARK/err"
     ) &
     child=$!
     while INTERRUPTED=no; do
         second=0
-        wait "$child" || second=$?
+        wait "$child" 2>/dev/null || second=$? # bash would say "Killed", with all that was
         [[ "$second" == 127 ]] || status="$second"
         [[ "$INTERRUPTED" == yes ]] || break
     done
@@ -125,25 +180,28 @@ run_deepspeed() {
         seconds=$((seconds + 1))
     done
     kill_all -KILL
+    wait "${tees[@]}" || true
+    if [[ -e "$RUN_MARK/first" ]]; then status="$(cat "$RUN_MARK/first")"; fi
     trap - TERM INT USR1 HUP
     if [[ -n "$STOPPED_BY" && "$status" != 0 ]]; then
         # 143, 241 (-15): ranks that had not got so far as to handle the signal.
         if [[ -e "$RUN_MARK/preempted" || "$status" == 143 || "$status" == 241 ]]; then status=75; fi
     fi
     rm -rf "$RUN_MARK"
+    [[ -z "$after" ]] || wait "$after" || true
     # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
-    [[ "$port" == none ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
+    [[ ! "$port" =~ ^[0-9]+$ ]] || rm -f "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_"*"_${port}_"*
     return "$status"
 }
 
-free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
-
-# launch_step MODULE CONFIG [key=value ...] [--max-restarts N] [deepspeed launcher options]
+# launch_step MODULE CONFIG [key=value ...] [--cpu N | --num-gpus N | --hostfile F] [--dry-run] [--max-restarts N]
+#     [other options of the deepspeed launcher]
 launch_step() {
-    local module="$1" options=() settings=() word restarts=0
+    local module="$1" options=() settings=() word restarts=0 dry=no
     shift
     if [[ $# -eq 0 || "$1" == -* ]]; then
-        echo "usage: bash $0 CONFIG [key=value ...] [--max-restarts N] [deepspeed launcher options]" >&2
+        echo "usage: bash $0 CONFIG [key=value ...] [--hostfile F | --num-gpus N | --cpu N] [--dry-run]" \
+            "[--max-restarts N] [deepspeed launcher options]" >&2
         exit 2
     fi
     local config="$1"
@@ -151,12 +209,18 @@ launch_step() {
     # A word after a --option belongs to it unless it is another option or a key=value.
     local after_option=no
     for word in "$@"; do
+        case "$word" in
+            --cpu | --cpu=*) word="--num_gpus${word#--cpu}" HAS_GPU=no ;;
+            --num-gpus | --num-gpus=*) word="--num_gpus${word#--num-gpus}" ;;
+        esac
         if [[ "$after_option" == restarts ]]; then
             restarts="$word" after_option=no
         elif [[ "$word" == --max-restarts ]]; then
             restarts="" after_option=restarts
         elif [[ "$word" == --max-restarts=* ]]; then
             restarts="${word#*=}" after_option=no
+        elif [[ "$word" == --dry-run ]]; then
+            dry=yes after_option=no
         elif [[ "$word" == -* ]]; then
             options+=("$word")
             [[ "$word" == *=* ]] && after_option=no || after_option=yes
@@ -174,21 +238,18 @@ launch_step() {
     fi
     local given=" ${options[*]-} "
     if ! has_gpu; then
-        build_cpu_op
+        [[ "$dry" == yes ]] || build_cpu_op
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
         [[ "$given" =~ \ (--(num_gpus|num_accelerators|hostfile|include|exclude)|-[Hie]\ ) ]] || options+=(--num_gpus 2)
     fi
-    local status restart=0 port port_option
+    if [[ "$dry" == yes ]]; then
+        python -m tristage.dry_run "$module" "$config" "${settings[@]}" -- "${options[@]}"
+        return
+    fi
+    local status restart=0
     while true; do
-        port=none port_option=()
-        if [[ "$given" =~ --master_port[=\ ]([0-9]+) ]]; then port="${BASH_REMATCH[1]}"; fi
-        if [[ ! "$given" =~ \ (--(master_port|hostfile)|-H\ ) ]]; then
-            port="$(free_port)"
-            port_option=(--master_port "$port")
-        fi
         status=0
-        run_deepspeed "$module" "$port" "${options[@]}" "${port_option[@]}" \
-            --module "$module" --config "$config" "${settings[@]}" || status=$?
+        run_deepspeed "$module" "$config" "${settings[@]}" -- "${options[@]}" || status=$?
         # Not after success, what the user has to mend, or a signal; a scheduler starts again after 75.
         case "$status" in 0 | 2 | 75) return "$status" ;; esac
         if [[ -n "$STOPPED_BY" || "$restart" -ge "$restarts" ]]; then return "$status"; fi

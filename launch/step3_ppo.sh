@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# bash launch/step3_ppo.sh CONFIG [key=value ...] [deepspeed launcher options: --num_gpus N, --hostfile F, --include ...]
+# bash launch/step3_ppo.sh CONFIG [key=value ...] [--hostfile F | --num-gpus N | --cpu N] [--dry-run] [--max-restarts N]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 launch_step step3_ppo.train "$@"

@@ -4,6 +4,7 @@
     tristage data check CONFIG [key=value ...]                            everything that is wrong with the data
     tristage plan CONFIG [key=value ...] [--gpus 8] [--gpu-memory 80]     the memory that it needs, and what fits
     tristage merge BASE ADAPTER OUT                                       a LoRA adapter into the model it is for
+    tristage doctor [CONFIG] [key=value ...] [--ranks N]                  what this machine lacks for a run
 
 CONFIG is a step's YAML; its name or --step says which step.
 """
@@ -25,21 +26,22 @@ STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 when `check` found something to fix or a `plan` does not fit; 2 for what a user must correct."""
+    """Exit code 0; 1 for something to fix, or a plan that does not fit; 2 for what must be corrected before that."""
     parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
     subcommands = parser.add_subparsers(required=True, dest="subcommand")
     _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))
     _data_arguments(subcommands.add_parser("data", help="look at what a step will train on"))
     _plan_arguments(subcommands.add_parser("plan", help="the memory that a step needs, before it is started"))
+    _doctor_arguments(subcommands.add_parser("doctor", help="what this machine lacks for a run, and what to do"))
     arguments, rest = parser.parse_known_args(argv)
-    has_settings = arguments.subcommand in ("data", "plan")
-    if unknown := [word for word in rest if not has_settings or "=" not in word or word.startswith("-")]:
+    takes_settings = hasattr(arguments, "settings")
+    if unknown := [word for word in rest if not takes_settings or "=" not in word or word.startswith("-")]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if takes_settings:
+        arguments.settings += rest
+    run = {"data": _data, "plan": _plan, "merge": _merge, "doctor": _doctor}[arguments.subcommand]
     try:
-        if not has_settings:
-            return _merge(arguments)
-        overrides = [*arguments.settings, *rest]
-        return _data(arguments, overrides) if arguments.subcommand == "data" else _plan(arguments, overrides)
+        return run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,6 +78,29 @@ def _plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--host-memory", type=float, metavar="GiB", help="of one node; not judged unless given")
 
 
+def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("config", nargs="?", help="a step's YAML, to look at what it names as well")
+    doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
+    doctor.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
+    doctor.add_argument("--ranks", type=int, help="ranks of the run; default: this machine's GPUs, or 2")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    settings = None
+    if arguments.config is not None:
+        words = ["--config", arguments.config, *arguments.settings]
+        settings = load_config(settings_class(arguments.config, arguments.step), words)
+    from tristage import doctor  # late, as in _data
+
+    findings = []
+    for finding in doctor.examine(settings, arguments.ranks or doctor.default_ranks()):
+        print(finding, flush=True)
+        findings.append(finding)
+    stops = sum(finding.level == "stop" for finding in findings)
+    print(f"{stops} to fix before a run" if stops else "nothing would stop a run")
+    return int(stops > 0)
+
+
 def _merge(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from tristage.models import merge_adapter  # late, as in _data
@@ -85,8 +110,9 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    settings = load_config(settings_class(arguments.config, arguments.step), ["--config", arguments.config, *overrides])
+def _data(arguments: argparse.Namespace) -> int:
+    words = ["--config", arguments.config, *arguments.settings]
+    settings = load_config(settings_class(arguments.config, arguments.step), words)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would announce its choice
     # Imported late: transformers takes seconds, and a wrong config should say so at once.
     from tristage.data import inspect
@@ -106,8 +132,9 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return int(bool(problems))
 
 
-def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    settings = load_config(settings_class(arguments.config, arguments.step), ["--config", arguments.config, *overrides])
+def _plan(arguments: argparse.Namespace) -> int:
+    words = ["--config", arguments.config, *arguments.settings]
+    settings = load_config(settings_class(arguments.config, arguments.step), words)
     for name in ("gpus", "gpus_per_node", "gpu_memory", "host_memory"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")

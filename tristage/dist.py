@@ -103,6 +103,12 @@ def world_size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
+def of_this_node() -> str:
+    """" (rank 3 on HOST)" where ranks run on several nodes and this is not the first; else nothing."""
+    several = int(os.environ.get("LOCAL_SIZE", "1")) < int(os.environ.get("WORLD_SIZE", "1"))
+    return f" (rank {rank()} on {platform.node()})" if several and rank() != 0 and "LOCAL_SIZE" in os.environ else ""
+
+
 def is_main() -> bool:
     return rank() == 0
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from tristage import dist, watchdog
+from tristage import dist, preflight, watchdog
 from tristage.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from tristage.config import (
     BatchPlan,
@@ -35,6 +35,7 @@ from tristage.data.template import read_template
 from tristage.engine import DTYPES, check_zero_support, engine_config, zero_stage
 from tristage.errors import UserError
 from tristage.health import Health
+from tristage.launch import decode
 from tristage.metrics import RunLog
 from tristage.models import Kernels, check_kernels, check_lora, check_model, check_quantized, load_tokenizer
 from tristage.pieces import Piece
@@ -61,6 +62,7 @@ class Preempted(Exception):
 def entry_point(main: Callable[[list[str]], None]) -> None:
     """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2, Preempted exit code 75."""
     code = 0
+    sys.argv[1:] = map(decode, sys.argv[1:])
     with watchdog.listening():
         try:
             main(sys.argv[1:])
@@ -70,7 +72,7 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
                 # Rank 0 meets the same error and says it; the launcher then ends us. If rank 0 is still going
                 # after this, the mistake is of this rank alone and we say it.
                 time.sleep(8)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}{dist.of_this_node()}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
         except Preempted as stopped:
             dist.print0(stopped)
@@ -269,11 +271,12 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
     and environment.json: (this rank's device, the checkpoint or None).
 
     Raises:
-        UserError: ranks that hold other data than rank 0, as when a node has an older copy of a file; checkpoints
-            that are not whole, or of another run.
+        UserError: ranks that hold other versions or data than rank 0, as when a node has an older copy of a file;
+            checkpoints that are not whole, or of another run.
     """
     patience = watchdog.LONG * settings.watchdog_seconds
     device = dist.init(settings.device, patience + 60 if patience else 1800)  # the watchdog, which says more, is first
+    preflight.check(settings, device)
     others = dist.gather_objects((platform.node(), data_fingerprint))
     for rank, (node, found) in enumerate(others):
         if found != others[0][1]:

@@ -6,12 +6,17 @@ The stand-in `deepspeed` writes its arguments down, one a line, a blank line aft
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.tiny import sft_config
+from tristage.launch import decode
 
 REPO = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -21,7 +26,7 @@ LAUNCHERS = {
     "launch/step3_ppo.sh": "step3_ppo.train",
 }
 SFT = "launch/step1_sft.sh"
-OPTIONS = "[--max-restarts N] [deepspeed launcher options]"
+OPTIONS = "[--hostfile F | --num-gpus N | --cpu N] [--dry-run] [--max-restarts N] [deepspeed launcher options]"
 
 DEEPSPEED = r"""#!/usr/bin/env bash
 printf '%s\n' "$@" >>"$CALLS"
@@ -29,12 +34,15 @@ echo >>"$CALLS"
 echo "$DS_ACCELERATOR $OMP_NUM_THREADS" >>"$CALLS.environment"
 exit "${DEEPSPEED_EXIT:-0}"
 """
-# Is there a GPU? Which port is free? Everything else (building the CPU op) is done at once.
-PYTHON = r"""#!/usr/bin/env bash
+# Is there a GPU? What tristage works out is real. Everything else (building the CPU op) is done at once.
+PYTHON = rf"""#!/usr/bin/env bash
 case "$*" in
-    *torch.cuda*) exit "${NO_GPU:-1}" ;;
-    *socket*) echo 29876 ;;
+    *torch.cuda*) exit "${{NO_GPU:-1}}" ;;
+    *tristage.launch*|*tristage.dry_run*) exec "{sys.executable}" "$@" ;;
 esac
+"""
+SSH = """#!/bin/sh
+case "$*" in *worker-9*) echo "no route to worker-9" >&2; exit 255 ;; esac
 """
 
 Launch = Callable[..., subprocess.CompletedProcess]
@@ -45,9 +53,10 @@ def launch(tmp_path: Path) -> Launch:
     """launch(script, *words, **environment) runs a launcher with the stand-ins; calls(tmp_path) has what it called."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name, text in (("deepspeed", DEEPSPEED), ("python", PYTHON)):
+    for name, text in (("deepspeed", DEEPSPEED), ("python", PYTHON), ("ssh", SSH)):
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("worker-0 slots=4\nworker-1 slots=4\n")
     ours = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HAS_GPU")
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
 
@@ -92,7 +101,7 @@ def test_without_a_gpu_two_ranks_run_on_the_cpu(launch, tmp_path):
     launch(SFT, "a.yaml")
     options, words = split_call(tmp_path)
     assert options[options.index("--num_gpus") + 1] == "2"
-    assert options[options.index("--master_port") + 1] == "29876"
+    assert options[options.index("--master_port") + 1].isdigit()
     assert "--no_local_rank" in options
     assert words == ["--module", "step1_sft.train", "--config", "a.yaml"]
     assert (tmp_path / "calls.environment").read_text() == "cpu 1\n"
@@ -117,6 +126,10 @@ def test_the_cpu_can_be_forced_and_the_threads_of_a_rank_set(launch, tmp_path):
     [
         (["--num_gpus", "1"], ["--num_gpus", "1"]),
         (["--num_gpus=1"], ["--num_gpus=1"]),
+        (["--num-gpus", "1"], ["--num_gpus", "1"]),
+        (["--num-gpus=1"], ["--num_gpus=1"]),
+        (["--cpu", "3"], ["--num_gpus", "3"]),
+        (["--cpu=3"], ["--num_gpus=3"]),
         (["--include=localhost:0,1"], ["--include=localhost:0,1"]),
         (["--include", "worker-0@worker-1:0,2"], ["--include", "worker-0@worker-1:0,2"]),
         (["--exclude", "worker-1"], ["--exclude", "worker-1"]),
@@ -149,7 +162,7 @@ def test_a_port_is_chosen_only_when_none_is_given_and_all_ranks_are_here(launch,
     words = text.split()
     launch(SFT, "a.yaml", *words)
     options, _ = split_call(tmp_path)
-    ports = [word for word in options if word.startswith("--master_port") or word == "29876"]
+    ports = [word for word in options if word.startswith("--master_port")]
     assert ports == [word for word in words if word.startswith("--master_port")]
 
 
@@ -175,6 +188,74 @@ def test_values_arrive_whole_and_unexecuted(launch, tmp_path, value):
     _, words = split_call(tmp_path)
     assert words[-2:] == [f"data.train={value}", "seed=1"]
     assert not (tmp_path / "executed").exists()
+
+
+def test_to_other_nodes_words_go_as_a_shell_leaves_them(launch, tmp_path):
+    settings = ["seed=1", "output=$(touch executed)"]
+    assert launch(SFT, "my configs/a b.yaml", "--hostfile", "hosts", *settings).returncode == 0
+    _, words = split_call(tmp_path)
+    assert words[1] == "step1_sft.train" and words[4] == "seed=1"
+    assert list(map(decode, words[3:])) == ["my configs/a b.yaml", *settings]
+    assert all(re.fullmatch(r"[\w:=.-]+", word) for word in words)
+
+
+def test_other_nodes_get_the_variables_of_this_one(launch, tmp_path):
+    (tmp_path / "bin/deepspeed").write_text(
+        '#!/bin/sh\ncat "$DS_ENV_FILE" >env; echo "$DS_ENV_FILE" >where\n'
+        'echo "$PDSH_SSH_ARGS_APPEND $MLFLOW_TOKEN" >ssh\n'
+    )
+    secrets = {"HF_TOKEN": "hf_1", "MLFLOW_TOKEN": "ml_1"}
+    launch(SFT, "a.yaml", "--hostfile", "hosts", GLOO_SOCKET_IFNAME="eth7", TMPDIR=str(tmp_path), **secrets)
+    lines = (tmp_path / "env").read_text().splitlines()
+    assert {"GLOO_SOCKET_IFNAME=eth7", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1"} <= set(lines)
+    assert f"PYTHONPATH={tmp_path}:{REPO}" in "\n".join(lines)
+    assert "ServerAliveInterval" in (tmp_path / "ssh").read_text()
+    assert not any(secret in (tmp_path / name).read_text() for secret in secrets.values() for name in ("env", "ssh"))
+    assert not Path((tmp_path / "where").read_text().strip()).exists()  # removed
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--hostfile", "nowhere"], "nowhere: no such hostfile"),
+        (["--hostfile", "bad"], "bad:1: 'worker-0' is not `HOST slots=N`"),
+        (["--hostfile", "lost"], "lost: node worker-9 does not answer to ssh (no route to worker-9)"),
+        (["--hostfile", "hosts", "--include", "worker-7"], "worker-7: hosts has no such node"),
+    ],
+)
+def test_a_wrong_host_is_one_sentence_and_nothing_starts(launch, tmp_path, words, sentence):
+    (tmp_path / "bad").write_text("worker-0\n")
+    (tmp_path / "lost").write_text("worker-0 slots=1\nworker-9 slots=1\n")
+    ended = launch(SFT, "a.yaml", *words)
+    assert (ended.returncode, calls(tmp_path)) == (2, [])
+    assert ended.stderr.startswith(f"error: {sentence}") and ended.stderr.count("\n") == 1
+
+
+def test_a_dry_run_starts_nothing(launch, tmp_path):
+    sft_config(tmp_path, "m", "r")
+    ended = launch(SFT, "sft.yaml", "--dry-run", "--cpu", "4", "seed=1")
+    assert (ended.returncode, ended.stderr, calls(tmp_path)) == (0, "", [])
+    assert "--num_gpus 4" in ended.stdout and " ".join(ended.stdout.split("\n")[2].split()) == "2 x 1 x 4 = 8"
+    assert not (tmp_path / "extensions").exists() and not (tmp_path / "sft").exists()
+    assert launch(SFT, "none.yaml", "--dry-run").returncode == 2
+
+
+def test_ranks_on_the_cpu_of_a_machine_with_gpus(launch, tmp_path):
+    launch(SFT, "a.yaml", "--cpu", "3", NO_GPU="0")
+    options, _ = split_call(tmp_path)
+    assert options[options.index("--num_gpus") + 1] == "3"
+    assert (tmp_path / "calls.environment").read_text() == "cpu 1\n"
+
+
+def test_what_ranks_say_goes_to_the_terminal_and_to_the_log(launch, tmp_path):
+    (tmp_path / "bin/deepspeed").write_text("#!/bin/sh\necho said\necho wrong >&2\nexit 9\n")
+    (tmp_path / "a.yaml").write_text("output: my runs/out\n")
+    for _ in range(2):
+        ended = launch(SFT, "a.yaml", "seed=a b", NO_GPU="0")
+        assert (ended.returncode, ended.stdout, ended.stderr) == (9, "said\n", "wrong\n")
+    lines = (tmp_path / "my runs/out/logs/launch.log").read_text().splitlines()
+    assert sorted(line.partition(" ")[0][:2] for line in lines) == ["20", "20", "sa", "sa", "wr", "wr"]
+    assert "'seed=a b'" in lines[0]
 
 
 def test_the_config_path_may_hold_spaces(launch, tmp_path):

@@ -59,6 +59,14 @@ def test_the_plan_is_what_the_readme_prints(tmp_path, capsys):
     assert printed[-len(shown.splitlines()) :] == shown.splitlines()
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("tristage doctor")])
+def test_the_doctor_looks_at_what_it_is_given(command, capsys):
+    """Whether this machine is well is not for this test to say: its exit code is what it printed."""
+    code = cli.main([word if "/" not in word else str(REPO / word) for word in command.split()[1:]])
+    told = capsys.readouterr().out
+    assert code == ("\nstop" in told) and told.startswith("ok    python") and ("16 ranks" in told) == ("16" in command)
+
+
 LAUNCHED = [command for command in COMMANDS if command not in ELSEWHERE and not command.startswith("tristage ")]
 
 
@@ -66,14 +74,30 @@ LAUNCHED = [command for command in COMMANDS if command not in ELSEWHERE and not 
 def test_a_command_reaches_its_step_with_its_settings(command, tmp_path):
     """With stand-ins for the launcher and torch's view of GPUs: the command as printed gives a run of that config."""
     seen = tmp_path / "seen"
-    stand_in = tmp_path / "deepspeed"
-    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{seen}"\n')
-    stand_in.chmod(0o755)
+    for name in ("deepspeed", "sbatch"):
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{seen}"\necho 1\n')
+    (tmp_path / "ssh").write_text("#!/bin/sh\n")
+    for name in ("deepspeed", "sbatch", "ssh"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("node-a slots=8\nnode-b slots=8\n")
+    command = command.replace("my/hostfile", str(tmp_path / "hosts"))
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HAS_GPU": "yes"}
-    done = subprocess.run(["bash", "-c", command], cwd=REPO, env=environment, capture_output=True, text=True)
+    (tmp_path / "clone").mkdir()  # logs go to output/, which is not to be this clone's
+    for path in REPO.iterdir():
+        if path.name != "output":
+            (tmp_path / "clone" / path.name).symlink_to(path)
+    words = ["bash", "-c", command]
+    done = subprocess.run(words, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if "--dry-run" in command:
+        assert "node node-b: 8 ranks" in done.stdout and not seen.exists()
+        return
     words = seen.read_text().splitlines()
-    assert words[words.index("--num_gpus") + 1] == "8"
+    if "slurm" in command:
+        files = [word for word in words if word.endswith((".sbatch", ".yaml"))]
+        assert len(files) in (2, 6) and all((REPO / file).is_file() for file in files)
+        return
+    assert "--hostfile" in words or words[words.index("--num_gpus") + 1] == "8"
     for position in [place for place, word in enumerate(words) if word == "--config"]:
         assert (REPO / words[position + 1]).is_file()
     modules = [words[place + 1] for place, word in enumerate(words) if word == "--module"]

@@ -1,0 +1,43 @@
+# What the Slurm jobs share. Sourced from a job: `source "${TRISTAGE:-$SLURM_SUBMIT_DIR}/launch/slurm/common.sh"`.
+set -euo pipefail
+
+# Slurm runs a copy of the job's file: the repository is where the job was submitted from, or $TRISTAGE.
+SLURM_FOLDER="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck disable=SC1091
+source "$SLURM_FOLDER/../common.sh"
+
+# slurm_step MODULE CONFIG [key=value ...]: one rank a task of this job. Exit code 75, after a signal that announces the
+# end of the job's time or a preemption, puts the job back into the queue; it then goes on from its checkpoint.
+slurm_step() {
+    local module="$1" status=0 second child
+    shift
+    if [[ $# -eq 0 || "$1" == -* ]]; then
+        echo "usage: sbatch launch/slurm/NAME.sbatch CONFIG [key=value ...]" >&2
+        exit 2
+    fi
+    local config="$1"
+    shift
+    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    # Jobs that share a node meet at different ports.
+    export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
+    if ! has_gpu; then
+        build_cpu_op
+        export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    fi
+    # A rank that ends before the others is not the end of them: they see it themselves, and say what happened. After a
+    # signal all end with 75; srun's own end of the slower ones would hide it.
+    srun --kill-on-bad-exit=0 --wait=60 bash "$SLURM_FOLDER/rank.sh" "$module" --config "$config" "$@" &
+    child=$!
+    trap 'kill -USR1 "$child" 2>/dev/null || true' USR1 TERM
+    while true; do
+        second=0
+        wait "$child" || second=$?
+        [[ "$second" == 127 ]] || status="$second"
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - USR1 TERM
+    # 138: the signal (128 + 10) came before ranks could handle it; they had done nothing yet.
+    if [[ "$status" == 138 ]]; then status=75; fi
+    if [[ "$status" == 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    exit "$status"
+}

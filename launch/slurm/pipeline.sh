@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The three steps of a recipe as Slurm jobs, each after the success of the one before; finished steps are left out.
+#   bash launch/slurm/pipeline.sh CONFIG_DIR OUT [sbatch options, such as --nodes=2] [key=value that all three steps have]
+set -euo pipefail
+if [[ $# -lt 2 || "$1" == -* || "$2" == -* ]]; then
+    echo "usage: bash $0 CONFIG_DIR OUT [sbatch options] [key=value]" >&2
+    exit 2
+fi
+folder="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+export TRISTAGE="${TRISTAGE:-$(cd "$folder/../.." && pwd)}"
+configs="$1" out="$2"
+shift 2
+options=() settings=() after=""
+for word in "$@"; do
+    if [[ "$word" == -* ]]; then options+=("$word"); else settings+=("$word"); fi
+done
+
+# submit STEP [key=value ...]: after the job before, if there is one.
+submit() {
+    local step="$1" dependency=()
+    shift
+    if [[ -e "$out/$step/final/config.json" ]]; then
+        echo "$step: already finished ($out/$step/final)"
+        return
+    fi
+    if [[ -n "$after" ]]; then dependency=("--dependency=afterok:$after" --kill-on-invalid-dep=yes); fi
+    after="$(sbatch --parsable "${dependency[@]}" "${options[@]}" "$folder/$step.sbatch" "$configs/$step.yaml" \
+        "output=$out/$step" "$@" "${settings[@]}")"
+    after="${after%%;*}" # "ID;CLUSTER"
+    echo "$step: job $after"
+}
+
+submit step1_sft
+submit step2_reward_model
+submit step3_ppo "actor.model=$out/step1_sft/final" "reward.model=$out/step2_reward_model/final"

@@ -1,0 +1,246 @@
+"""What a launcher works out: nodes, what travels to them, what it would start."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny import ppo_config, sft_config
+from tristage import dry_run, launch
+from tristage.errors import UserError
+
+HOSTS = "# two of us\nnode-a slots=2\n\nnode-b slots=4 # bigger\n"
+ODD = ["two words", "it's", '"q"', "a;touch x", "$(touch x)", "`x`", "$HOME", "back\\slash", "line\nbreak", "ü", "%h"]
+ODD += [""]
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> str:
+    (tmp_path / "hosts").write_text(HOSTS)
+    return str(tmp_path / "hosts")
+
+
+# -- nodes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, nodes",
+    [
+        ([], {"node-a": [0, 1], "node-b": [0, 1, 2, 3]}),
+        (["--include", "node-b:0,2"], {"node-b": [0, 2]}),
+        (["--include=node-b@node-a:1"], {"node-a": [1], "node-b": [0, 1, 2, 3]}),
+        (["-e", "node-a"], {"node-b": [0, 1, 2, 3]}),
+        (["--exclude=node-b:0,1,2"], {"node-a": [0, 1], "node-b": [3]}),
+        (["--num_nodes", "1"], {"node-a": [0, 1]}),
+        (["--num_gpus=1"], {"node-a": [0], "node-b": [0]}),
+    ],
+)
+def test_the_nodes_are_those_that_deepspeed_would_take(hostfile, options, nodes):
+    assert launch.read_nodes(["--hostfile", hostfile, *options]) == nodes
+
+
+def test_without_a_hostfile_there_are_no_nodes():
+    assert launch.read_nodes(["--num_gpus", "2"]) == {}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("node-a slots=2\nnode-b\n", ":2: 'node-b' is not `HOST slots=N`"),
+        ("node-a slots=2\nnode-a slots=2\n", ":2: "),
+        ("$(touch,x) slots=1\n", ":1: "),
+        ("-oProxyCommand=x slots=1\n", ":1: "),
+        ("# nothing\n", "no node is left"),
+    ],
+)
+def test_a_bad_hostfile_is_one_sentence(tmp_path, text, words):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError) as caught:
+        launch.read_nodes(["-H", str(tmp_path / "hosts")])
+    assert words in str(caught.value) and str(tmp_path / "hosts") in str(caught.value)
+
+
+def test_a_missing_hostfile_does_not_mean_this_machine_alone(tmp_path):
+    with pytest.raises(UserError, match="no such hostfile"):
+        launch.read_nodes([f"--hostfile={tmp_path}/none"])
+
+
+@pytest.mark.parametrize("choice", ["node-c", "node-a:7", "node-a:x"])
+def test_a_choice_of_what_is_not_there_is_refused(hostfile, choice):
+    with pytest.raises(UserError, match=choice):
+        launch.read_nodes(["--hostfile", hostfile, "--include", choice])
+
+
+def test_every_node_is_asked_and_the_one_that_fails_is_named(tmp_path, monkeypatch):
+    (tmp_path / "ssh").write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\ncase "$*" in *node-b*) echo "no route" >&2; exit 255;; esac\n'
+    )
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    launch.check_reachable(["node-a", "node-c"], "hosts", "2222")
+    with pytest.raises(UserError, match=r"hosts: node node-b does not answer to ssh \(no route\).*--exclude"):
+        launch.check_reachable(["node-a", "node-b", "node-c"], "hosts", None)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 5 and all("BatchMode=yes" in line for line in asked)
+    assert sum("-p 2222" in line for line in asked) == 2
+
+
+# -- what travels ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", [*ODD, "--config", "seed=1", "a/b-c.yaml", "base64:seed", "betas=[0.9, 0.95]"])
+def test_a_word_comes_back_and_no_shell_reads_it_otherwise(word):
+    sent = launch.encode(word)
+    assert launch.decode(sent) == word
+    echoed = subprocess.run(["sh", "-c", f"printf %s {sent}"], capture_output=True, text=True, cwd="/")
+    assert echoed.stdout == sent and "%h" not in sent
+
+
+def test_plain_words_stay_readable():
+    for word in ("--config", "my/step1.yaml", "optimizer.learning_rate=1e-5", "step1_sft.train"):
+        assert launch.encode(word) == word
+
+
+def add_export(value: str) -> str:
+    """As DeepSpeed's MultiNodeRunner.add_export, with what pdsh does to a percent sign."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    runner = PDSHRunner.__new__(PDSHRunner)
+    runner.exports = {}
+    runner.add_export("X", value)
+    return runner.exports["X"].replace("%%", "%")
+
+
+@pytest.mark.parametrize("value", [value for value in ODD if "\n" not in value])
+def test_a_variable_survives_deepspeed_and_a_shell(value, tmp_path):
+    (line,) = (
+        line for line in launch.environment_file({"NCCL_ODD": value}).splitlines() if line.startswith("NCCL_ODD=")
+    )
+    exported = add_export(line.partition("=")[2] + "\n")
+    shell = ["sh", "-c", f'export X={exported}; printf %s "$X"']
+    assert subprocess.run(shell, capture_output=True, text=True, cwd=tmp_path).stdout == value
+    assert list(tmp_path.iterdir()) == []  # nothing was executed
+
+
+@pytest.mark.parametrize("value", ["two\nlines", " blank before", "after "])
+def test_a_variable_that_cannot_travel_is_named(value):
+    with pytest.raises(UserError, match="NCCL_ODD"):
+        launch.environment_file({"NCCL_ODD": value})
+
+
+def test_what_ranks_need_travels_and_what_is_none_of_theirs_does_not():
+    given = {
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "NCCL_DEBUG": "WARN",
+        "https_proxy": "http://proxy:1",
+        "HF_HOME": "/hf",
+        "TRISTAGE_CACHE": "/cache",
+        "TORCH_EXTENSIONS_DIR": "/ops",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    lines = launch.environment_file(given | {"CUDA_VISIBLE_DEVICES": "0", "EDITOR": "x", "RANK": "0"}).splitlines()
+    names = {line.partition("=")[0] for line in lines}
+    assert names == {*given, "PATH", "PYTHONPATH"}
+    assert [line for line in lines if line.startswith("PATH=")][0].endswith(":$PATH")
+
+
+def test_secrets_stay_unless_the_users_own_file_names_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    secrets = {"HF_TOKEN": "hf_1", "https_proxy": "http://me:word@proxy:1", "TRISTAGE_API_KEY": "key_3"}
+    text = launch.environment_file(secrets)
+    assert not any(value in text for value in secrets.values())
+    (tmp_path / ".deepspeed_env").write_text("# mine\n\nHF_TOKEN=hf_1\n")
+    assert launch.environment_file(secrets).splitlines()[-1] == "HF_TOKEN=hf_1"
+    (tmp_path / ".deepspeed_env").write_text("nonsense\n")
+    with pytest.raises(UserError, match=r"\.deepspeed_env:1: not NAME=VALUE"):
+        launch.environment_file({})
+
+
+def test_the_file_of_variables_is_for_the_user_alone(tmp_path, hostfile, monkeypatch):
+    monkeypatch.setattr(launch, "check_reachable", lambda *_: None)
+    words = ["step1_sft.train", "--config", "my a.yaml", "seed=1"]
+    launch.prepare(tmp_path, words, ["--hostfile", hostfile])
+    assert stat.S_IMODE((tmp_path / "env").stat().st_mode) == 0o600
+    command = (tmp_path / "command").read_text().split("\0")[:-1]
+    assert command[:3] == ["--hostfile", hostfile, "--module"]
+    assert command[3] == "step1_sft.train" and [launch.decode(word) for word in command[3:]] == words
+    assert not (tmp_path / "port").exists()
+
+
+def test_a_working_folder_that_shells_would_change_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "my runs").mkdir()
+    monkeypatch.chdir(tmp_path / "my runs")
+    with pytest.raises(UserError, match="working folder is .*my runs"):
+        launch.check_paths([])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--master_addr"):
+        launch.check_paths(["--master_addr", "$(touch x)"])
+
+
+def test_on_this_machine_words_stay_as_they_are_and_a_port_is_chosen(tmp_path):
+    words = ["step1_sft.train", "--config", "a.yaml", *(f"data.train={value}" for value in ODD)]
+    launch.prepare(tmp_path, words, ["--num_gpus", "2"])
+    command = (tmp_path / "command").read_text().split("\0")[:-1]
+    assert command[:2] == ["--num_gpus", "2"] and command[command.index("--module") + 1 :] == words
+    assert (tmp_path / "port").read_text() == command[command.index("--master_port") + 1]
+    assert not (tmp_path / "env").exists()
+
+
+# -- folders -----------------------------------------------------------------------------------------------
+
+
+def test_the_log_lies_in_the_output_folder(tmp_path):
+    (tmp_path / "a.yaml").write_text("output: here\n")
+    config = str(tmp_path / "a.yaml")
+    assert launch.output_of([config]) == Path("here")
+    assert launch.output_of([config, "seed=1", "output=a b"]) == Path("a b")
+    for words in ([str(tmp_path / "none.yaml")], [config, "output=[1"], [config, "output=1"]):
+        assert launch.output_of(words) is None
+
+
+def test_a_dry_run_says_what_would_run(tmp_path, hostfile, capsys):
+    sft_config(tmp_path, "m", "r")
+    config = ["step1_sft.train", "--config", str(tmp_path / "sft.yaml")]
+    dry_run.show([*config, "global_batch=24"], ["--hostfile", hostfile])
+    told = capsys.readouterr().out
+    assert "node node-b: 4 ranks" in told and "is new" in told and "global_batch=24" in told
+    assert " ".join(told.splitlines()[4].split()) == "2 x 2 x 6 = 24"
+    with pytest.raises(UserError, match="8 rows don't divide"):
+        dry_run.show(config, ["--hostfile", hostfile])
+    (tmp_path / "sft/checkpoints/step_000004").mkdir(parents=True)
+    dry_run.show(config, ["--num_gpus=2"])
+    assert "goes on from step_000004" in capsys.readouterr().out
+
+
+def test_the_batches_of_ppo_are_those_of_its_updates(tmp_path):
+    settings = ppo_config(tmp_path, "a", "b", "c")
+    assert " ".join(dry_run.batch_table(settings, 2).splitlines()[1].split()) == "2 x 2 x 2 = 8"
+
+
+def test_the_summary_says_what_each_step_reached(tmp_path):
+    for name, rows in {
+        "step1_sft": [{"step": step, "split": "heldout", "sft/loss": 5 / (1 + step)} for step in (0, 3)],
+        "step3_ppo": [{"step": 4, "split": "train", "objective/score": 2.0, "time/step": 1.0}],
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "step1_sft/final").mkdir()
+    (tmp_path / "step1_sft/final/config.json").touch()
+    assert dry_run.summary(tmp_path).splitlines() == [
+        "step1_sft: finished at step 3, held out: loss 1.25",
+        "step3_ppo: not finished at step 4: score 2",
+    ]
+
+
+@pytest.mark.parametrize("options", [["--num_nodes=two"], ["--num_gpus", "-1"]])
+def test_a_count_that_is_none_is_refused(hostfile, options):
+    with pytest.raises(UserError, match="is not a number of nodes or ranks"):
+        launch.read_nodes(["--hostfile", hostfile, *options])

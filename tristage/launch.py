@@ -1,0 +1,275 @@
+"""What a launcher works out before it starts ranks; called by launch/common.sh.
+
+    python -m tristage.launch FOLDER MODULE CONFIG [key=value ...] -- [deepspeed launcher options]
+
+writes the arguments of `deepspeed` (FOLDER/command, each ended by a NUL), the path of the log (FOLDER/log),
+the port where ranks on this machine alone will meet (FOLDER/port) and, for ranks on other nodes, the variables that
+they need (FOLDER/env, which DeepSpeed reads) and the nodes' names (FOLDER/nodes). DeepSpeed hands arguments and
+variables to other nodes in the text of a shell command, through pdsh and ssh, with quotes around some of them: here
+arguments that a shell would change travel as base64 (`run.entry_point` restores them), and variables are escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+from tristage.errors import UserError
+
+ENCODED = "base64:"
+SAFE = re.compile(r"[\w@+=:,./-]*", re.ASCII)  # the same before and after pdsh (%h is its own) and any shell
+PASSED = re.compile(
+    r"(NCCL|PYTHON|UCX|MV2)\w*|(GLOO|TORCH|HF|TRANSFORMERS|TRISTAGE|OMP|MKL|XDG_CACHE)_\w+|\w+_(proxy|PROXY)"
+    r"|LD_LIBRARY_PATH|CUDA_HOME|DS_ACCELERATOR|TOKENIZERS_PARALLELISM|CUBLAS_WORKSPACE_CONFIG",
+    re.ASCII,
+)
+# Any user of a machine can read the command lines on it, where DeepSpeed puts variables.
+SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|_KEY$", re.IGNORECASE)
+HOST_LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+#.*)?")
+DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's, taken where it is there
+VALUED = {"--hostfile": "-H", "--include": "-i", "--exclude": "-e", "--num_nodes": "", "--master_port": ""}
+VALUED |= {"--num_gpus": "", "--num_accelerators": "", "--master_addr": "", "--ssh_port": ""}
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 2 and one sentence for what a user must mend."""
+    folder, module, config, *rest = argv
+    end = len(rest) - 1 - rest[::-1].index("--")
+    try:
+        prepare(Path(folder), [module, "--config", config, *rest[:end]], rest[end + 1 :])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prepare(folder: Path, words: list[str], options: list[str]) -> None:
+    """Write `folder`/command, /log and, for several nodes, /nodes and /env, else /port.
+
+    `words`: MODULE --config CONFIG [key=value ...].
+
+    Raises:
+        UserError: a hostfile or filter that names no nodes, a node that ssh does not reach, a variable that cannot
+            travel.
+    """
+    nodes = read_nodes(options)
+    if nodes:
+        check_reachable(nodes, option(options, "--hostfile"), option(options, "--ssh_port"))
+        check_paths(options)
+        (folder / "nodes").write_text("".join(f"{node}\n" for node in nodes))
+        (folder / "env").touch(mode=0o600)
+        (folder / "env").write_text(environment_file(dict(os.environ)))
+    else:
+        if option(options, "--master_port") is None:
+            options = [*options, "--master_port", free_port()]
+        (folder / "port").write_text(option(options, "--master_port") or "")
+    sent = [encode(word) for word in words] if nodes else words
+    (folder / "command").write_text("".join(f"{word}\0" for word in [*options, "--module", *sent]))
+    output = output_of(words[2:])
+    (folder / "log").write_text(str(output / "logs/launch.log") if output else "")
+
+
+# -- nodes -------------------------------------------------------------------------------------------------
+
+
+def option(options: Sequence[str], name: str) -> str | None:
+    """The value of a launcher option, `--name value`, `--name=value` or its short form; None where it is not given."""
+    names = {name, VALUED[name]} - {""}
+    for place, word in enumerate(options):
+        head, equals, value = word.partition("=")
+        if head in names:
+            return value if equals else next(iter(options[place + 1 :]), "")
+    return None
+
+
+def count_of(text: str) -> int:
+    """A count in a launcher option. Raises UserError."""
+    if not text.isdecimal():
+        raise UserError(f"{text!r} is not a number of nodes or ranks; write for instance --num-gpus 2")
+    return int(text)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:
+    """The slots of each node that the options leave, in the hostfile's order; {} without --hostfile.
+
+    Raises:
+        UserError: no such file, a line that is not `HOST slots=N`, a filter that names what is not there.
+    """
+    file = option(options, "--hostfile") or DEFAULT_HOSTFILE
+    if file == DEFAULT_HOSTFILE and not os.path.isfile(file):
+        return {}
+    if not os.path.isfile(file):
+        raise UserError(f"{file}: no such hostfile; give one with a line `HOST slots=N` for each node")
+    nodes: dict[str, list[int]] = {}
+    for number, line in enumerate(Path(file).read_text().splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = HOST_LINE.fullmatch(line)
+        if not match or match[1] in nodes or not SAFE.fullmatch(match[1]) or match[1].startswith("-"):
+            raise UserError(f"{file}:{number}: {line!r} is not `HOST slots=N`, or HOST is there twice; mend that line")
+        nodes[match[1]] = list(range(int(match[2])))
+    include, exclude = option(options, "--include"), option(options, "--exclude")
+    for text in filter(None, (include, exclude)):
+        for node, slots in _filter(text).items():
+            if node not in nodes or not set(slots) <= set(nodes[node]):
+                raise UserError(f"{text}: {file} has no such node or slot as {node}; it has {', '.join(nodes)}")
+    if include:
+        kept = _filter(include)
+        nodes = {node: kept[node] or slots for node, slots in nodes.items() if node in kept}
+    if exclude:
+        dropped = _filter(exclude)
+        nodes = {
+            node: [slot for slot in slots if node not in dropped or (dropped[node] and slot not in dropped[node])]
+            for node, slots in nodes.items()
+        }
+    nodes = {node: slots for node, slots in nodes.items() if slots}
+    if limit := option(options, "--num_nodes"):
+        nodes = dict(list(nodes.items())[: count_of(limit)])
+    if count := option(options, "--num_gpus") or option(options, "--num_accelerators"):
+        nodes = {node: list(range(count_of(count))) for node in nodes}
+    if not nodes:
+        raise UserError(f"{file}: no node is left; add lines `HOST slots=N`, or change --include or --exclude")
+    return nodes
+
+
+def _filter(text: str) -> dict[str, list[int]]:
+    """`a@b:0,2` -> {"a": [], "b": [0, 2]}."""
+    parts = (part.partition(":") for part in text.split("@"))
+    try:
+        return {node: [int(slot) for slot in slots.split(",") if slot] for node, _, slots in parts}
+    except ValueError:
+        raise UserError(f"{text}: not a choice of nodes; write NODE or NODE:SLOT,SLOT with @ between nodes") from None
+
+
+def check_reachable(nodes: Sequence[str] | dict[str, list[int]], hostfile: str | None, port: str | None) -> None:
+    """Every node answers to ssh without a password. DeepSpeed looks at the first alone.
+
+    Raises:
+        UserError: the first that does not, and why ssh says so.
+    """
+    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", port] if port else [])]
+
+    def ask(node: str) -> str | None:
+        done = subprocess.run([*command, node, "true"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1] if done.returncode else None
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, nodes))
+    for node, why in zip(nodes, answers, strict=True):
+        if why is not None:
+            raise UserError(
+                f"{hostfile}: node {node} does not answer to ssh ({why}); mend `ssh {node} true`, which must need "
+                "no password, or leave the node out (--exclude)"
+            )
+
+
+# -- what travels ------------------------------------------------------------------------------------------
+
+
+def encode(word: str) -> str:
+    """`word`, or base64 of it where a shell would read something else."""
+    if SAFE.fullmatch(word) and word and not word.startswith(ENCODED):
+        return word
+    return ENCODED + base64.urlsafe_b64encode(word.encode()).decode()
+
+
+def decode(word: str) -> str:
+    """The word that `encode` was given."""
+    if not word.startswith(ENCODED):
+        return word
+    return base64.urlsafe_b64decode(word.removeprefix(ENCODED)).decode()
+
+
+def words_of(words: Sequence[str]) -> list[str]:
+    return [decode(word) for word in words]
+
+
+def check_paths(options: Sequence[str]) -> None:
+    """DeepSpeed puts these into the text of its shell command as they are. Raises UserError."""
+    parts = {
+        "the working folder": os.getcwd(),
+        "the path of python": sys.executable,
+        "--master_addr": option(options, "--master_addr") or "",
+        "--master_port": option(options, "--master_port") or "",
+    }
+    for what, text in parts.items():
+        if not SAFE.fullmatch(text):
+            raise UserError(
+                f"{what} is {text!r}: with --hostfile it may only hold letters, digits and @+=:,./-_, for DeepSpeed "
+                "hands it to shells unquoted; use another"
+            )
+
+
+def environment_file(variables: dict[str, str]) -> str:
+    """Lines NAME=VALUE for DeepSpeed, which puts quotes around a value where it sees fit: escaped so that they hold.
+
+    The user's own .deepspeed_env follows, as it is: what it says wins, secrets included.
+
+    Raises:
+        UserError: a value with a line break or blanks around it, which this way cannot carry.
+    """
+    own = user_lines(variables)
+    theirs = {line.partition("=")[0].strip() for line in own}
+    python_path = ":".join(filter(None, (os.getcwd(), variables.get("PYTHONPATH"))))
+    passed = {name: value for name, value in variables.items() if PASSED.fullmatch(name)} | {"PYTHONPATH": python_path}
+    lines = [f"PATH={escaped('PATH', os.path.dirname(sys.executable))}:$PATH"]  # ninja is there, for DeepSpeed's ops
+    for name, value in sorted(passed.items()):
+        if SECRET.search(name) or re.search(r"//[^/@]*:[^/@]*@", value):
+            if name not in theirs:
+                print(f"{name} holds a secret and stays on this node; name it in ~/.deepspeed_env to pass it on")
+            continue
+        lines.append(f"{name}={escaped(name, value)}")
+    return "".join(f"{line}\n" for line in lines + own)
+
+
+def escaped(name: str, value: str) -> str:
+    """`value` for the inside of the double quotes that DeepSpeed sets when it holds anything special."""
+    if "\n" in value or "\0" in value or value != value.strip():
+        raise UserError(f"variable {name} has a line break or blanks around it and cannot reach other nodes; unset it")
+    return re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
+
+
+def user_lines(variables: dict[str, str]) -> list[str]:
+    """The lines of the user's .deepspeed_env files, where DeepSpeed looks for them. Raises UserError."""
+    name, lines = variables.get("DS_ENV_FILE", ".deepspeed_env"), []
+    for file in dict.fromkeys(os.path.abspath(os.path.join(folder, name)) for folder in (os.path.expanduser("~"), ".")):
+        if os.path.isfile(file):
+            for number, line in enumerate(Path(file).read_text().splitlines(), start=1):
+                if line.strip() and not line.strip().startswith("#"):
+                    if not re.match(r"\s*[A-Za-z_]\w*\s*=", line):
+                        raise UserError(f"{file}:{number}: not NAME=VALUE; mend that line")
+                    lines.append(line)
+    return lines
+
+
+# -- folders -----------------------------------------------------------------------------------------------
+
+
+def output_of(words: Sequence[str]) -> Path | None:
+    """The run's folder by `words` (CONFIG, key=value ...); None where they do not say, which the step will."""
+    given = [word.removeprefix("output=") for word in words[1:] if word.startswith("output=")]
+    try:
+        found = yaml.safe_load(given[-1]) if given else yaml.safe_load(Path(words[0]).read_text())["output"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""What has to be alike on all ranks, asked right after they joined and before models load (run.start).
+
+One gather of a few facts a rank and one small file in the output folder: milliseconds on one machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tristage import dist
+from tristage.config import RunSettings
+from tristage.errors import UserError
+
+# What must agree, as a sentence names it, and what to do when it does not.
+ALIKE = {
+    "python": "install the same on both",
+    "torch": "install the versions of constraints.txt on both",
+    "deepspeed": "install the versions of constraints.txt on both",
+    "transformers": "install the versions of constraints.txt on both",
+    "code of tristage": "give both the same copy",
+    "device": "leave out the node that differs (--exclude)",
+}
+SECONDS_TO_SEE = 10.0  # network file systems show a new file late
+DISK = 2**30  # bytes below which not even a tiny model can be written
+
+
+def check(settings: RunSettings, device: torch.device) -> None:
+    """A collective. Raises UserError on every rank, naming the node that differs from rank 0's or lacks something."""
+    facts = dist.gather_objects(_facts(device))
+    for rank, fact in enumerate(facts):
+        for name, fix in ALIKE.items():
+            if fact[name] != facts[0][name]:
+                raise UserError(
+                    f"rank {rank} on {fact['node']} has {name} {fact[name]}, rank 0 on {facts[0]['node']} has "
+                    f"{facts[0][name]}; {fix}"
+                )
+    _check_output(settings, [fact["node"] for fact in facts])
+    nodes = list(dict.fromkeys(fact["node"] for fact in facts))
+    if len(nodes) > 1:
+        dist.print0(f"{len(facts)} ranks on {len(nodes)} nodes: {', '.join(nodes)}")
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = {name: installed(name) for name in ("torch", "deepspeed", "transformers")}
+    return {"node": platform.node(), "python": platform.python_version(), "device": kind, **versions} | {
+        "code of tristage": source_hash()
+    }
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def source_files() -> Iterator[Path]:
+    """The Python files of tristage and of the steps beside it."""
+    home = Path(__file__).parent
+    for folder in (home, *sorted(home.parent.glob("step[0-9]_*"))):
+        yield from sorted(folder.rglob("*.py"))
+
+
+def source_hash() -> str:
+    """Short hash of the code of this copy."""
+    digest = hashlib.sha256()
+    for file in source_files():
+        digest.update(str(file.relative_to(Path(__file__).parents[1])).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _check_output(settings: RunSettings, nodes: list[str]) -> None:
+    """Rank 0 writes a file with a name of its own; every rank must see it, in the same folder, with room."""
+    folder = Path(settings.output) / "logs"
+    name = dist.gather_objects(f".shared_{uuid.uuid4().hex}")[0]
+    problem = None
+    if dist.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+            if (free := shutil.disk_usage(folder).free) < DISK:
+                problem = f"has {free / 2**20:.0f} MiB of disk left; make room or choose another `output`"
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror}); choose another `output`"
+    dist.barrier()
+    until = time.monotonic() + SECONDS_TO_SEE
+    while problem is None and not (seen := _is_seen(folder, name)) and time.monotonic() < until:
+        time.sleep(0.2)
+    if problem is None and not seen:
+        problem = f"is not the folder that rank 0 on {nodes[0]} writes; put it on a disk that all nodes share"
+    problems = dist.gather_objects(problem)
+    if dist.is_main():
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    for node, found in zip(nodes, problems, strict=True):
+        if found:
+            raise UserError(f"{settings.file}: key `output`: {settings.output} on {node} {found}")
+
+
+def _is_seen(folder: Path, name: str) -> bool:
+    """By listing the folder: network file systems remember for a while that a name was not there."""
+    return folder.is_dir() and any(path.name == name for path in folder.iterdir())
