@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from tests.helpers import tiny
 from tristage.metrics import read_metrics
@@ -260,7 +259,6 @@ def main() -> None:
             "command": " ".join(["python -m benchmarks.soak", *sys.argv[1:]]),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, python {platform.python_version()}",
             "versions": {package: version(package) for package in ("torch", "deepspeed", "transformers")},
-            "settings": yaml.safe_load(Path(config).read_text()),
             "runs": runs,
             "equal_metrics_lines": sum(mine == its for mine, its in zip(ours, theirs, strict=False)),
             "metrics_lines": [len(ours), len(theirs)],

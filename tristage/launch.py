@@ -100,7 +100,7 @@ def count_of(text: str) -> int:
 
 def free_port() -> str:
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from tristage import dist, watchdog
+from tristage.durable import replace_text
 
 
 class Averages:
@@ -138,7 +139,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step and step > 0]
-        path.write_text("".join(kept), encoding="utf-8")
+        replace_text(path, "".join(kept))  # at once: a kill in the middle loses no line
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
