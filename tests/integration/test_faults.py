@@ -211,6 +211,7 @@ def batch_job(folder: Path, words: list[str]) -> Path:
     return folder / "job.sh"
 
 
+@pytest.mark.slow
 def test_one_run_through_all_that_a_machine_does_to_it(base, whole, tmp_path):
     words, output = sft(base, tmp_path)[1:], tmp_path / "sft"
     log = tmp_path / "log"
