@@ -5,14 +5,15 @@ Needs root and iproute2, openssh-server and pdsh, which `launch/test.sh --all` i
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -166,4 +167,14 @@ def test_a_host_that_dies_ends_the_run_on_the_other(files, tmp_path):
         second.kill()
         assert run.wait(timeout=PATIENCE) not in (0, 2, 75), log.read_text()
         assert first.processes() == []
-    assert not os.path.exists(f"/proc/{first.init.pid}")
+    until = time.monotonic() + 30
+    while not ended(first.init):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def ended(process: psutil.Process) -> bool:
+    """Gone, or a zombie that nobody has asked yet how it ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True

@@ -100,7 +100,8 @@ class PlainEngine(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module = module
+        self.module, self.device = module, CPU
+        self.micro_batch_losses: list[Tensor] = []
 
     def forward(self, *arguments: Any) -> Any:
         return self.module(*arguments)
@@ -110,6 +111,15 @@ class PlainEngine(nn.Module):
 
     def step(self) -> None:
         pass
+
+    def _take_model_step(self, lr_kwargs: None) -> None:
+        pass
+
+    def zero_optimization(self) -> bool:
+        return False
+
+    def fp16_enabled(self) -> bool:
+        return False
 
     def get_lr(self) -> list[float]:
         return [0.0]

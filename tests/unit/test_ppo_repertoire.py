@@ -668,7 +668,7 @@ def test_the_moving_average_starts_at_its_share_of_the_actor_s_own_steps(
     # 12 steps, numbered from the run's start; the actor's are the last 8 where the critic warms up for an iteration.
     settings = settings_of(tmp_path, f"critic.warmup_iterations={warmup}", f"ema={{decay: 0.9, start: {share}}}")
     monkeypatch.setattr(step3_ppo.train, "WeightAverage", lambda engine, decay, start: (engine, decay, start))
-    _, average = step3_ppo.train.restored(settings, Engines("actor", None, None, None))
+    _, average = step3_ppo.train.restored(settings, Engines("actor", None, None, None), None)
     assert average == ("actor", 0.9, start)
 
 

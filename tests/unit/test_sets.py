@@ -13,7 +13,7 @@ import torch
 
 from step1_sft.config import SFTConfig
 from tests.helpers import tiny
-from tristage import dist, run
+from tristage import dist, preflight, run
 from tristage.config import RunSettings, SourceSettings, load_config
 from tristage.data.sets import fingerprint, load_heldout, load_sets
 from tristage.data.store import Rows
@@ -308,6 +308,7 @@ def test_the_fingerprint_tells_data_apart(bench):
 def test_ranks_with_other_data_are_refused(bench, monkeypatch):
     settings = bench.settings(bench.file("rows.jsonl", named(0, 20)), "resume=never")
     monkeypatch.setattr(dist, "init", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(preflight, "check", lambda *_: None)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [("first", mine[1]), ("second", "abc:20")])
     with pytest.raises(UserError, match="rank 1 on second has other data than rank 0 on first; give all"):
         run.start(settings, "abc:21")
