@@ -59,6 +59,7 @@ def train(
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch = Stopwatch(device)
     with RunLog(output, "sft", loader.total_steps, first, SHOWN) as log:
+        saver = run.Saver(settings, device, {"model": engine}, health, log)
         if first == 0:
             log.write(0, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
         for step in range(first + 1, loader.total_steps + 1):
@@ -72,7 +73,7 @@ def train(
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
-            run.save_if_due(settings, step, last, device, {"model": engine}, health, log)
+            saver.after(step, last)
     health.check_finished()
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 1 is done: {output / 'final'}")

@@ -72,6 +72,7 @@ def train(
         return [(micro, collate_ranking(pick(rows, micro), tokenizer.pad_token_id)) for micro in micro_batches]
 
     with RunLog(output, NAMES[settings.loss], loader.total_steps, first, SHOWN) as log:
+        saver = run.Saver(settings, device, {"model": engine}, health, log)
         if first == 0:
             check_start(engine, references.train, collated(1), settings, device)
             log.write(0, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
@@ -83,7 +84,7 @@ def train(
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
-            run.save_if_due(settings, step, last, device, {"model": engine}, health, log)
+            saver.after(step, last)
     health.check_finished()
     save_model(engine, tokenizer, output / "final")
     dist.print0(f"step 2 is done: {output / 'final'}")

@@ -65,6 +65,7 @@ def train(
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch = Stopwatch(device)
     with RunLog(output, "reward model", loader.total_steps, first, SHOWN) as log:
+        saver = run.Saver(settings, device, {"model": engine}, health, log)
         if first == 0:
             log.write(0, "heldout", evaluate(engine, heldout, settings, tokenizer, device).metrics())
         for step in range(first + 1, loader.total_steps + 1):
@@ -81,7 +82,7 @@ def train(
                 log.write(step, "heldout", measured.metrics())
                 if last and (warning := length_warning(measured)):
                     dist.print0(warning)
-            run.save_if_due(settings, step, last, device, {"model": engine}, health, log)
+            saver.after(step, last)
     health.check_finished()
     if settings.normalize:
         normalize_scores(engine, rows, settings, tokenizer, device)

@@ -98,9 +98,9 @@ def train(
     extras = actor_extras(settings, inputs, average, tokenizer)
     rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
     loader = prompt_loader(inputs.prompts, settings)
-    own = None if average is None else average.pieces
-    watch, saved, warned = Stopwatch(device), first, False
+    watch, warned = Stopwatch(device), False
     with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
+        saver = run.Saver(settings, device, trained, health, log, None if average is None else average.pieces)
 
         def evaluate_now(iteration: int) -> None:
             arguments = (inputs.heldout, settings, tokenizer, inputs.functions, inputs.grader, device)
@@ -124,8 +124,7 @@ def train(
                 experience, metrics = make_experience(
                     engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
                 )
-                if run.stop_agreed(device):  # the rollout is dropped: a resumed run samples the same
-                    run.stop_after(settings, iteration - 1, saved, trained, health, log, carried, own)
+                saver.stop_if_asked(iteration - 1, carried)  # the rollout is dropped: a resumed run samples the same
                 warned = warned or warn_of_constant(metrics)
                 if iteration == 1:
                     check_first_iteration(engines, experience, settings, plan)
@@ -134,16 +133,15 @@ def train(
                         engines, experience, iteration, settings, plan, replace(extras, noticed=noticed)
                     )
                 metrics |= throughput(experience, watch)
-            except NotFiniteError as found:
-                rows = [names[row] for row in found.rows]
-                health.note_bad(iteration, found.what, [{"rows": rows}] if dist.is_main() else [])
+            except NotFiniteError as broken:
+                rows = [names[row] for row in broken.rows]
+                health.note_bad(iteration, broken.what, [{"rows": rows}] if dist.is_main() else [])
                 metrics = watch.take()
             log.write(iteration, "train", metrics)
             last = iteration == settings.iterations
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):
                 evaluate_now(iteration)
-            if run.save_if_due(settings, iteration, last, device, trained, health, log, control.state_dict(), own):
-                saved = iteration
+            saver.after(iteration, last, control.state_dict())
     health.check_finished()
     save_model(engines.actor, tokenizer, output / "final")
     if engines.critic is not None:

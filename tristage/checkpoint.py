@@ -32,7 +32,7 @@ from tristage.durable import (
     manifest_text,
     read_manifest,
     replace_text,
-    sync_folder,
+    sync,
     write_text,
     wrong_content,
     wrong_size,
@@ -146,14 +146,14 @@ def _publish(root: Path, folder: Path, partial: Path, files: dict[str, Entry]) -
     number = 1 + max(map(_number, _folders(root)), default=0)
     write_text(partial / MANIFEST, manifest_text(files, number))
     for inside in (*(path for path in partial.iterdir() if path.is_dir()), partial):
-        sync_folder(inside)
+        sync(inside)
     if folder.exists():  # of an earlier attempt; it stays one to continue from until the new one has its name
         aside = folder.with_name(folder.name + ".old")
         remove_tree(aside)
         os.rename(folder, aside)
     os.rename(partial, folder)
-    sync_folder(root)
-    sync_folder(root.parent)
+    sync(root)
+    sync(root.parent)
     replace_text(root / "latest", folder.name)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.distributed as torch_dist
 
 from tristage import watchdog
 from tristage.errors import UserError
+from tristage.launch import free_port
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,7 +69,7 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
     """
     use_gpu = uses_gpu(device)
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     if use_gpu:
         torch.cuda.set_device(local_rank())
     if not torch_dist.is_initialized():
@@ -83,12 +83,6 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
                 "another as --master_port, or none"
             ) from None
     return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def rank() -> int:

@@ -92,8 +92,5 @@ def summary(out: Path) -> str:
     return "\n".join(lines)
 
 
-SUMMARY = ("loss", "perplexity", "accuracy", "score", "kl", "grade", "length")
-
-
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -66,12 +66,12 @@ def replace_text(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".partial")
     write_text(beside, text)
     os.replace(beside, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make what was created, renamed or deleted in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content durable, or what was created, renamed or deleted in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

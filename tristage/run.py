@@ -11,9 +11,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,68 +91,48 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
         sys.exit(code)
 
 
-def stop_agreed(device: torch.device) -> bool:
-    """Whether any rank was asked to stop: the same answer on every rank. A collective."""
-    return dist.max_over_ranks({"stop": float(watchdog.stop_asked())}, device)["stop"] > 0
+@dataclass
+class Saver:
+    """Writes a run's checkpoints when they are due, and ends the run after one when a rank was asked to stop."""
 
+    settings: RunSettings
+    device: torch.device
+    engines: dict[str, Any]
+    health: Health
+    log: RunLog
+    own: Callable[[], list[Piece]] | None = None  # this rank's tensors beside the engines'
 
-Own = Callable[[], list[Piece]]  # this rank's tensors beside the engines'
+    def __post_init__(self) -> None:
+        self.saved = self.log.first  # the newest checkpoint's step
 
+    def after(self, step: int, last: bool, control: dict[str, Any] | None = None) -> None:
+        """A checkpoint of `step` at its turn, after the last step, and when the run must stop. A collective.
 
-def save_if_due(
-    settings: RunSettings,
-    step: int,
-    last: bool,
-    device: torch.device,
-    engines: dict[str, Any],
-    health: Health,
-    log: RunLog,
-    control: dict[str, Any] | None = None,
-    own: Own | None = None,
-) -> bool:
-    """After `step`: a checkpoint at its turn, after the last step, and when the run must stop; whether it is.
+        Raises:
+            Preempted: on every rank, when one was asked to stop and this is not the last step.
+            UserError: on every rank, after too many steps in a row with numbers that are not finite.
+        """
+        if not last:
+            self.stop_if_asked(step, control)
+        every = self.settings.save_every
+        if last or self.health.must_stop or (every > 0 and step % every == 0):
+            self._save(step, control)
+        self.health.check(step)
 
-    Raises:
-        Preempted: on every rank, when one was asked to stop and this is not the last step.
-        UserError: on every rank, after too many steps in a row with numbers that are not finite.
-    """
-    if stop_agreed(device) and not last:
-        stop_after(settings, step, step - 1, engines, health, log, control, own)
-    due = last or health.must_stop or (settings.save_every > 0 and step % settings.save_every == 0)
-    if due:
-        _save(settings, step, engines, health, log, control, own)
-    health.check(step)
-    return due
+    def stop_if_asked(self, step: int, control: dict[str, Any] | None = None) -> None:
+        """If any rank was asked to stop: checkpoint `step`, unless it is there. A collective. Raises Preempted."""
+        if dist.max_over_ranks({"stop": float(watchdog.stop_asked())}, self.device)["stop"] == 0:
+            return
+        if step > self.saved:
+            self._save(step, control)
+        raise Preempted(step)
 
-
-def stop_after(
-    settings: RunSettings,
-    step: int,
-    saved: int,
-    engines: dict[str, Any],
-    health: Health,
-    log: RunLog,
-    control: dict[str, Any] | None = None,
-    own: Own | None = None,
-) -> NoReturn:
-    """Write checkpoint `step`, unless it is the one last `saved`, and raise Preempted. A collective."""
-    if step > saved:
-        _save(settings, step, engines, health, log, control, own)
-    raise Preempted(step)
-
-
-def _save(
-    settings: RunSettings,
-    step: int,
-    engines: dict[str, Any],
-    health: Health,
-    log: RunLog,
-    control: dict[str, Any] | None,
-    own: Own | None,
-) -> None:
-    with watchdog.phase("save"):
-        state = (control or {}) | {"health": health.state()}
-        save_checkpoint(settings, step, engines, state, own() if own else None, log.heldout_of(step))
+    def _save(self, step: int, control: dict[str, Any] | None) -> None:
+        state = (control or {}) | {"health": self.health.state()}
+        with watchdog.phase("save"):
+            own = self.own() if self.own else None
+            save_checkpoint(self.settings, step, self.engines, state, own, self.log.heldout_of(step))
+        self.saved = step
 
 
 def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], Any]:
@@ -318,7 +298,7 @@ def _environment(device: torch.device) -> dict[str, object]:
         "ranks": dist.world_size(),
         "device": f"{device.type} ({name})",
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: preflight.installed(package) for package in PACKAGES},
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
 
@@ -327,10 +307,3 @@ def without_secret(word: str) -> str:
     """A word of the command line; of `key=value` with a name such as hub_token or api_key, the name alone."""
     name, equals, _ = word.partition("=")
     return f"{name}=***" if equals and SECRET.search(name) else word
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from tristage import dist, watchdog
+from tristage.durable import sync
 from tristage.engine import full_state_dict
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
@@ -131,7 +132,7 @@ def _whole(folder: Path) -> Iterator[Path]:
         beside.mkdir(parents=True)
         yield beside
         for path in [*beside.rglob("*"), beside]:
-            _sync(path)
+            sync(path)
     except Exception as error:
         if not _is_full(error):
             raise
@@ -144,7 +145,7 @@ def _whole(folder: Path) -> Iterator[Path]:
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     remove_tree(old)
 
 
@@ -152,15 +153,6 @@ def _is_full(error: Exception) -> bool:
     """safetensors has an exception of its own, which keeps the system's words only."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
-
-
-def _sync(path: Path) -> None:
-    """A file, or what a folder says of its entries, on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_tree(folder: Path) -> None:
