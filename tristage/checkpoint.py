@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from tristage.durable import (
 )
 from tristage.engine_state import engine_numbers, engine_pieces, engine_size, restore_engine
 from tristage.errors import UserError
+from tristage.free_space import free_on_disk
 from tristage.models.saving import remove_tree
 from tristage.pieces import Piece, PieceReader, write_pieces
 
@@ -115,7 +115,7 @@ def save_checkpoint(
             root.mkdir(parents=True, exist_ok=True)
             for left in root.glob("*.partial"):  # of a run that was killed
                 remove_tree(left) if left.is_dir() else left.unlink()
-            if _free(root) < need:
+            if free_on_disk(root) < need:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for name in shards:
                 (partial / name).mkdir(parents=True)
@@ -203,8 +203,8 @@ def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             problem = (
-                f"{root}: the disk is full: {partial.stem} needs {need} bytes, {_free(root)} are free; make room, or "
-                "set `output` to a larger disk; the checkpoints before it are whole"
+                f"{root}: the disk is full: {partial.stem} needs {need} bytes, {free_on_disk(root)} are free; "
+                "make room, or set `output` to a larger disk; the checkpoints before it are whole"
             )
         else:
             hint = "all nodes must see `output`" if error.errno == errno.ENOENT else "mend that"
@@ -216,11 +216,6 @@ def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
             remove_tree(partial)
         raise UserError(problems[0])
     return [result for result, _ in outcomes]
-
-
-def _free(folder: Path) -> int:
-    """Bytes free on the disk that a folder is on, or will be."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def _data_of(settings: RunSettings) -> str | None:
@@ -404,7 +399,7 @@ def _check_room(settings: RunSettings, engines: dict[str, Any], found: Checkpoin
     """Refuse, before training, a disk without room for two checkpoints; one is there when a run goes on."""
     size = sum(dist.gather_objects(sum(map(engine_size, engines.values())))) + MARGIN
     need = size if found is not None else 2 * size
-    free = dist.gather_objects(_free(Path(settings.output)))[0]
+    free = dist.gather_objects(free_on_disk(Path(settings.output)))[0]
     if settings.check_disk and free < need:
         raise UserError(
             f"{settings.file}: key `output`: a checkpoint takes {size} bytes, {need} must be free in {settings.output} "

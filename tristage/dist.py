@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +20,7 @@ from tristage import watchdog
 from tristage.errors import UserError
 from tristage.launch import free_port
 
+SECONDS_TO_NAME_MISSING, SECONDS_TO_HEAR = 30.0, 5.0
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -65,24 +69,78 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
     """Join the process group that the deepspeed launcher describes (alone: a group of one); this rank's device.
 
     Raises:
-        UserError: the port where the ranks meet is taken.
+        UserError: the port where the ranks meet is taken; a rank that never came; ranks that would send with
+            different backends, which would wait for each other until the timeout.
     """
     use_gpu = uses_gpu(device)
+    backend = "nccl" if use_gpu else "gloo"
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    if use_gpu:
-        torch.cuda.set_device(local_rank())
     if not torch_dist.is_initialized():
+        limit = timedelta(seconds=timeout_seconds)
+        ranks, address, port = int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun's agent serves the store itself
+        serves = is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            torch_dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+            store = torch_dist.TCPStore(address, port, ranks, serves, limit, wait_for_workers=False)
         except torch_dist.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise UserError(
-                f"port {os.environ['MASTER_PORT']} of {platform.node()}, where the ranks are to meet, is in use; give "
-                "another as --master_port, or none"
-            ) from None
+            raise UserError(_no_meeting(str(error), address, port)) from None
+        _meet(store, ranks, backend, timeout_seconds)
+        if use_gpu:
+            torch.cuda.set_device(local_rank())
+        torch_dist.init_process_group(backend, store=store, rank=rank(), world_size=ranks, timeout=limit)
     return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
+
+
+def _no_meeting(why: str, address: str, port: int) -> str:
+    if "EADDRINUSE" in why:
+        fix = "give another as --master_port, or none"
+        return f"port {port} of {platform.node()}, where the ranks are to meet, is in use; {fix}"
+    return (
+        f"{platform.node()} cannot reach rank 0 at {address}:{port}; see whether rank 0 ended with an error, whether "
+        "a firewall is between them, or give its address as --master_addr"
+    )
+
+
+def _meet(store: torch_dist.Store, ranks: int, backend: str, timeout_seconds: float) -> None:
+    """Rank 0 looks at what all ranks are about to join with, and tells all. It says who is missing meanwhile."""
+    store.set(f"joins/{rank()}", json.dumps([platform.node(), backend]))
+    missing = set(range(ranks))
+    if is_main():
+        until = time.monotonic() + timeout_seconds
+        while missing and time.monotonic() < until:
+            try:
+                store.wait([f"joins/{other}" for other in missing], timedelta(seconds=SECONDS_TO_NAME_MISSING))
+                missing = set()
+            except torch_dist.DistStoreError:
+                missing = {other for other in missing if not store.check([f"joins/{other}"])}
+                print0(f"waiting for {_listed(missing)} to join")
+        store.set("verdict", _verdict(store, ranks, missing))
+    if told := store.get("verdict").decode():
+        store.set(f"heard/{rank()}", "")
+        if is_main():  # the store ends with this process: not before all have heard
+            with contextlib.suppress(torch_dist.DistStoreError):
+                heard = [f"heard/{other}" for other in range(ranks) if other not in missing]
+                store.wait(heard, timedelta(seconds=SECONDS_TO_HEAR))
+        raise UserError(told)
+
+
+def _verdict(store: torch_dist.Store, ranks: int, missing: set[int]) -> str:
+    """What keeps the ranks from joining, or nothing."""
+    if missing:
+        return f"{_listed(missing)} did not join; see what they, or the launchers of their nodes, printed"
+    joins = [json.loads(store.get(f"joins/{other}")) for other in range(ranks)]
+    for other, (node, backend) in enumerate(joins):
+        if backend != joins[0][1]:
+            return (
+                f"rank {other} on {node} would send with {backend}, rank 0 on {joins[0][0]} with {joins[0][1]}: one of "
+                "them sees a GPU and the other does not; compare `nvidia-smi` and DS_ACCELERATOR on both"
+            )
+    return ""
+
+
+def _listed(ranks: set[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
 
 
 def rank() -> int:

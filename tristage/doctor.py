@@ -22,6 +22,7 @@ from tristage.data.sources import resolve_preset
 from tristage.data.store import cache_folder
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
+from tristage.free_space import free_on_disk, free_on_host, next_existing
 from tristage.preflight import installed
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ def examine(settings: RunSettings | None, ranks: int) -> Iterator[Finding]:
     yield from locks(extensions_folder())
     yield from shared_memory(SHARED_MEMORY, ranks)
     yield from several_nodes()
-    yield room("memory", psutil.virtual_memory().available, 2 * GIB, "end what uses it")
+    yield room("memory", free_on_host(), 2 * GIB, "end what uses it")
     yield disk("tokenised data", cache_folder(settings.data.cache if settings else None))
     if settings is not None:
         yield from config(settings, ranks)
@@ -165,10 +166,10 @@ def room(what: str, free: int, need: int, fix: str) -> Finding:
 
 def disk(what: str, folder: Path) -> Finding:
     """A finding about the disk that will hold `folder`, which need not be there yet."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next_existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         return Finding("stop", f"{what}: {folder} cannot be written", "choose another folder")
-    return room(f"disk for {what} ({folder})", shutil.disk_usage(there).free, GIB, "make room or choose another folder")
+    return room(f"disk for {what} ({folder})", free_on_disk(there), GIB, "make room or choose another folder")
 
 
 def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:

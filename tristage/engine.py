@@ -10,14 +10,12 @@ import contextlib
 import itertools
 import logging
 import math
-import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -28,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tristage import dist
 from tristage.config import BatchPlan, OptimizerSettings
 from tristage.errors import UserError
+from tristage.free_space import free_for_rank
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
@@ -371,10 +370,4 @@ def refresh_persistent(engine: deepspeed.DeepSpeedEngine) -> None:
 def parameters_fit(engine: deepspeed.DeepSpeedEngine, device: torch.device, headroom: float = 0.5) -> bool:
     """Whether all parameters, gathered, take at most `headroom` of this device's free memory."""
     size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters())
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
-        free = psutil.virtual_memory().available // ranks_here
-    return size <= headroom * free
+    return size <= headroom * free_for_rank(device)

@@ -67,9 +67,14 @@ class Plan:
         return max(self.phases, key=lambda phase: total(phase.adds))
 
     @property
+    def kept_bytes(self) -> float:
+        """Of weights, optimizer and what else is there all the time."""
+        return sum(map(total, self.resident.values()))
+
+    @property
     def gpu_bytes(self) -> float:
         allowance = 0.0 if self.machine.cpu else GPU_ALLOWANCE
-        return sum(map(total, self.resident.values())) + total(self.peak.adds) + allowance
+        return self.kept_bytes + total(self.peak.adds) + allowance
 
     @property
     def host_bytes(self) -> float:

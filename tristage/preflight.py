@@ -8,19 +8,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tristage import dist
 from tristage.config import RunSettings
 from tristage.errors import UserError
+from tristage.free_space import free_for_rank, free_on_disk, free_on_host, ranks_here
+from tristage.memory import GIB, Machine
+from tristage.plan import engines_of, make_plan
 
 # What must agree, as a sentence names it, and what to do when it does not.
 ALIKE = {
@@ -46,6 +48,7 @@ def check(settings: RunSettings, device: torch.device) -> None:
                     f"{facts[0][name]}; {fix}"
                 )
     _check_output(settings, [fact["node"] for fact in facts])
+    _check_memory(settings, device, facts)
     nodes = list(dict.fromkeys(fact["node"] for fact in facts))
     if len(nodes) > 1:
         dist.print0(f"{len(facts)} ranks on {len(nodes)} nodes: {', '.join(nodes)}")
@@ -55,7 +58,9 @@ def _facts(device: torch.device) -> dict[str, Any]:
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {name: installed(name) for name in ("torch", "deepspeed", "transformers")}
     return {"node": platform.node(), "python": platform.python_version(), "device": kind, **versions} | {
-        "code of tristage": source_hash()
+        "code of tristage": source_hash(),
+        "memory": (free_for_rank(device), free_on_host()),
+        "ranks here": ranks_here(),
     }
 
 
@@ -91,7 +96,7 @@ def _check_output(settings: RunSettings, nodes: list[str]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-            if (free := shutil.disk_usage(folder).free) < DISK:
+            if (free := free_on_disk(folder)) < DISK:
                 problem = f"has {free / 2**20:.0f} MiB of disk left; make room or choose another `output`"
         except OSError as error:
             problem = f"cannot be written ({error.strerror}); choose another `output`"
@@ -113,3 +118,47 @@ def _check_output(settings: RunSettings, nodes: list[str]) -> None:
 def _is_seen(folder: Path, name: str) -> bool:
     """By listing the folder: network file systems remember for a while that a name was not there."""
     return folder.is_dir() and any(path.name == name for path in folder.iterdir())
+
+
+class _Problem(NamedTuple):
+    stops: bool
+    sentence: str
+
+
+def _check_memory(settings: RunSettings, device: torch.device, facts: list[dict[str, Any]]) -> None:
+    """Refuse what cannot fit by its weights and optimizer alone, and warn where the whole plan does not."""
+    found = None
+    if dist.is_main():
+        with contextlib.suppress(UserError, AttributeError):  # a family whose shape is not known is not judged
+            found = _memory_problem(settings, device, facts)
+    problem = dist.gather_objects(found)[0]
+    if problem is not None and problem.stops:
+        raise UserError(f"{settings.file}: {problem.sentence}")
+    if problem is not None:
+        dist.print0(f"warning: {problem.sentence}")
+
+
+def _memory_problem(settings: RunSettings, device: torch.device, facts: list[dict[str, Any]]) -> _Problem | None:
+    """The first rank or node with less memory than the plan needs; before it, one that cannot even start."""
+    on_cpu = device.type == "cpu"
+    rank_memory, host_memory = facts[0]["memory"]
+    machine = Machine(len(facts), facts[0]["ranks here"], rank_memory, host_memory, on_cpu)
+    plan = make_plan(settings, engines_of(settings, machine), machine)
+    needs = [(plan.kept_bytes, plan.gpu_bytes, "a process" if on_cpu else "its GPU")]
+    if not on_cpu:
+        needs.append((plan.host["offloaded"], plan.host_bytes, "all processes of its node"))
+    for stops in (True, False):
+        for rank, fact in enumerate(facts):
+            for (kept, peak, place), free in zip(needs, fact["memory"], strict=False):
+                if (kept if stops else peak) > free:
+                    asks = f"its weights and optimizer take {_gib(kept)}" if stops else f"the run may take {_gib(peak)}"
+                    return _Problem(
+                        stops,
+                        f"rank {rank} on {fact['node']} has {_gib(free)} GiB of memory left for {place}, and {asks}; "
+                        f"end what else is in there, or see what fits with: tristage plan {settings.file}",
+                    )
+    return None
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g}"

@@ -1,18 +1,23 @@
 """Run a function on several gloo ranks in processes of their own: `run_ranks(2, module.function, argument)`.
 
 The function gets (rank, *arguments) with the process group's environment set, and returns something picklable;
-the results come back in rank order. It must be importable (a module-level function of a test file).
+the results come back in rank order. It must be importable (a module-level function of a test file). Ranks are forked
+from a server that has imported what takes seconds (on a machine with GPUs they start anew: CUDA outlives no fork).
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.reduction import DupFd  # type: ignore[attr-defined]
 from typing import Any
 
-import torch.multiprocessing as mp
+import torch
+
+SLOW_TO_IMPORT = ["deepspeed", "peft", "transformers", "step3_ppo.train", "step2_dpo.train"]
 
 
 def free_port() -> int:
@@ -22,13 +27,16 @@ def free_port() -> int:
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
-    context = mp.get_context("spawn")
+    context = multiprocessing.get_context("spawn" if torch.cuda.device_count() else "forkserver")
+    context.set_forkserver_preload(SLOW_TO_IMPORT)
     queue = context.Queue()
-    port = free_port()
-    processes = [
-        context.Process(target=_one_rank, args=(rank, num_ranks, port, queue, function, arguments), daemon=True)
-        for rank in range(num_ranks)
-    ]
+    environment = dict(os.environ) | {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(num_ranks):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments_of_rank = (rank, own, queue, function, arguments)
+        processes.append(context.Process(target=_Rank(), args=arguments_of_rank, daemon=True))
     for process in processes:
         process.start()
     results: dict[int, Any] = {}
@@ -46,24 +54,25 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, tim
     return [results[rank] for rank in range(num_ranks)]
 
 
-def _one_rank(rank: int, num_ranks: int, port: int, queue: Any, function: Any, arguments: tuple[Any, ...]) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        LOCAL_WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    import torch
+class _Rank:
+    """The target of a rank's process. Pickled as it starts, with the test's own terminal (or what captures it)."""
 
-    from tristage import dist
+    def __getstate__(self) -> dict[str, Any]:
+        return {"streams": [DupFd(1), DupFd(2)]}
 
-    torch.set_num_threads(1)
-    try:
-        result = function(rank, *arguments)
-        queue.put((rank, result, None))
-    except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
-    finally:
-        dist.shutdown()
+    def __call__(
+        self, rank: int, environment: dict[str, str], queue: Any, function: Any, arguments: tuple[Any, ...]
+    ) -> None:
+        for number, stream in enumerate(self.streams, start=1):
+            os.dup2(stream.detach(), number)
+        os.environ.clear()
+        os.environ.update(environment)
+        from tristage import dist
+
+        torch.set_num_threads(1)
+        try:
+            queue.put((rank, function(rank, *arguments), None))
+        except BaseException:
+            queue.put((rank, None, traceback.format_exc()))
+        finally:
+            dist.shutdown()

@@ -18,7 +18,7 @@ import torch
 from tests.helpers.ranks import run_ranks
 from tests.helpers.saves import StandInEngine, before_each_operation, disk_full_at, killed_at, small_disk
 from tests.helpers.tiny import sft_config
-from tristage import checkpoint, durable
+from tristage import durable
 from tristage.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from tristage.config import RunSettings
 from tristage.engine_state import engine_pieces
@@ -376,7 +376,7 @@ def test_a_real_full_disk_is_seen_before_and_during_a_save(tmp_path, monkeypatch
         with pytest.raises(UserError, match=r"the disk is full: step_000002 needs 29\d{5} bytes, 14\d{5} are free"):
             save_checkpoint(settings, 2, {"model": large})
         real = shutil.disk_usage
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: real("/")._replace(free=10**12))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: real("/")._replace(free=10**12))
         with pytest.raises(UserError, match="the disk is full: step_000002 needs"):
             save_checkpoint(settings, 2, {"model": large})
         assert folders(settings) == ["latest", "step_000001"] and resume(settings) == (1, 10)
