@@ -59,7 +59,7 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
 
     Raises:
         UserError: a hostfile or filter that names no nodes, a node that ssh does not reach, a variable that cannot
-            travel.
+            travel, a port that is taken.
     """
     nodes = read_nodes(options)
     if nodes:
@@ -69,9 +69,11 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
         (folder / "env").touch(mode=0o600)
         (folder / "env").write_text(environment_file(dict(os.environ)))
     else:
-        if option(options, "--master_port") is None:
-            options = [*options, "--master_port", free_port()]
-        (folder / "port").write_text(option(options, "--master_port") or "")
+        if (port := option(options, "--master_port")) is None:
+            port = free_port()
+            options = [*options, "--master_port", port]
+        check_port(port)
+        (folder / "port").write_text(port)
     sent = [encode(word) for word in words] if nodes else words
     (folder / "command").write_text("".join(f"{word}\0" for word in [*options, "--module", *sent]))
     output = output_of(words[2:])
@@ -102,6 +104,21 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def check_port(port: str) -> None:
+    """Ranks can meet there, on this machine. Raises UserError."""
+    number = int(port) if port.isdecimal() else 0
+    if not 0 < number < 2**16:
+        raise UserError(f"--master_port {port}: not a port; give a number from 1024 to 65535, or leave it out")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", number))
+        except OSError as error:
+            raise UserError(
+                f"--master_port {port} of this machine cannot be used ({error.strerror}); give another, or none"
+            ) from None
 
 
 def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:

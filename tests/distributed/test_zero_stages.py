@@ -1,4 +1,4 @@
-"""The three steps, run as users run them, give the same numbers at every ZeRO stage and on one rank as on two.
+"""The three steps, run as users run them, give the same numbers at every ZeRO stage and on one, two and four ranks.
 
 All runs of two ranks share one pair of processes. PPO starts from a policy that a few steps of fine-tuning have taught
 to end its answers, so that the ranks' responses differ in length.
@@ -128,6 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     sampled = run_ranks(2, run_jobs, two_ranks, timeout=600)[0]
     with tiny.one_rank():
         sampled |= run_jobs(0, make_jobs(folder, "one_rank", STEPS, 0))
+    sampled |= run_ranks(4, run_jobs, make_jobs(folder, "four_ranks", STEPS, 0), timeout=600)[0]
     return Runs(folder, sampled)
 
 
@@ -168,9 +169,10 @@ def test_what_is_offloaded_or_held_a_second_time_trains_alike(name: str, runs: R
     assert_same(runs, "sft", name, "zero0")
 
 
+@pytest.mark.parametrize("ranks", ["one_rank", "four_ranks"])
 @pytest.mark.parametrize("step", STEPS)
-def test_one_rank_trains_as_two_do(step: str, runs: Runs) -> None:
-    assert_same(runs, step, "one_rank", "zero0")
+def test_one_rank_and_four_train_as_two_do(step: str, ranks: str, runs: Runs) -> None:
+    assert_same(runs, step, ranks, "zero0")
 
 
 @pytest.mark.parametrize("step, steps", [("sft", 10), ("reward", 10), ("ppo", 3)])
@@ -186,7 +188,7 @@ def test_the_compared_runs_are_long_enough_and_learn(step: str, steps: int, runs
         assert 0.2 < lines[0]["rollout/eos_rate"]
 
 
-@pytest.mark.parametrize("other", ["zero1/ppo", "zero2/ppo", "zero3/ppo", "one_rank/ppo"])
+@pytest.mark.parametrize("other", ["zero1/ppo", "zero2/ppo", "zero3/ppo", "one_rank/ppo", "four_ranks/ppo"])
 def test_sampled_responses_do_not_depend_on_zero_stage_or_ranks(other: str, runs: Runs) -> None:
     ours, theirs = runs.sampled["zero0/ppo"], runs.sampled[other]
     assert len(ours) == len(theirs) == 3

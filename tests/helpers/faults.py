@@ -7,7 +7,6 @@ is not about the launcher uses it. Where one rank ends badly it ends the others,
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,12 +23,11 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.ranks import free_port
+from tests.helpers.ranks import free_port, process_context
 from tests.helpers.tiny import REPO
 from tristage import run
 from tristage.metrics import RunLog, read_metrics
 
-STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 PATIENCE = 240.0  # seconds until a test gives up: machines are slow
 
 
@@ -87,8 +85,7 @@ class Ranks:
         port: int | None = None,
         **variables: str,
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *(f"{step}.train" for step in STEPS)])
+        context = process_context()
         self.log = log
         self.port = port or free_port()
         self.processes: list[Any] = [

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-SLOW_TO_IMPORT = ["deepspeed", "peft", "transformers", "step3_ppo.train", "step2_dpo.train"]
+STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 
 
 def free_port() -> int:
@@ -26,9 +26,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
+def process_context() -> Any:
+    """multiprocessing as it starts ranks."""
     context = multiprocessing.get_context("spawn" if torch.cuda.device_count() else "forkserver")
-    context.set_forkserver_preload(SLOW_TO_IMPORT)
+    context.set_forkserver_preload([f"{step}.train" for step in STEPS])
+    return context
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
+    context = process_context()
     queue = context.Queue()
     environment = dict(os.environ) | {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

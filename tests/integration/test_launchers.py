@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -229,6 +230,18 @@ def test_a_wrong_host_is_one_sentence_and_nothing_starts(launch, tmp_path, words
     ended = launch(SFT, "a.yaml", *words)
     assert (ended.returncode, calls(tmp_path)) == (2, [])
     assert ended.stderr.startswith(f"error: {sentence}") and ended.stderr.count("\n") == 1
+
+
+def test_a_wrong_port_is_one_sentence_and_nothing_starts(launch, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for words, why in ([f"--master_port={port}"], "this machine cannot be used"), (["--master_port", "x"], ": not"):
+            ended = launch(SFT, "a.yaml", *words)
+            assert (ended.returncode, calls(tmp_path)) == (2, [])
+            assert ended.stderr.startswith("error: --master_port") and why in ended.stderr
+            assert ended.stderr.count("\n") == 1
 
 
 def test_a_dry_run_starts_nothing(launch, tmp_path):
