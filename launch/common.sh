@@ -236,6 +236,10 @@ launch_step() {
         echo "error: --max-restarts needs a number" >&2
         exit 2
     fi
+    local later=()
+    if [[ "$dry" == yes || -n "${CHECK_ONLY:-}" ]]; then later=(--models-later); fi
+    python -m tristage.check_config "${later[@]}" "$module" "$config" "${settings[@]}" -- "${options[@]}" || exit 2
+    if [[ -n "${CHECK_ONLY:-}" ]]; then return; fi
     local given=" ${options[*]-} "
     if ! has_gpu; then
         [[ "$dry" == yes ]] || build_cpu_op
@@ -258,12 +262,13 @@ launch_step() {
     done
 }
 
-# run_step NAME MODULE CONFIG OUT ...: launch_step, unless OUT/final says that the step is finished.
+# run_step NAME MODULE CONFIG OUT ...: launch_step, unless OUT/final says that the step is finished. With CHECK_ONLY set
+# its config is looked at and nothing else is done.
 run_step() {
     local name="$1" module="$2" config="$3" out="$4"
     shift 4
     if [[ -e "$out/final/config.json" ]]; then
-        echo "$name: already finished ($out/final)"
+        [[ -n "${CHECK_ONLY:-}" ]] || echo "$name: already finished ($out/final)"
     else
         launch_step "$module" "$config" "output=$out" "$@"
     fi

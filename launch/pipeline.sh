@@ -10,8 +10,12 @@ fi
 configs="$1" out="$2"
 shift 2
 sft="$out/step1_sft" reward="$out/step2_reward_model" ppo="$out/step3_ppo"
-run_step "step 1" step1_sft.train "$configs/step1_sft.yaml" "$sft" "$@"
-run_step "step 2" step2_reward_model.train "$configs/step2_reward_model.yaml" "$reward" "$@"
-run_step "step 3" step3_ppo.train "$configs/step3_ppo.yaml" "$ppo" \
-    "actor.model=$sft/final" "reward.model=$reward/final" "$@"
+steps() {
+    run_step "step 1" step1_sft.train "$configs/step1_sft.yaml" "$sft" "$@"
+    run_step "step 2" step2_reward_model.train "$configs/step2_reward_model.yaml" "$reward" "$@"
+    run_step "step 3" step3_ppo.train "$configs/step3_ppo.yaml" "$ppo" \
+        "actor.model=$sft/final" "reward.model=$reward/final" "$@"
+}
+CHECK_ONLY=yes steps "$@" # a mistake in step 3's config is told before step 1 trains
+steps "$@"
 python -m tristage.dry_run summary "$out"

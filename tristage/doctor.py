@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 import psutil
 import torch
-from pydantic import BaseModel
 
+from tristage.check_config import named_paths
 from tristage.config import RunSettings, SourceSettings, read_deepspeed_json, require_folder_or_hub_id
 from tristage.data.sources import resolve_preset
 from tristage.data.store import cache_folder
@@ -179,7 +179,7 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
         yield Finding("ok", f"batches on {ranks} ranks, micro x accumulation x ranks: {' '.join(batches)} rows a step")
     except UserError as error:
         yield Finding("stop", str(error))
-    for key, value in _named(settings):
+    for key, value in named_paths(settings):
         try:
             if key.endswith("deepspeed"):
                 read_deepspeed_json(value, settings, key)
@@ -191,16 +191,6 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
     for source in (*settings.data.train, *settings.data.heldout):
         yield _source(source, settings)
     yield disk("the run", Path(settings.output))
-
-
-def _named(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, value) of each `model` and `deepspeed` that is set, at any depth."""
-    for name in type(group).model_fields:
-        value = getattr(group, name)
-        if name in ("model", "deepspeed") and isinstance(value, str):
-            yield prefix + name, value
-        elif isinstance(value, BaseModel):
-            yield from _named(value, f"{prefix}{name}.")
 
 
 def _source(source: SourceSettings, settings: RunSettings) -> Finding:

@@ -114,7 +114,7 @@ def check_port(port: str) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", number))
+            probe.bind(("127.0.0.1", number))
         except OSError as error:
             raise UserError(
                 f"--master_port {port} of this machine cannot be used ({error.strerror}); give another, or none"

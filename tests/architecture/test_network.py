@@ -1,4 +1,4 @@
-"""No server is opened: a socket is bound for a moment, on loopback, to find a free port, and never listened on."""
+"""No server but torch's, where ranks meet: sockets are bound for a moment, on loopback, to see that a port is free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CALLS = {"bind", "listen", "accept", "create_server", "serve_forever"}
 
 
 def servers(tree: ast.AST) -> list[str]:
-    """Imports that serve, and calls that open a port other than `bind(("127.0.0.1", 0))`."""
+    """Imports that serve, and calls that open a port other than `bind(("127.0.0.1", ...))`."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -21,7 +21,7 @@ def servers(tree: ast.AST) -> list[str]:
             found.append(node.module)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CALLS:
             call = f"{node.func.attr}({', '.join(ast.unparse(argument) for argument in node.args)})"
-            found += [call] if call != "bind(('127.0.0.1', 0))" else []
+            found += [] if call.startswith("bind(('127.0.0.1', ") else [call]
     return found
 
 

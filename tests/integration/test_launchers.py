@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny import sft_config
+from tests.helpers.tiny import ppo_config, reward_model_config, sft_config
 from tristage.launch import decode
 
 REPO = Path(__file__).parents[2]
@@ -35,11 +35,13 @@ echo >>"$CALLS"
 echo "$DS_ACCELERATOR $OMP_NUM_THREADS" >>"$CALLS.environment"
 exit "${DEEPSPEED_EXIT:-0}"
 """
-# Is there a GPU? What tristage works out is real. Everything else (building the CPU op) is done at once.
+# Is there a GPU? What tristage works out is real, configs are looked at where CHECK is set. Everything else (building
+# the CPU op) is done at once.
 PYTHON = rf"""#!/usr/bin/env bash
 case "$*" in
     *torch.cuda*) exit "${{NO_GPU:-1}}" ;;
     *tristage.launch*|*tristage.dry_run*) exec "{sys.executable}" "$@" ;;
+    *tristage.check_config*) if [[ -n "${{CHECK:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
 esac
 """
 SSH = """#!/bin/sh
@@ -230,6 +232,44 @@ def test_a_wrong_host_is_one_sentence_and_nothing_starts(launch, tmp_path, words
     ended = launch(SFT, "a.yaml", *words)
     assert (ended.returncode, calls(tmp_path)) == (2, [])
     assert ended.stderr.startswith(f"error: {sentence}") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["sft.yaml", "sede=1"], "sft.yaml: unknown key `sede`; did you mean `seed`?"),
+        (["sft.yaml"], "sft.yaml: key `model`: there is no folder ./m;"),
+        (["sft.yaml", "model=a/b", "--cpu", "3"], "sft.yaml: global_batch, micro_batch: 8 rows don't divide"),
+        (["sft.yaml", "model=a/b", "deepspeed=none.json"], "sft.yaml: key `deepspeed`: no file none.json"),
+        (["sft.yaml", "stray"], "argument 'stray' is not understood"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence_and_nothing_starts(launch, tmp_path, words, sentence):
+    sft_config(tmp_path, "./m", "r")
+    ended = launch(SFT, *words, CHECK="yes", NO_GPU="not asked")
+    assert (ended.returncode, calls(tmp_path)) == (2, [])
+    assert ended.stderr.startswith("error: ") and sentence in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_models_are_not_asked_of_the_node_that_launches_others_or_of_a_dry_run(launch, tmp_path):
+    sft_config(tmp_path, "./m", "r")
+    assert launch(SFT, "sft.yaml", "global_batch=16", "--hostfile", "hosts", CHECK="yes").returncode == 0
+    assert launch(SFT, "sft.yaml", "--dry-run", CHECK="yes").returncode == 0
+
+
+def test_the_pipeline_looks_at_all_configs_before_its_first_step(launch, tmp_path):
+    sft_config(tmp_path, "a/b", "r")
+    reward_model_config(tmp_path, "a/b", "r")
+    ppo_config(tmp_path, "a/b", "a/b", "r")
+    (tmp_path / "recipe").mkdir()
+    for name, step in {"sft": "step1_sft", "reward": "step2_reward_model", "ppo": "step3_ppo"}.items():
+        (tmp_path / f"{name}.yaml").rename(tmp_path / f"recipe/{step}.yaml")
+    with (tmp_path / "recipe/step3_ppo.yaml").open("a") as file:
+        file.write("iteratons: 3\n")
+    ended = launch("launch/pipeline.sh", "recipe", "out", CHECK="yes")
+    assert (ended.returncode, calls(tmp_path)) == (2, [])
+    assert ended.stderr.startswith("error: recipe/step3_ppo.yaml: unknown key `iteratons`; did you mean `iterations`?")
 
 
 def test_a_wrong_port_is_one_sentence_and_nothing_starts(launch, tmp_path):

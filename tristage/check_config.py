@@ -1,0 +1,62 @@
+"""What a config says wrong, told in the first second: before torch is imported, a GPU looked for or a rank started.
+
+    python -m tristage.check_config [--models-later] MODULE CONFIG [key=value ...] -- [deepspeed launcher options]
+
+`--models-later`: steps before this one will write the models that it names. Called by launch/; ranks look again, and
+at more.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from tristage.cli import settings_class
+from tristage.config import RunSettings, load_config, read_deepspeed_json, require_folder_or_hub_id
+from tristage.dry_run import batch_table
+from tristage.errors import UserError
+from tristage.launch import count_of, option, read_nodes
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 2 and one sentence for what a user must mend."""
+    later = argv[0] == "--models-later"
+    module, config, *rest = argv[later:]
+    end = len(rest) - 1 - rest[::-1].index("--")
+    words, options = rest[:end], rest[end + 1 :]
+    try:
+        settings = load_config(settings_class(config, module.removesuffix(".train")), ["--config", config, *words])
+        nodes = read_nodes(options)
+        count = option(options, "--num_gpus") or option(options, "--num_accelerators")
+        check(settings, models=not later and not nodes)  # a launching node needs none
+        if nodes or count:
+            batch_table(settings, sum(map(len, nodes.values())) if nodes else count_of(count or ""))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(settings: RunSettings, models: bool) -> None:
+    """Look at the DeepSpeed JSONs and, where `models`, at the folders that the settings name. Raises UserError."""
+    for key, value in named_paths(settings):
+        if key.endswith("deepspeed"):
+            read_deepspeed_json(value, settings, key)
+        elif models:
+            require_folder_or_hub_id(value, settings, key)
+
+
+def named_paths(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, value) of each `model` and `deepspeed` that is set, at any depth."""
+    for name in type(group).model_fields:
+        value = getattr(group, name)
+        if name in ("model", "deepspeed") and isinstance(value, str):
+            yield prefix + name, value
+        elif isinstance(value, BaseModel):
+            yield from named_paths(value, f"{prefix}{name}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
