@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -16,14 +17,15 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
+from tristage import dist
 from tristage.check_config import named_paths
 from tristage.config import RunSettings, SourceSettings, read_deepspeed_json, require_folder_or_hub_id
 from tristage.data.sources import resolve_preset
 from tristage.data.store import cache_folder
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
-from tristage.free_space import free_on_disk, free_on_host, next_existing
-from tristage.preflight import installed
+from tristage.free_space import free_for_rank, free_on_disk, free_on_host, next_existing
+from tristage.preflight import installed, memory_problem
 
 ROOT = Path(__file__).parents[1]
 MAIN_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "pydantic", "safetensors")
@@ -191,6 +193,21 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
     for source in (*settings.data.train, *settings.data.heldout):
         yield _source(source, settings)
     yield disk("the run", Path(settings.output))
+    yield from memory(settings, ranks)
+
+
+def memory(settings: RunSettings, ranks: int) -> Iterator[Finding]:
+    """What the run's plan needs beside what is free here; nothing where its models are not there to be read."""
+    device = torch.device("cuda" if dist.uses_gpu(settings.device) else "cpu")
+    here = min(ranks, torch.cuda.device_count()) if device.type == "cuda" else ranks
+    free = free_for_rank(device) if device.type == "cuda" else free_on_host() // here
+    fact = {"node": platform.node(), "ranks here": here, "memory": (free, free_on_host())}
+    with contextlib.suppress(UserError, AttributeError):
+        problem = memory_problem(settings, device, [fact] * ranks)
+        if problem is None:
+            yield Finding("ok", f"memory: {free / GIB:.1f} GiB free for each rank, enough by the plan")
+        else:
+            yield Finding("stop" if problem.stops else "note", problem.sentence)
 
 
 def _source(source: SourceSettings, settings: RunSettings) -> Finding:

@@ -120,8 +120,10 @@ def _is_seen(folder: Path, name: str) -> bool:
     return folder.is_dir() and any(path.name == name for path in folder.iterdir())
 
 
-class _Problem(NamedTuple):
-    stops: bool
+class MemoryProblem(NamedTuple):
+    """Memory that a run lacks, in a sentence."""
+
+    stops: bool  # weights and optimizer alone don't fit
     sentence: str
 
 
@@ -130,7 +132,7 @@ def _check_memory(settings: RunSettings, device: torch.device, facts: list[dict[
     found = None
     if dist.is_main():
         with contextlib.suppress(UserError, AttributeError):  # a family whose shape is not known is not judged
-            found = _memory_problem(settings, device, facts)
+            found = memory_problem(settings, device, facts)
     problem = dist.gather_objects(found)[0]
     if problem is not None and problem.stops:
         raise UserError(f"{settings.file}: {problem.sentence}")
@@ -138,8 +140,15 @@ def _check_memory(settings: RunSettings, device: torch.device, facts: list[dict[
         dist.print0(f"warning: {problem.sentence}")
 
 
-def _memory_problem(settings: RunSettings, device: torch.device, facts: list[dict[str, Any]]) -> _Problem | None:
-    """The first rank or node with less memory than the plan needs; before it, one that cannot even start."""
+def memory_problem(settings: RunSettings, device: torch.device, facts: list[dict[str, Any]]) -> MemoryProblem | None:
+    """The first rank or node with less memory than the plan needs; before it, one that cannot even start.
+
+    Args:
+        facts: of each rank "node", "ranks here" (of its node) and "memory": bytes free for it, and on its node.
+
+    Raises:
+        UserError: as `plan.engines_of`.
+    """
     on_cpu = device.type == "cpu"
     rank_memory, host_memory = facts[0]["memory"]
     machine = Machine(len(facts), facts[0]["ranks here"], rank_memory, host_memory, on_cpu)
@@ -152,7 +161,7 @@ def _memory_problem(settings: RunSettings, device: torch.device, facts: list[dic
             for (kept, peak, place), free in zip(needs, fact["memory"], strict=False):
                 if (kept if stops else peak) > free:
                     asks = f"its weights and optimizer take {_gib(kept)}" if stops else f"the run may take {_gib(peak)}"
-                    return _Problem(
+                    return MemoryProblem(
                         stops,
                         f"rank {rank} on {fact['node']} has {_gib(free)} GiB of memory left for {place}, and {asks}; "
                         f"end what else is in there, or see what fits with: tristage plan {settings.file}",

@@ -136,9 +136,9 @@ def test_what_is_offloaded_must_fit_into_the_node(tmp_path):
     offload = f"deepspeed={SHIPPED / 'zero3_offload.json'}"
     settings = sft_config(tmp_path, write_model(tmp_path / "model"), "r", 3, offload)
     fact = {"node": "a", "ranks here": 1, "memory": (80 * GIB, 1000)}
-    problem = preflight._memory_problem(settings, torch.device("cuda"), [fact])
+    problem = preflight.memory_problem(settings, torch.device("cuda"), [fact])
     assert problem.stops and "for all processes of its node" in problem.sentence
-    assert preflight._memory_problem(settings, torch.device("cuda"), [fact | {"memory": (80 * GIB, 80 * GIB)}]) is None
+    assert preflight.memory_problem(settings, torch.device("cuda"), [fact | {"memory": (80 * GIB, 80 * GIB)}]) is None
 
 
 def test_a_containers_limit_counts_and_cached_files_do_not(tmp_path, monkeypatch):

@@ -10,6 +10,10 @@ import pytest
 
 from tests.helpers.tiny import sft_config, write_model, write_rows
 from tristage import cli, doctor
+from tristage.memory import GIB, Machine
+from tristage.plan import engines_of, make_plan
+
+CPU = Machine(2, 2, GIB, GIB, cpu=True)
 
 
 def levels(findings) -> list[str]:
@@ -89,3 +93,14 @@ def test_an_op_that_cannot_be_compiled_stops(tmp_path, monkeypatch):
     assert levels(doctor.compiled_op(tmp_path)) == ["note"]  # not there yet, can be
     monkeypatch.setattr(doctor, "_path", lambda: str(tmp_path))
     assert levels(doctor.compiled_op(tmp_path)) == ["stop"]
+
+
+def test_a_run_that_does_not_fit_this_machine_stops_or_is_noted(tmp_path, monkeypatch):
+    settings = sft_config(tmp_path, write_model(tmp_path / "model"), "r")
+    needed = make_plan(settings, engines_of(settings, CPU), CPU)
+    for free, level in ((8 * GIB, "ok"), (2 * needed.gpu_bytes - 2, "note"), (2 * needed.kept_bytes - 2, "stop")):
+        monkeypatch.setattr(doctor, "free_on_host", lambda free=free: int(free))
+        (finding,) = doctor.memory(settings, 2)
+        assert finding.level == level and "memory" in finding.what
+    (tmp_path / "model/config.json").unlink()
+    assert list(doctor.memory(settings, 2)) == []
