@@ -37,7 +37,10 @@ SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|_KEY$", re.IGNOR
 HOST_LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+#.*)?")
 DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's, taken where it is there
 VALUED = {"--hostfile": "-H", "--include": "-i", "--exclude": "-e", "--num_nodes": "", "--master_port": ""}
-VALUED |= {"--num_gpus": "", "--num_accelerators": "", "--master_addr": "", "--ssh_port": ""}
+VALUED |= {"--num_gpus": "", "--num_accelerators": "", "--master_addr": "", "--ssh_port": "", "--launcher": ""}
+# DeepSpeed's ways to other nodes that can start a module: in the text of a shell command, and without one.
+SHELL, MPI = ("pdsh",), ("openmpi", "impi")
+FROM_OPENMPI = {"RANK": "RANK", "LOCAL_RANK": "LOCAL_RANK", "WORLD_SIZE": "SIZE", "LOCAL_SIZE": "LOCAL_SIZE"}
 
 
 def main(argv: list[str]) -> int:
@@ -64,10 +67,16 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
     nodes = read_nodes(options)
     if nodes:
         check_reachable(nodes, option(options, "--hostfile"), option(options, "--ssh_port"))
+        launcher = check_launcher(options)
         check_paths(options)
         (folder / "nodes").write_text("".join(f"{node}\n" for node in nodes))
         (folder / "env").touch(mode=0o600)
-        (folder / "env").write_text(environment_file(dict(os.environ)))
+        if launcher in SHELL:
+            (folder / "env").write_text(environment_file(dict(os.environ)))
+        else:
+            address = option(options, "--master_addr") or next(iter(nodes))
+            meeting = {"MASTER_ADDR": address, "MASTER_PORT": option(options, "--master_port") or "29500"}
+            (folder / "env").write_text(environment_file(dict(os.environ), meeting))
     else:
         if (port := option(options, "--master_port")) is None:
             port = free_port()
@@ -217,6 +226,27 @@ def words_of(words: Sequence[str]) -> list[str]:
     return [decode(word) for word in words]
 
 
+def check_launcher(options: Sequence[str]) -> str:
+    """The way to other nodes that the options choose. Raises UserError for one that DeepSpeed cannot go."""
+    launcher = option(options, "--launcher") or "pdsh"
+    if launcher not in (*SHELL, *MPI):
+        raise UserError(
+            f"--launcher {launcher}: DeepSpeed does not start modules with it; use one of {', '.join((*SHELL, *MPI))}, "
+            "or in a Slurm job launch/slurm/"
+        )
+    if launcher in MPI:
+        for name in ("--include", "--exclude", "--num_nodes", "--num_gpus"):
+            if option(options, name) is not None:
+                raise UserError(f"--launcher {launcher} takes the whole hostfile; leave out {name}, or change the file")
+    return launcher
+
+
+def adopt_rank_of_mpirun() -> None:
+    """Open MPI's names for a rank's place, as those that torch reads, where DeepSpeed's launcher has left them out."""
+    if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:
+        os.environ.update({name: os.environ[f"OMPI_COMM_WORLD_{theirs}"] for name, theirs in FROM_OPENMPI.items()})
+
+
 def check_paths(options: Sequence[str]) -> None:
     """DeepSpeed puts these into the text of its shell command as they are. Raises UserError."""
     parts = {
@@ -233,25 +263,30 @@ def check_paths(options: Sequence[str]) -> None:
             )
 
 
-def environment_file(variables: dict[str, str]) -> str:
+def environment_file(variables: dict[str, str], over_mpi: dict[str, str] | None = None) -> str:
     """Lines NAME=VALUE for DeepSpeed, which puts quotes around a value where it sees fit: escaped so that they hold.
 
-    The user's own .deepspeed_env follows, as it is: what it says wins, secrets included.
+    `over_mpi`: variables besides, where mpirun carries them. No shell reads them there, and those quotes would become
+    part of a value: it may hold nothing special. The user's own .deepspeed_env follows, as it is: what it says wins,
+    secrets included.
 
     Raises:
-        UserError: a value with a line break or blanks around it, which this way cannot carry.
+        UserError: a value that this way cannot carry, such as one with a line break or blanks around it.
     """
     own = user_lines(variables)
     theirs = {line.partition("=")[0].strip() for line in own}
     python_path = ":".join(filter(None, (os.getcwd(), variables.get("PYTHONPATH"))))
     passed = {name: value for name, value in variables.items() if PASSED.fullmatch(name)} | {"PYTHONPATH": python_path}
-    lines = [f"PATH={escaped('PATH', os.path.dirname(sys.executable))}:$PATH"]  # ninja is there, for DeepSpeed's ops
+    carried = escaped if over_mpi is None else plain
+    rest = "$PATH" if over_mpi is None else carried("PATH", variables.get("PATH", ""))
+    lines = [f"{name}={carried(name, value)}" for name, value in (over_mpi or {}).items()]
+    lines += [f"PATH={carried('PATH', os.path.dirname(sys.executable))}:{rest}"]  # ninja is there, for DeepSpeed's ops
     for name, value in sorted(passed.items()):
         if SECRET.search(name) or re.search(r"//[^/@]*:[^/@]*@", value):
             if name not in theirs:
                 print(f"{name} holds a secret and stays on this node; name it in ~/.deepspeed_env to pass it on")
             continue
-        lines.append(f"{name}={escaped(name, value)}")
+        lines.append(f"{name}={carried(name, value)}")
     return "".join(f"{line}\n" for line in lines + own)
 
 
@@ -260,6 +295,16 @@ def escaped(name: str, value: str) -> str:
     if "\n" in value or "\0" in value or value != value.strip():
         raise UserError(f"variable {name} has a line break or blanks around it and cannot reach other nodes; unset it")
     return re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
+
+
+def plain(name: str, value: str) -> str:
+    """`value`, which neither DeepSpeed nor mpirun changes. Raises UserError."""
+    if not SAFE.fullmatch(value):
+        raise UserError(
+            f"variable {name} is {value!r}: over mpirun it may only hold letters, digits and @+=:,./-_; change it, or "
+            "unset it"
+        )
+    return value
 
 
 def user_lines(variables: dict[str, str]) -> list[str]:

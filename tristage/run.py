@@ -35,7 +35,7 @@ from tristage.data.template import read_template
 from tristage.engine import DTYPES, check_zero_support, engine_config, zero_stage
 from tristage.errors import UserError
 from tristage.health import Health
-from tristage.launch import decode
+from tristage.launch import adopt_rank_of_mpirun, decode
 from tristage.metrics import RunLog
 from tristage.models import Kernels, check_kernels, check_lora, check_model, check_quantized, load_tokenizer
 from tristage.pieces import Piece
@@ -63,6 +63,7 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
     """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2, Preempted exit code 75."""
     code = 0
     sys.argv[1:] = map(decode, sys.argv[1:])
+    adopt_rank_of_mpirun()
     with watchdog.listening():
         try:
             main(sys.argv[1:])

@@ -2,7 +2,8 @@
 # The Debian packages that the tests with two hosts need, for root; without them those tests are skipped, and say so.
 set -euo pipefail
 PATH="/usr/sbin:/sbin:$PATH"
-if command -v pdsh >/dev/null && command -v sshd >/dev/null && command -v ip >/dev/null; then exit; fi
+if command -v pdsh >/dev/null && command -v sshd >/dev/null && command -v ip >/dev/null &&
+    command -v mpirun >/dev/null; then exit; fi
 [[ "$(id -u)" == 0 ]] || exit 1
 # No daemon is to start: they are for the tests' own networks alone.
 policy=/usr/sbin/policy-rc.d
@@ -12,5 +13,5 @@ if [[ ! -e "$policy" ]]; then
     chmod 755 "$policy"
 fi
 export DEBIAN_FRONTEND=noninteractive
-install() { apt-get install -qq -y --no-install-recommends pdsh openssh-server iproute2 >/dev/null 2>&1; }
+install() { apt-get install -qq -y --no-install-recommends pdsh openssh-server iproute2 openmpi-bin >/dev/null 2>&1; }
 install || { apt-get update -qq >/dev/null 2>&1 && install; }

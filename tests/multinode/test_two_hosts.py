@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ def start(host: Host, log: Path, script: str, config: Path, *words: str, hostfil
     """A launcher on `host`, with `hostfile` over both, else two ranks there."""
     where = ["--cpu", "2"] if hostfile is None else ["--hostfile", str(hostfile)]
     variables = {"TRISTAGE_CACHE": str(host.folder / "cache"), "DS_ACCELERATOR": "cpu"}
+    variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # where mpirun is asked for
     variables["GLOO_SOCKET_IFNAME"] = "lo" if hostfile is None else INTERFACE
     return host.start("bash", str(REPO / script), str(config), *words, *where, log=log, cwd=log.parent, **variables)
 
@@ -101,6 +103,25 @@ def test_two_hosts_train_what_one_does(step, hosts, files, tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert first.processes() == second.processes() == []
     assert (tmp_path / "two/logs/launch.log").read_text().count("node-b") > 0
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="needs the package openmpi-bin")
+def test_mpirun_starts_the_ranks_and_ends_them_when_one_is_killed(hosts, files, tmp_path):
+    folder, first, second = hosts
+    config, hostfile = write_config("step1_sft", tmp_path, files), folder / "hostfile"
+    words = ["--launcher", "openmpi", f"--launcher_args=--mca oob_tcp_if_include {INTERFACE}", "watchdog_seconds=20"]
+    outputs = tmp_path / "whole", tmp_path / "killed"
+    logs = tmp_path / "whole.log", tmp_path / "killed.log"
+    run = start(first, logs[0], "launch/step1_sft.sh", config, *words, f"output={outputs[0]}", hostfile=hostfile)
+    assert run.wait(timeout=PATIENCE) == 0, logs[0].read_text()
+    assert "2 ranks on 2 nodes: node-a, node-b" in logs[0].read_text()
+    assert (outputs[0] / "final/model.safetensors").is_file()
+    words += ["epochs=60", f"output={outputs[1]}"]
+    run = start(first, logs[1], "launch/step1_sft.sh", config, *words, hostfile=hostfile)
+    wait_for(lambda: trained(outputs[1]) > 2, run, logs[1])
+    second.do("pkill", "-KILL", "-f", " -u -m step1_sft.train")
+    assert run.wait(timeout=60) not in (0, 2, 75), logs[1].read_text()
+    assert first.processes() == second.processes() == []
 
 
 def test_values_that_shells_would_change_reach_the_other_host_whole(hosts, files, tmp_path):

@@ -6,7 +6,9 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -173,6 +175,41 @@ def test_the_file_of_variables_is_for_the_user_alone(tmp_path, hostfile, monkeyp
     assert command[:3] == ["--hostfile", hostfile, "--module"]
     assert command[3] == "step1_sft.train" and [launch.decode(word) for word in command[3:]] == words
     assert not (tmp_path / "port").exists()
+
+
+def test_mpirun_gets_whole_values_or_none(tmp_path, hostfile, monkeypatch):
+    monkeypatch.setattr(launch, "check_reachable", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    options = ["--hostfile", hostfile, "--launcher", "openmpi"]
+    launch.prepare(tmp_path, ["step1_sft.train", "--config", "a.yaml"], options)
+    lines = (tmp_path / "env").read_text().splitlines()
+    node = next(iter(launch.read_nodes(options)))
+    assert lines[:3] == [f"MASTER_ADDR={node}", "MASTER_PORT=29500", f"PATH={Path(sys.executable).parent}:/bin"]
+    assert f"PYTHONPATH={tmp_path}" in lines
+    monkeypatch.setenv("NCCL_ODD", "two words")
+    with pytest.raises(UserError, match="variable NCCL_ODD is 'two words': over mpirun"):
+        launch.prepare(tmp_path, ["step1_sft.train", "--config", "a.yaml"], options)
+
+
+@pytest.mark.parametrize("words, why", [(["slurm"], "launch/slurm/"), (["openmpi", "--num_nodes", "1"], "--num_nodes")])
+def test_a_way_to_other_nodes_that_deepspeed_cannot_go_is_refused(words, why):
+    with pytest.raises(UserError, match=why):
+        launch.check_launcher(["--launcher", *words])
+
+
+def test_a_rank_of_mpirun_takes_its_place(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "SIZE": "4", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    with mock.patch.dict(os.environ):
+        launch.adopt_rank_of_mpirun()
+        assert "RANK" not in os.environ  # a shell that some mpirun started, and no run of several ranks
+        os.environ["MASTER_ADDR"] = "node-a"
+        launch.adopt_rank_of_mpirun()
+        assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")] == ["3", "1", "4", "2"]
 
 
 def test_a_working_folder_that_shells_would_change_is_refused(tmp_path, monkeypatch):
