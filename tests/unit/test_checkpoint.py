@@ -302,6 +302,7 @@ def test_a_save_that_is_killed_at_any_operation_leaves_the_newest_whole_one(tmp_
     assert not killed and len(found) > 20
     turn = found.index((2, 20))
     assert found == [(1, 10)] * turn + [(2, 20)] * (len(found) - turn) and turn > 10
+    print(f"killed at each of {len(found) - 1} operations: the older checkpoint {turn} times, then the newer")
 
 
 def test_a_step_that_is_saved_again_is_there_at_any_operation(tmp_path):
@@ -335,6 +336,7 @@ def test_never_less_than_one_whole_checkpoint_is_on_the_disk(tmp_path):
         save(settings, 2)
         save(settings, 3)
     assert min(counts) == 1 and max(counts) == 2
+    print(f"whole checkpoints counted at {len(counts)} operations: never none")
 
 
 def test_a_partial_folder_is_never_a_checkpoint_and_gives_way_to_a_whole_one(settings):
@@ -366,6 +368,7 @@ def test_a_disk_that_fills_up_at_any_write_is_one_sentence_and_leaves_the_checkp
         assert folders(settings) == ["latest", "step_000001"]
         operation += 1
     assert operation > 10
+    print(f"the disk full at each of {operation} writes: one sentence each time, the older checkpoint whole")
 
 
 def test_a_real_full_disk_is_seen_before_and_during_a_save(tmp_path, monkeypatch):
