@@ -82,9 +82,11 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
         # torchrun's agent serves the store itself
         serves = is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            store = torch_dist.TCPStore(address, port, ranks, serves, limit, wait_for_workers=False)
+            server = torch_dist.TCPStore(address, port, ranks, serves, limit, wait_for_workers=False)
         except torch_dist.DistNetworkError as error:
             raise UserError(_no_meeting(str(error), address, port)) from None
+        # that agent's outlives a restart
+        store = torch_dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
         _meet(store, ranks, backend, timeout_seconds)
         if use_gpu:
             torch.cuda.set_device(local_rank())
