@@ -236,9 +236,10 @@ launch_step() {
         echo "error: --max-restarts needs a number" >&2
         exit 2
     fi
-    local later=()
-    if [[ "$dry" == yes || -n "${CHECK_ONLY:-}" ]]; then later=(--models-later); fi
-    python -m tristage.check_config "${later[@]}" "$module" "$config" "${settings[@]}" -- "${options[@]}" || exit 2
+    local leave_out=()
+    if [[ -n "${CHECK_ONLY:-}" ]]; then leave_out=(--models-later); fi
+    if [[ "$dry" == yes ]]; then leave_out=(--elsewhere); fi
+    python -m tristage.check_config "${leave_out[@]}" "$module" "$config" "${settings[@]}" -- "${options[@]}" || exit 2
     if [[ -n "${CHECK_ONLY:-}" ]]; then return; fi
     local given=" ${options[*]-} "
     if ! has_gpu; then

@@ -1,9 +1,9 @@
 """What a config says wrong, told in the first second: before torch is imported, a GPU looked for or a rank started.
 
-    python -m tristage.check_config [--models-later] MODULE CONFIG [key=value ...] -- [deepspeed launcher options]
+    python -m tristage.check_config [--models-later | --elsewhere] MODULE CONFIG [key=value ...] -- [launcher options]
 
-`--models-later`: steps before this one will write the models that it names. Called by launch/; ranks look again, and
-at more.
+`--models-later`: steps before this one will write the models that it names. `--elsewhere`: models and data need not be
+on this machine. Called by launch/; ranks look again, and at more.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from tristage.cli import settings_class
 from tristage.config import RunSettings, load_config, read_deepspeed_json, require_folder_or_hub_id
+from tristage.data.sources import check_there, resolve_preset
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
 from tristage.launch import count_of, option, read_nodes
@@ -22,15 +23,16 @@ from tristage.launch import count_of, option, read_nodes
 
 def main(argv: list[str]) -> int:
     """Exit code 2 and one sentence for what a user must mend."""
-    later = argv[0] == "--models-later"
-    module, config, *rest = argv[later:]
+    flag = argv[0] if argv[0] in ("--models-later", "--elsewhere") else ""
+    module, config, *rest = argv[bool(flag) :]
     end = len(rest) - 1 - rest[::-1].index("--")
     words, options = rest[:end], rest[end + 1 :]
     try:
         settings = load_config(settings_class(config, module.removesuffix(".train")), ["--config", config, *words])
         nodes = read_nodes(options)
         count = option(options, "--num_gpus") or option(options, "--num_accelerators")
-        check(settings, models=not later and not nodes)  # a launching node needs none
+        here = flag != "--elsewhere" and not nodes  # the node that launches others needs neither
+        check(settings, models=here and not flag, data=here)
         if nodes or count:
             batch_table(settings, sum(map(len, nodes.values())) if nodes else count_of(count or ""))
     except UserError as error:
@@ -39,13 +41,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def check(settings: RunSettings, models: bool) -> None:
-    """Look at the DeepSpeed JSONs and, where `models`, at the folders that the settings name. Raises UserError."""
+def check(settings: RunSettings, models: bool, data: bool) -> None:
+    """Look at the DeepSpeed JSONs, and whether models and data are there. Raises UserError."""
     for key, value in named_paths(settings):
         if key.endswith("deepspeed"):
             read_deepspeed_json(value, settings, key)
         elif models:
             require_folder_or_hub_id(value, settings, key)
+    for source in (*settings.data.train, *settings.data.heldout):
+        source = resolve_preset(source, settings)
+        if data:
+            check_there(source)
 
 
 def named_paths(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:

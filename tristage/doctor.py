@@ -20,7 +20,7 @@ import torch
 from tristage import dist
 from tristage.check_config import named_paths
 from tristage.config import RunSettings, SourceSettings, read_deepspeed_json, require_folder_or_hub_id
-from tristage.data.sources import resolve_preset
+from tristage.data.sources import check_there, resolve_preset
 from tristage.data.store import cache_folder
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
@@ -212,13 +212,13 @@ def memory(settings: RunSettings, ranks: int) -> Iterator[Finding]:
 
 def _source(source: SourceSettings, settings: RunSettings) -> Finding:
     try:
-        path = str(resolve_preset(source, settings).path)
+        source = resolve_preset(source, settings)
+        check_there(source)
     except UserError as error:
-        return Finding("stop", str(error))
+        return Finding("stop", f"data: {error}")
+    path = str(source.path)
     if os.path.exists(path):
         if os.access(path, os.R_OK):
             return Finding("ok", f"data: {path}")
         return Finding("stop", f"data: {path} cannot be read", "give its reader the right to")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).suffix:
-        return Finding("stop", f"data: there is no {path}", "correct the path in `data`")
     return Finding("note", f"data: {path} is taken for a hub id", "`tristage data check` reads it")

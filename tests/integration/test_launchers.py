@@ -242,17 +242,19 @@ def test_a_wrong_host_is_one_sentence_and_nothing_starts(launch, tmp_path, words
         (["sft.yaml"], "sft.yaml: key `model`: there is no folder ./m;"),
         (["sft.yaml", "model=a/b", "--cpu", "3"], "sft.yaml: global_batch, micro_batch: 8 rows don't divide"),
         (["sft.yaml", "model=a/b", "deepspeed=none.json"], "sft.yaml: key `deepspeed`: no file none.json"),
+        (["sft.yaml", "model=a/b", "data.train=no/rows.jsonl"], "no/rows.jsonl: there is no such file or folder"),
         (["sft.yaml", "stray"], "argument 'stray' is not understood"),
     ],
 )
 def test_a_wrong_config_is_one_sentence_and_nothing_starts(launch, tmp_path, words, sentence):
     sft_config(tmp_path, "./m", "r")
+    (tmp_path / "r").touch()
     ended = launch(SFT, *words, CHECK="yes", NO_GPU="not asked")
     assert (ended.returncode, calls(tmp_path)) == (2, [])
     assert ended.stderr.startswith("error: ") and sentence in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_models_are_not_asked_of_the_node_that_launches_others_or_of_a_dry_run(launch, tmp_path):
+def test_models_and_data_are_not_asked_of_the_node_that_launches_others_or_of_a_dry_run(launch, tmp_path):
     sft_config(tmp_path, "./m", "r")
     assert launch(SFT, "sft.yaml", "global_batch=16", "--hostfile", "hosts", CHECK="yes").returncode == 0
     assert launch(SFT, "sft.yaml", "--dry-run", CHECK="yes").returncode == 0
@@ -262,6 +264,7 @@ def test_the_pipeline_looks_at_all_configs_before_its_first_step(launch, tmp_pat
     sft_config(tmp_path, "a/b", "r")
     reward_model_config(tmp_path, "a/b", "r")
     ppo_config(tmp_path, "a/b", "a/b", "r")
+    (tmp_path / "r").touch()
     (tmp_path / "recipe").mkdir()
     for name, step in {"sft": "step1_sft", "reward": "step2_reward_model", "ppo": "step3_ppo"}.items():
         (tmp_path / f"{name}.yaml").rename(tmp_path / f"recipe/{step}.yaml")

@@ -35,7 +35,7 @@ def test_what_a_config_names_and_is_not_there_stops_a_run(tmp_path, capsys):
     words = ["doctor", str(tmp_path / "sft.yaml"), "deepspeed=none.json", "--step", "step1_sft", "--ranks", "3"]
     assert cli.main(words) == 1
     stops = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stop")]
-    for words in ("no folder ./none", "there is no none.jsonl", "no file none.json", "8 rows don't divide"):
+    for words in ("no folder ./none", "none.jsonl: there is no such file", "no file none.json", "8 rows don't divide"):
         assert any(words in line for line in stops), stops
 
 

@@ -74,12 +74,19 @@ def resolve_preset(source: SourceSettings, settings: RunSettings) -> SourceSetti
     return source
 
 
+def check_there(source: SourceSettings) -> None:
+    """Raises UserError where `source` is no file or folder, and no id of a hub set either."""
+    path = Path(str(source.path))
+    is_id = _HUB_ID.fullmatch(str(source.path)) and not path.name.endswith((*SUFFIXES, ".gz", ".arrow"))
+    if not path.exists() and not is_id:
+        raise UserError(f"{source.path}: there is no such file or folder, correct the path")
+
+
 def open_source(source: SourceSettings) -> OpenSource:
     """Find out what `source` is. Raises UserError when it is not there or of no kind that can be read."""
+    check_there(source)
     path = Path(str(source.path))
     if not path.exists():
-        if not _HUB_ID.fullmatch(str(source.path)) or path.name.endswith((*SUFFIXES, ".gz", ".arrow")):
-            raise UserError(f"{source.path}: there is no such file or folder, correct the path")
         return _hub_source(source)
     if source.subset is not None:
         path = path / source.subset
