@@ -65,7 +65,8 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
             travel, a port that is taken.
     """
     nodes = read_nodes(options)
-    if nodes:
+    by_hand = "--no_ssh" in options  # on each node, with --node_rank
+    if nodes and not by_hand:
         check_reachable(nodes, option(options, "--hostfile"), option(options, "--ssh_port"))
         launcher = check_launcher(options)
         check_paths(options)
@@ -79,9 +80,10 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
             (folder / "env").write_text(environment_file(dict(os.environ), meeting))
     else:
         if (port := option(options, "--master_port")) is None:
-            port = free_port()
+            port = "29500" if by_hand else free_port()  # all nodes must know it
             options = [*options, "--master_port", port]
-        check_port(port)
+        if not by_hand:
+            check_port(port)
         (folder / "port").write_text(port)
     sent = [encode(word) for word in words] if nodes else words
     (folder / "command").write_text("".join(f"{word}\0" for word in [*options, "--module", *sent]))

@@ -131,8 +131,10 @@ def _check_memory(settings: RunSettings, device: torch.device, facts: list[dict[
     """Refuse what cannot fit by its weights and optimizer alone, and warn where the whole plan does not."""
     found = None
     if dist.is_main():
-        with contextlib.suppress(UserError, AttributeError):  # a family whose shape is not known is not judged
+        try:
             found = memory_problem(settings, device, facts)
+        except Exception as error:  # an estimate; the run may know a family that the plan does not
+            dist.print0(f"memory was not compared with the plan: {error}")
     problem = dist.gather_objects(found)[0]
     if problem is not None and problem.stops:
         raise UserError(f"{settings.file}: {problem.sentence}")

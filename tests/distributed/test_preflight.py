@@ -132,6 +132,12 @@ def test_a_rank_without_memory_for_its_weights_is_named_and_one_with_little_warn
     assert capfd.readouterr().out.count("warning: rank 1 on node-1 has") == 1
 
 
+def test_a_run_that_cannot_be_planned_is_not_kept_from_starting(tmp_path, capsys):
+    with one_rank() as device:
+        preflight.check(sft_config(tmp_path, "./no_model", "r"), device)
+    assert "memory was not compared with the plan: " in capsys.readouterr().out
+
+
 def test_what_is_offloaded_must_fit_into_the_node(tmp_path):
     offload = f"deepspeed={SHIPPED / 'zero3_offload.json'}"
     settings = sft_config(tmp_path, write_model(tmp_path / "model"), "r", 3, offload)

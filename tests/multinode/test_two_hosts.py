@@ -105,6 +105,20 @@ def test_two_hosts_train_what_one_does(step, hosts, files, tmp_path):
     assert (tmp_path / "two/logs/launch.log").read_text().count("node-b") > 0
 
 
+def test_without_ssh_each_host_is_started_by_hand(hosts, files, tmp_path):
+    folder, first, second = hosts
+    config, output = write_config("step1_sft", tmp_path, files), tmp_path / "out"
+    common = ["max_steps=2", f"output={output}", "--no_ssh", "--master_addr", first.address]
+    runs = []
+    for number, host in enumerate((first, second)):
+        words, log = [*common, "--node_rank", str(number)], tmp_path / f"{host.name}.log"
+        runs.append((start(host, log, "launch/step1_sft.sh", config, *words, hostfile=folder / "hostfile"), log))
+    for run, log in runs:
+        assert run.wait(timeout=PATIENCE) == 0, log.read_text()
+    assert "2 ranks on 2 nodes: node-a, node-b" in runs[0][1].read_text()
+    assert trained(output) == 2 and (output / "final/config.json").is_file()
+
+
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="needs the package openmpi-bin")
 def test_mpirun_starts_the_ranks_and_ends_them_when_one_is_killed(hosts, files, tmp_path):
     folder, first, second = hosts
