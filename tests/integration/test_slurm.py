@@ -1,4 +1,4 @@
-"""The Slurm jobs, under stand-ins for srun, sbatch and scontrol that run the tasks on this machine.
+"""The Slurm jobs, under stand-ins for srun, sbatch and scontrol that run the tasks here, and in a real queue.
 
 The stand-in sbatch runs a job at once, as Slurm would: a copy of its file, in the folder it was submitted from, again
 for as long as it was put back into the queue; a job after one that failed does not run.
@@ -7,18 +7,21 @@ for as long as it was put back into the queue; a job after one that failed does 
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.tiny import REPO, ppo_config, reward_model_config, sft_config, write_model, write_rows
+from tristage.launch import free_port
 from tristage.metrics import read_metrics
 
 SBATCH = r"""#!/usr/bin/env bash
@@ -58,6 +61,32 @@ exit "$status"
 SCONTROL = r"""#!/usr/bin/env bash
 if [[ "$1" == requeue ]]; then echo "$2" >>"$SLURM/requeues"; touch "$SLURM/requeued"; else echo "${@: -1}"; fi
 """
+
+# A queue of one node, this machine, for root alone and without authentication.
+QUEUE = """ClusterName=tristage
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+DAEMONS = {name: shutil.which(name, path=f"/usr/sbin:{os.environ['PATH']}") for name in ("slurmctld", "slurmd")}
+NO_QUEUE = "needs root" if os.geteuid() else "" if all(DAEMONS.values()) else "needs packages slurmctld and slurmd"
 
 Submit = Callable[..., subprocess.CompletedProcess]
 
@@ -157,3 +186,56 @@ def test_a_job_that_fails_holds_the_next_ones(slurm, tmp_path):
     job.communicate(timeout=120)
     assert [path.name for path in slurm.glob("*.log")] == ["101.log"]
     assert "no such config file" in text_of(slurm)
+
+
+# -- a real queue ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment in which sbatch submits to Slurm's own daemons."""
+    folder, host = tmp_path / "queue", platform.node().partition(".")[0]
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    text = QUEUE.format(host=host, folder=folder, ports=[free_port(), free_port()])
+    (folder / "slurm.conf").write_text(text)
+    variables = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "DS_ACCELERATOR": "cpu"}
+    daemons = []
+    for name, program in DAEMONS.items():
+        with (folder / f"{name}.log").open("w") as log:
+            daemons.append(subprocess.Popen([str(program), "-D"], env=variables, stdout=log, stderr=log))
+    try:
+        wait_for(lambda: " idle " in asked(variables, "sinfo", "--noheader"), 60)
+        yield variables
+    finally:
+        subprocess.run(["scancel", "--user=root", "--signal=KILL"], env=variables, timeout=30)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(timeout=60)
+
+
+def asked(variables: dict[str, str], *words: str) -> str:
+    return subprocess.run(words, env=variables, cwd=REPO, capture_output=True, text=True, timeout=60).stdout
+
+
+def wait_for(true: Callable[[], bool], seconds: float, log: Path | None = None) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, log.read_text() if log and log.is_file() else "it did not happen"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(NO_QUEUE), reason=NO_QUEUE or "a queue")
+def test_a_real_queue_takes_a_job_back_after_its_signal_and_finishes_it(queue, tmp_path):
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows")
+    sft_config(tmp_path, model, rows["sft"])
+    log, metrics = tmp_path / "job.log", tmp_path / "sft/metrics.jsonl"
+    options = ["--parsable", "--ntasks-per-node=2", "--gpus-per-node=0", f"--output={log}"]
+    job = asked(queue, "sbatch", *options, "launch/slurm/step1_sft.sbatch", f"{tmp_path}/sft.yaml", "epochs=30").strip()
+    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") > 3, 200, log)
+    asked(queue, "scancel", "--batch", "--signal=USR1", job)  # as before the end of its time
+    wait_for(lambda: "JobState=COMPLETED" in asked(queue, "scontrol", "show", "job", job), 300, log)
+    assert " Restarts=1 " in asked(queue, "scontrol", "show", "job", job), log.read_text()
+    steps = [row["step"] for row in read_metrics(metrics) if row["split"] == "train"]
+    assert steps == list(range(1, steps[-1] + 1)) and (tmp_path / "sft/final/config.json").is_file()

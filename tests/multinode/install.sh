@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The Debian packages that the tests with two hosts need, for root; without them those tests are skipped, and say so.
+# The Debian packages that the tests with two hosts and with Slurm's queue need, for root; without them those tests are
+# skipped, and say so.
 set -euo pipefail
 PATH="/usr/sbin:/sbin:$PATH"
-if command -v pdsh >/dev/null && command -v sshd >/dev/null && command -v ip >/dev/null &&
-    command -v mpirun >/dev/null; then exit; fi
+missing=no
+for command in pdsh sshd ip mpirun slurmctld slurmd; do command -v "$command" >/dev/null || missing=yes; done
+if [[ "$missing" == no ]]; then exit; fi
 [[ "$(id -u)" == 0 ]] || exit 1
 # No daemon is to start: they are for the tests' own networks alone.
 policy=/usr/sbin/policy-rc.d
@@ -13,5 +15,6 @@ if [[ ! -e "$policy" ]]; then
     chmod 755 "$policy"
 fi
 export DEBIAN_FRONTEND=noninteractive
-install() { apt-get install -qq -y --no-install-recommends pdsh openssh-server iproute2 openmpi-bin >/dev/null 2>&1; }
+packages=(pdsh openssh-server iproute2 openmpi-bin slurmctld slurmd slurm-client)
+install() { apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null 2>&1; }
 install || { apt-get update -qq >/dev/null 2>&1 && install; }
