@@ -81,6 +81,7 @@ def test_a_rank_that_cannot_reach_rank_0_names_the_address(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", free_port())
+    monkeypatch.setattr(dist.torch_dist, "is_initialized", lambda: False)  # of tests before
     with pytest.raises(UserError, match="cannot reach rank 0 at 127.0.0.1:"):
         dist.init("cpu", timeout_seconds=1)
 

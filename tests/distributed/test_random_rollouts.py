@@ -63,7 +63,7 @@ def roll_out(rank: int, path: str, rollouts: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("rollouts", [50, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rollouts", [50, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_random_rollouts_end_on_every_rank(rollouts: int, tmp_path: Path) -> None:
     first, second = run_ranks(2, roll_out, tiny.write_model(tmp_path / "model", "llama_untied"), rollouts, timeout=900)
     assert len(first) == len(second) == rollouts

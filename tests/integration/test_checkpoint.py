@@ -201,7 +201,7 @@ def test_a_run_that_is_killed_in_a_save_ends_as_one_that_was_not(folder) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "share", "finals"), [
-    ("sft", 1, ["final"]),
+    pytest.param("sft", 1, ["final"], marks=pytest.mark.long),
     ("ppo", 37, ["final", "final_critic", "final_ema"]),
 ])  # fmt: skip
 def test_a_run_that_is_killed_at_any_operation_of_a_save_ends_as_one_that_was_not(folder, step, share, finals) -> None:

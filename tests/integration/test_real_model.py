@@ -29,6 +29,7 @@ PPO += ["rollout.max_response_tokens=24", "ppo.minibatch=4", "ppo.micro_batch=2"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not HH.is_file(), reason=f"no data at {HH}"),
     pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or ""),
 ]
