@@ -67,6 +67,10 @@ def test_the_doctor_looks_at_what_it_is_given(command, capsys):
     assert code == ("\nstop" in told) and told.startswith("ok    python") and ("16 ranks" in told) == ("16" in command)
 
 
+# What the next step of a pipeline starts from.
+EXPORT = """for word in "$@"; do
+    case "$word" in output=*) mkdir -p "${word#*=}/final" && echo "{}" >"${word#*=}/final/config.json" ;; esac
+done"""
 LAUNCHED = [command for command in COMMANDS if command not in ELSEWHERE and not command.startswith("tristage ")]
 
 
@@ -75,7 +79,7 @@ def test_a_command_reaches_its_step_with_its_settings(command, tmp_path):
     """With stand-ins for the launcher and torch's view of GPUs: the command as printed gives a run of that config."""
     seen = tmp_path / "seen"
     for name in ("deepspeed", "sbatch"):
-        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{seen}"\necho 1\n')
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{seen}"\n{EXPORT}\necho 1\n')
     (tmp_path / "ssh").write_text("#!/bin/sh\n")
     for name in ("deepspeed", "sbatch", "ssh"):
         (tmp_path / name).chmod(0o755)
@@ -86,6 +90,10 @@ def test_a_command_reaches_its_step_with_its_settings(command, tmp_path):
     for path in REPO.iterdir():
         if path.name != "output":
             (tmp_path / "clone" / path.name).symlink_to(path)
+    for step in ("step1_sft", "step2_reward_model") if "pipeline" not in command else ():  # were run before
+        final = tmp_path / "clone/output/opt-1.3b" / step / "final"
+        final.mkdir(parents=True)
+        (final / "config.json").write_text("{}")
     words = ["bash", "-c", command]
     done = subprocess.run(words, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
