@@ -229,12 +229,17 @@ def words_of(words: Sequence[str]) -> list[str]:
 
 
 def check_launcher(options: Sequence[str]) -> str:
-    """The way to other nodes that the options choose. Raises UserError for one that DeepSpeed cannot go."""
+    """The way to other nodes that the options choose.
+
+    Raises:
+        UserError: one that cannot start our ranks (DeepSpeed 0.19's runners for Slurm and MPICH lose `--module`, and
+            MVAPICH's names for a rank's place are not read), or options that mpirun's runner does not take.
+    """
     launcher = option(options, "--launcher") or "pdsh"
     if launcher not in (*SHELL, *MPI):
         raise UserError(
-            f"--launcher {launcher}: DeepSpeed does not start modules with it; use one of {', '.join((*SHELL, *MPI))}, "
-            "or in a Slurm job launch/slurm/"
+            f"--launcher {launcher} cannot start these ranks; use one of {', '.join((*SHELL, *MPI))}, or in a Slurm "
+            "job launch/slurm/"
         )
     if launcher in MPI:
         for name in ("--include", "--exclude", "--num_nodes", "--num_gpus"):
