@@ -18,23 +18,22 @@ from tristage.config import RunSettings, load_config, read_deepspeed_json, requi
 from tristage.data.sources import check_there, resolve_preset
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
-from tristage.launch import count_of, option, read_nodes
+from tristage.launch import ranks_asked, read_nodes, split_words
 
 
 def main(argv: list[str]) -> int:
     """Exit code 2 and one sentence for what a user must mend."""
     flag = argv[0] if argv[0] in ("--models-later", "--elsewhere") else ""
     module, config, *rest = argv[bool(flag) :]
-    end = len(rest) - 1 - rest[::-1].index("--")
-    words, options = rest[:end], rest[end + 1 :]
+    words, options = split_words(rest)
     try:
         settings = load_config(settings_class(config, module.removesuffix(".train")), ["--config", config, *words])
         nodes = read_nodes(options)
-        count = option(options, "--num_gpus") or option(options, "--num_accelerators")
         here = flag != "--elsewhere" and not nodes  # the node that launches others needs neither
         check(settings, models=here and not flag, data=here)
-        if nodes or count:
-            batch_table(settings, sum(map(len, nodes.values())) if nodes else count_of(count or ""))
+        ranks = ranks_asked(nodes, options)
+        if ranks is not None:
+            batch_table(settings, ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,14 +43,20 @@ def main(argv: list[str]) -> int:
 def check(settings: RunSettings, models: bool, data: bool) -> None:
     """Look at the DeepSpeed JSONs, and whether models and data are there. Raises UserError."""
     for key, value in named_paths(settings):
-        if key.endswith("deepspeed"):
-            read_deepspeed_json(value, settings, key)
-        elif models:
-            require_folder_or_hub_id(value, settings, key)
+        if models or key.endswith("deepspeed"):
+            check_path(settings, key, value)
     for source in (*settings.data.train, *settings.data.heldout):
         source = resolve_preset(source, settings)
         if data:
             check_there(source)
+
+
+def check_path(settings: RunSettings, key: str, value: str) -> None:
+    """Look at what one of `named_paths` names. Raises UserError."""
+    if key.endswith("deepspeed"):
+        read_deepspeed_json(value, settings, key)
+    else:
+        require_folder_or_hub_id(value, settings, key)
 
 
 def named_paths(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -18,19 +18,19 @@ import psutil
 import torch
 
 from tristage import dist
-from tristage.check_config import named_paths
-from tristage.config import RunSettings, SourceSettings, read_deepspeed_json, require_folder_or_hub_id
+from tristage.check_config import check_path, named_paths
+from tristage.config import RunSettings, SourceSettings
 from tristage.data.sources import check_there, resolve_preset
 from tristage.data.store import cache_folder
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
 from tristage.free_space import free_for_rank, free_on_disk, free_on_host, next_existing
+from tristage.memory import GIB
 from tristage.preflight import installed, memory_problem
 
 ROOT = Path(__file__).parents[1]
 MAIN_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "pydantic", "safetensors")
 SHARED_MEMORY = Path("/dev/shm")
-GIB = 2**30
 
 
 class Finding(NamedTuple):
@@ -183,10 +183,7 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
         yield Finding("stop", str(error))
     for key, value in named_paths(settings):
         try:
-            if key.endswith("deepspeed"):
-                read_deepspeed_json(value, settings, key)
-            else:
-                require_folder_or_hub_id(value, settings, key)
+            check_path(settings, key, value)
             yield Finding("ok", f"{key}: {value}")
         except UserError as error:
             yield Finding("stop", str(error))
@@ -200,7 +197,7 @@ def memory(settings: RunSettings, ranks: int) -> Iterator[Finding]:
     """What the run's plan needs beside what is free here; nothing where its models are not there to be read."""
     device = torch.device("cuda" if dist.uses_gpu(settings.device) else "cpu")
     here = min(ranks, torch.cuda.device_count()) if device.type == "cuda" else ranks
-    free = free_for_rank(device) if device.type == "cuda" else free_on_host() // here
+    free = free_for_rank(device, here)
     fact = {"node": platform.node(), "ranks here": here, "memory": (free, free_on_host())}
     with contextlib.suppress(UserError, AttributeError):
         problem = memory_problem(settings, device, [fact] * ranks)

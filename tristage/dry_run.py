@@ -17,7 +17,7 @@ from typing import Any, cast
 from tristage.cli import settings_class
 from tristage.config import BatchPlan, RunSettings, TrainSettings, load_config
 from tristage.errors import UserError
-from tristage.launch import count_of, option, read_nodes
+from tristage.launch import option, ranks_asked, read_nodes, split_words
 
 SUMMARY = ("loss", "perplexity", "accuracy", "score", "kl", "grade", "length")
 
@@ -28,9 +28,9 @@ def main(argv: list[str]) -> int:
         print(summary(Path(argv[1])))
         return 0
     module, config, *rest = argv
-    end = len(rest) - 1 - rest[::-1].index("--")
+    settings, options = split_words(rest)
     try:
-        show([module, "--config", config, *rest[:end]], rest[end + 1 :])
+        show([module, "--config", config, *settings], options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,7 +41,9 @@ def show(words: list[str], options: list[str]) -> None:
     """What `prepare` would have started: nodes, ranks, batches, where the run stands. Nothing is written or asked."""
     settings = load_config(settings_class(words[2], words[0].removesuffix(".train")), words[1:])
     nodes = read_nodes(options)
-    ranks = sum(map(len, nodes.values())) if nodes else local_ranks(options)
+    ranks = ranks_asked(nodes, options)
+    if ranks is None:
+        ranks = local_ranks(options)
     print("would run: " + shlex.join(["deepspeed", "--no_local_rank", *options, "--module", *words]))
     for node, slots in nodes.items():
         print(f"node {node}: {len(slots)} ranks")
@@ -68,10 +70,7 @@ def batch_table(settings: RunSettings, ranks: int) -> str:
 
 
 def local_ranks(options: Sequence[str]) -> int:
-    """Ranks on this machine alone."""
-    count = option(options, "--num_gpus") or option(options, "--num_accelerators")
-    if count:
-        return count_of(count)
+    """Ranks on this machine alone, where no count is given."""
     if include := option(options, "--include"):
         return len(include.partition(":")[2].split(","))
     probe = "import torch; print(torch.cuda.device_count())"

@@ -42,12 +42,12 @@ def _left_in_cgroups() -> Iterator[int]:
                 yield int(most) - now + int(stat.get(cached, 0))
 
 
-def free_for_rank(device: torch.device) -> int:
-    """Bytes of memory that this rank can have: of its GPU, or its share of the host's."""
+def free_for_rank(device: torch.device, ranks: int | None = None) -> int:
+    """Bytes of memory that this rank can have: of its GPU, or its share of the host's, of `ranks` or as started."""
     if device.type == "cuda":
         unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused_by_torch)
-    return free_on_host() // ranks_here()
+    return free_on_host() // (ranks or ranks_here())
 
 
 def ranks_here() -> int:

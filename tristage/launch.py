@@ -46,13 +46,19 @@ FROM_OPENMPI = {"RANK": "RANK", "LOCAL_RANK": "LOCAL_RANK", "WORLD_SIZE": "SIZE"
 def main(argv: list[str]) -> int:
     """Exit code 2 and one sentence for what a user must mend."""
     folder, module, config, *rest = argv
-    end = len(rest) - 1 - rest[::-1].index("--")
+    settings, options = split_words(rest)
     try:
-        prepare(Path(folder), [module, "--config", config, *rest[:end]], rest[end + 1 :])
+        prepare(Path(folder), [module, "--config", config, *settings], options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before the last `--` of a launcher's call, key=value ..., and what after it, options."""
+    end = len(words) - 1 - words[::-1].index("--")
+    return words[:end], words[end + 1 :]
 
 
 def prepare(folder: Path, words: list[str], options: list[str]) -> None:
@@ -109,6 +115,14 @@ def count_of(text: str) -> int:
     if not text.isdecimal():
         raise UserError(f"{text!r} is not a number of nodes or ranks; write for instance --num-gpus 2")
     return int(text)
+
+
+def ranks_asked(nodes: dict[str, list[int]], options: Sequence[str]) -> int | None:
+    """Ranks by the hostfile's `nodes` or by a count in the options; None where neither says. Raises UserError."""
+    if nodes:
+        return sum(map(len, nodes.values()))
+    count = option(options, "--num_gpus") or option(options, "--num_accelerators")
+    return count_of(count) if count else None
 
 
 def free_port() -> str:

@@ -23,9 +23,10 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.ranks import free_port, process_context
+from tests.helpers.ranks import process_context
 from tests.helpers.tiny import REPO
 from tristage import run
+from tristage.launch import free_port
 from tristage.metrics import RunLog, read_metrics
 
 PATIENCE = 240.0  # seconds until a test gives up: machines are slow
@@ -82,12 +83,12 @@ class Ranks:
         argv: list[str],
         log: Path,
         kill: Kill | None = None,
-        port: int | None = None,
+        port: int | str | None = None,
         **variables: str,
     ) -> None:
         context = process_context()
         self.log = log
-        self.port = port or free_port()
+        self.port = str(port or free_port())
         self.processes: list[Any] = [
             context.Process(target=_one_rank, args=(rank, num, self.port, main, argv, str(log), kill, variables))
             for rank in range(num)
@@ -117,13 +118,13 @@ class Ranks:
 
 
 def _one_rank(
-    rank: int, num: int, port: int, main: Any, argv: list[str], log: str, kill: Kill | None, variables: dict[str, str]
+    rank: int, num: int, port: str, main: Any, argv: list[str], log: str, kill: Kill | None, variables: dict[str, str]
 ) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num), MASTER_ADDR="127.0.0.1")
-    os.environ.update(LOCAL_WORLD_SIZE=str(num), LOCAL_SIZE=str(num), MASTER_PORT=str(port))
+    os.environ.update(LOCAL_WORLD_SIZE=str(num), LOCAL_SIZE=str(num), MASTER_PORT=port)
     torch.set_num_threads(1)
     sys.argv = ["train", *argv]
     with kill_at(kill if kill is not None and kill.rank == rank else None):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.reduction import DupFd  # type: ignore[attr-defined]
@@ -17,13 +16,9 @@ from typing import Any
 
 import torch
 
+from tristage.launch import free_port
+
 STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def process_context() -> Any:
@@ -37,7 +32,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, tim
     context = process_context()
     queue = context.Queue()
     environment = dict(os.environ) | {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = []
     for rank in range(num_ranks):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

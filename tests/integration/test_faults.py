@@ -26,7 +26,7 @@ from tests.helpers.faults import (
     untimed,
     wait_until,
 )
-from tests.helpers.ranks import free_port
+from tristage.launch import free_port
 from tristage.watchdog import EXIT_PREEMPTED, EXIT_STALLED
 
 SFT = "launch/step1_sft.sh"

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.helpers.tiny import sft_config, write_model, write_rows
-from tristage import cli, doctor
+from tristage import cli, doctor, free_space
 from tristage.memory import GIB, Machine
 from tristage.plan import engines_of, make_plan
 
@@ -99,7 +99,8 @@ def test_a_run_that_does_not_fit_this_machine_stops_or_is_noted(tmp_path, monkey
     settings = sft_config(tmp_path, write_model(tmp_path / "model"), "r")
     needed = make_plan(settings, engines_of(settings, CPU), CPU)
     for free, level in ((8 * GIB, "ok"), (2 * needed.gpu_bytes - 2, "note"), (2 * needed.kept_bytes - 2, "stop")):
-        monkeypatch.setattr(doctor, "free_on_host", lambda free=free: int(free))
+        for module in (doctor, free_space):
+            monkeypatch.setattr(module, "free_on_host", lambda free=free: int(free))
         (finding,) = doctor.memory(settings, 2)
         assert finding.level == level and "memory" in finding.what
     (tmp_path / "model/config.json").unlink()
