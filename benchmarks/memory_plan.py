@@ -48,7 +48,8 @@ def write_model(folder: Path, tokenizer_of: str) -> None:
     tokenizer = load_tokenizer(tokenizer_of)
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **SIZE)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

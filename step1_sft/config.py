@@ -14,6 +14,7 @@ class SFTConfig(TrainSettings):
 
     kind: ClassVar[Kind] = "sft"
     step: ClassVar[int] = 1
+    policies: ClassVar[tuple[str, ...]] = ("model",)
     packing: bool = Field(
         False,
         description="Fill sequences of max_tokens with several rows, without attention across them; batches then "

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
     plan, config, tokenizer = run.check_training(settings)
     if settings.packing:
-        check_packable(settings.model, settings.attention, settings.micro_batch)
+        check_packable(settings.model, settings.attention, settings.micro_batch, settings.trust_remote_code)
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
 

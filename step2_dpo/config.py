@@ -21,6 +21,7 @@ class DPOConfig(TrainSettings):
 
     kind: ClassVar[Kind] = "ranking"
     step: ClassVar[int] = 2
+    policies: ClassVar[tuple[str, ...]] = ("model", "reference.model")
     loss: Literal["sigmoid", "ipo", "simpo"] = Field(
         "sigmoid", description="sigmoid: DPO; ipo: a fixed gap; simpo: means a token, without a reference."
     )

@@ -24,7 +24,14 @@ from tristage.data.sets import fingerprint
 from tristage.data.store import Rows
 from tristage.data.template import read_template
 from tristage.engine import frozen_engine
-from tristage.models import check_kernels, check_model, load_causal_lm, load_tokenizer, require_same_tokenizer
+from tristage.models import (
+    check_kernels,
+    check_model,
+    check_vocabulary,
+    load_causal_lm,
+    load_tokenizer,
+    require_same_tokenizer,
+)
 
 MicroBatch = Sequence[int | None]
 Reference = Callable[[MicroBatch, PreferenceBatch], torch.Tensor | None]
@@ -50,9 +57,12 @@ def check_reference(settings: DPOConfig, plan: BatchPlan, tokenizer: Any) -> dic
     config = run.frozen_config(settings, settings.reference.deepspeed, "reference.deepspeed", plan)
     path = settings.reference_path
     require_folder_or_hub_id(path, settings, "reference.model")
-    theirs = load_tokenizer(path, read_template(settings))
+    trust: Any = {"trust_remote_code": settings.trust_remote_code}
+    theirs = load_tokenizer(path, read_template(settings), **trust)
     require_same_tokenizer({f"model ({settings.model})": tokenizer, f"reference.model ({path})": theirs})
-    check_kernels(settings, path, check_model(path, settings.max_tokens, reward_model=False))
+    model = check_model(path, settings.max_tokens, "policy", **trust)
+    check_vocabulary(model, theirs)
+    check_kernels(settings, path, model, **trust)
     return config
 
 

@@ -30,7 +30,7 @@ from tristage.data.tokenize import Example, RankedExamples
 from tristage.engine import backward_mean, optimizer_step, train_engine
 from tristage.health import Health, row_ids
 from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import last_token_scores, load_reward_model, save_model
+from tristage.models import is_reward_model, last_token_scores, load_reward_model, save_model
 
 SHOWN = {
     "reward_model/loss": "loss",
@@ -59,6 +59,8 @@ def train(
     device, found = run.start(settings, fingerprint([rows, heldout]))
     output = Path(settings.output)
     dist.print0(f"step 2, reward model: {plan}")
+    if not is_reward_model(settings.model, settings.trust_remote_code):
+        dist.print0(f"{settings.model} has no scalar head, a new one is drawn")
     model = run.load_trained(load_reward_model, settings, config, tokenizer, new_head_seed=settings.seed)
     loader = run.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)

@@ -63,6 +63,11 @@ class RewardModel(FrozenModel):
         description="The reward model has a tokenizer and template of its own: responses are decoded and rendered by "
         "them. The critic cannot start from it then: see critic.model.",
     )
+    trust_remote_code: bool = Field(
+        False,
+        description="As the run's `trust_remote_code`, which does not count for a reward model of other tokens "
+        "(retokenize).",
+    )
     functions: tuple[RewardFunction, ...] = Field((), description="Functions added to the reward model's score.")
     on_critic: bool = Field(
         False,
@@ -161,6 +166,7 @@ class PPOConfig(RunSettings):
 
     kind: ClassVar[Kind] = "prompt"
     step: ClassVar[int] = 3
+    policies: ClassVar[tuple[str, ...]] = ("actor.model", "reference.model")
     actor: TrainedModel
     critic: CriticModel | None = Field(None, description="The critic, which ppo.advantage gae needs; else null.")
     value_head: ValueHead | None = Field(None, description="In place of a critic: a head on the actor's trunk.")
@@ -210,10 +216,12 @@ class PPOConfig(RunSettings):
         unused |= set() if self.ppo.kl_target is not None else {"kl_horizon"}
         for key in sorted(unused & self.ppo.model_fields_set):
             raise ValueError(f"key `ppo.{key}` does nothing beside the other settings; remove it")
+        if self.reward.trust_remote_code and not self.reward.retokenize:
+            raise ValueError("key `reward.trust_remote_code` is for `reward.retokenize`; use `trust_remote_code`")
         if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
             raise ValueError("key `ppo.kl_target` steers kl_coef by factors, and 0 stays 0; give ppo.kl_coef a value")
         if self.reward.model is None:
-            of_model = {"weight", "score", "deepspeed", "on_critic", "retokenize"}
+            of_model = {"weight", "score", "deepspeed", "on_critic", "retokenize", "trust_remote_code"}
             for key in sorted(of_model & self.reward.model_fields_set):
                 raise ValueError(f"key `reward.{key}` is of the reward model, and there is none; remove it")
 
@@ -247,6 +255,11 @@ class PPOConfig(RunSettings):
         for key in ("critic", "value_head"):
             if getattr(self, key) is not None:
                 raise ValueError(f"ppo.advantage {self.ppo.advantage} has no critic; remove `{key}` or set it to null")
+
+    def trusts(self, name: str) -> bool:
+        """A reward model of other tokens is trusted by a key of its own: it comes from elsewhere."""
+        own = name == "reward" and self.reward.retokenize
+        return self.reward.trust_remote_code if own else self.trust_remote_code
 
     @property
     def actor_path(self) -> str:

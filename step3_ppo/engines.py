@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from step3_ppo.config import PPOConfig
-from tristage import run
+from tristage import dist, run
 from tristage.config import BatchPlan, LoraSettings, require_folder_or_hub_id
 from tristage.data.template import read_template
 from tristage.engine import frozen_engine, train_engine
 from tristage.models import (
     SAME_TOKENIZER,
+    Holds,
     check_kernels,
     check_lora,
     check_model,
     check_quantized,
+    check_vocabulary,
     is_reward_model,
     load_causal_lm,
     load_reward_model,
@@ -73,23 +75,33 @@ def check_models(settings: PPOConfig) -> Any:
     for name in order:
         require_folder_or_hub_id(paths[name], settings, f"{name}.model")
     labels = {name: f"{name}.model ({paths[name]})" for name in order}
-    tokenizers = {labels[name]: load_tokenizer(paths[name]) for name in order}
+    own = {name: load_tokenizer(paths[name], trust_remote_code=settings.trusts(name)) for name in order}
+    tokenizers = {labels[name]: own[name] for name in order}
     if settings.reward.retokenize:
         del tokenizers[labels["reward"]]
     fixes = {labels["reward"]: f"{SAME_TOKENIZER}, or set `reward.retokenize: true`"} if "reward" in labels else {}
     if (template := read_template(settings)) is not None:
         label = f"data.template ({settings.data.template})"
-        tokenizers[label] = load_tokenizer(settings.actor_path, template)
+        tokenizers[label] = load_tokenizer(settings.actor_path, template, settings.trust_remote_code)
         fixes[label] = "leave `data.template` out, or train step 1 with it"
     require_same_tokenizer(tokenizers, fixes)
     for name, path in paths.items():
-        scores = name == "reward" or (name == "critic" and path != settings.actor_path)
-        check_kernels(settings, path, check_model(path, _max_tokens(settings, name), reward_model=scores))
+        trust = settings.trusts(name)
+        model = check_model(path, _max_tokens(settings, name), _holds(settings, name, path), trust)
+        check_vocabulary(model, own[name])
+        check_kernels(settings, path, model, trust)
         if name in ("actor", "critic"):
             lora = getattr(settings, name).lora
-            check_lora(lora, path, f"{settings.file}: key `{name}.lora.targets`")
+            check_lora(lora, path, f"{settings.file}: key `{name}.lora.targets`", trust)
             check_quantized(lora, settings.device, f"{settings.file}: key `{name}.lora.quantize`")
     return next(iter(tokenizers.values()))
+
+
+def _holds(settings: PPOConfig, name: str, path: str) -> Holds:
+    """What the folder of an engine's model must hold."""
+    if name in ("actor", "reference"):
+        return "policy"
+    return "new_reward_model" if name == "critic" and path == settings.actor_path else "reward_model"
 
 
 def _max_tokens(settings: PPOConfig, name: str) -> int:
@@ -101,7 +113,8 @@ def build_engines(
     settings: PPOConfig, configs: dict[str, dict[str, Any]], tokenizer: Any, train: bool = True
 ) -> Engines:
     """Load the models, one after the other, and hand each to its engine; with train=False all only answer."""
-    reward_tokenizer = load_tokenizer(str(settings.reward.model)) if settings.reward.retokenize else None
+    trust = settings.trusts("reward")
+    reward_tokenizer = load_tokenizer(str(settings.reward.model), None, trust) if settings.reward.retokenize else None
 
     def build(name: str, load: Any, path: str, lora: LoraSettings | None = None, **options: Any) -> Any:
         """`lora` is that of the policy for the reference too, which is then quantised alike."""
@@ -110,6 +123,7 @@ def build_engines(
         spec, config = getattr(settings, name), configs[name]
         own = reward_tokenizer if name == "reward" and reward_tokenizer is not None else tokenizer
         options |= run.loading(settings, lora if train else None) | {"max_tokens": _max_tokens(settings, name)}
+        options["trust_remote_code"] = settings.trusts(name)
         if name in ("reference", "reward") or not train:
             return frozen_engine(load(path, own, engine_config=config, **options), config)
         model = load(
@@ -127,8 +141,10 @@ def build_engines(
     critic_path = settings.critic_path or ""
     critic_lora = settings.critic.lora if settings.critic is not None else None
     # Without a reward model to start from, the critic is the actor's network with a head of its own.
-    trained_head = not critic_path or is_reward_model(critic_path)
+    trained_head = not critic_path or is_reward_model(critic_path, settings.trust_remote_code)
     new_head: dict[str, Any] = {} if trained_head else {"new_head_seed": settings.seed}
+    if not trained_head:
+        dist.print0(f"critic: {critic_path} has no scalar head, a new one is drawn")
     if settings.reward.on_critic:
         new_head["keep_start"] = True
     return Engines(

@@ -142,6 +142,7 @@ def check_turns(settings: PPOConfig, *sets: Rows) -> None:
             where = f"reward.model ({settings.reward.model}), {rows.where(i)}"
             tried.setdefault(tuple(turn["role"] for turn in turns), SFTRow(turns, "answer", where))
     policy = Policy("sft", sys.maxsize, train_on="last_answer")
-    for found in encode(list(tried.values()), load_tokenizer(str(settings.reward.model)), policy):
+    tokenizer = load_tokenizer(str(settings.reward.model), trust_remote_code=settings.trusts("reward"))
+    for found in encode(list(tried.values()), tokenizer, policy):
         if isinstance(found, Exception):
             raise found

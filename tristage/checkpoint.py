@@ -49,7 +49,7 @@ FREE = {
     *("save_every", "keep_last", "keep_every", "keep_best", "evaluate_every", "num_samples", "grader"),
     *("micro_batch", "ppo.micro_batch", "rollout.rows_at_once", "rollout.gather", "precompute_reference"),
     *("deepspeed", "*.deepspeed", "gradient_checkpointing", "*.gradient_checkpointing"),
-    *("data.cache", "data.workers"),
+    *("data.cache", "data.workers", "trust_remote_code", "*.trust_remote_code"),
 }
 MARGIN = 1 << 20  # bytes of a checkpoint that are no tensors, generously
 

@@ -119,7 +119,7 @@ def _data(arguments: argparse.Namespace) -> int:
     from tristage.data.template import read_template
     from tristage.models import load_tokenizer
 
-    tokenizer = load_tokenizer(settings.tokenizer_path, read_template(settings))
+    tokenizer = load_tokenizer(settings.tokenizer_path, read_template(settings), settings.trust_remote_code)
     console = _console()
     if arguments.command == "show":
         inspect.show(settings, tokenizer, arguments.rows, arguments.heldout, console)

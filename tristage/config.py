@@ -57,6 +57,10 @@ NEEDS_STAGE = {
 }
 
 
+SCORER = "ForSequenceClassification"  # how the class of a reward model ends, in config.json
+NOT_A_POLICY = "{}: holds a reward model, not a language model; give a language model, such as step 1's final folder"
+
+
 class Settings(BaseModel):
     """Base of every group of settings: frozen, unknown keys refused."""
 
@@ -201,6 +205,9 @@ class RunSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs when there are any.")
     precision: Precision = Field("bf16", description="Weights and activations; losses are always float32.")
     attention: Attention = Field("auto", description="Implementation of attention in all models; auto: transformers'.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that model and tokenizer folders bring (auto_map); chat templates never do."
+    )
     liger_kernel: bool = Field(False, description="Norms, rotary positions and MLPs by Liger's GPU kernels.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints kept on disk.")
@@ -229,6 +236,7 @@ class RunSettings(Settings):
     )
     kind: ClassVar[Kind]  # what the step makes of a row
     step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
+    policies: ClassVar[tuple[str, ...]] = ()  # keys of models that must be language models
     _folder: Path = PrivateAttr(default=Path("."))
     _file: str = PrivateAttr(default="settings")
 
@@ -251,6 +259,10 @@ class RunSettings(Settings):
     def file(self) -> str:
         """The YAML file's name, for messages."""
         return self._file
+
+    def trusts(self, name: str) -> bool:
+        """Whether code in the folder of the model that the group `name` names may run."""
+        return self.trust_remote_code
 
     @property
     def row_tokens(self) -> int:
@@ -475,15 +487,28 @@ def _check_zero(file: Path, zero: dict[str, Any], stage: int) -> None:
 
 
 def require_folder_or_hub_id(path: str, settings: RunSettings, key: str) -> None:
-    """A model path must be a folder with a config.json, or look like a hub id (`owner/name`)."""
+    """A model path must be a folder with a config.json of the right kind, or look like a hub id (`owner/name`)."""
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise UserError(f"{settings.file}: key `{key}`: {path} has no config.json; give a model folder")
+        if key in settings.policies and any(name.endswith(SCORER) for name in _architectures(path)):
+            raise UserError(f"{settings.file}: key `{key}`: {NOT_A_POLICY.format(path)}")
     elif path.startswith((".", "/", "~")) or path.count("/") != 1 or os.path.isdir(path.split("/")[0]):
         raise UserError(
             f"{settings.file}: key `{key}`: there is no folder {path}; "
             "give a Hugging Face folder, or run the step that writes it first"
         )
+
+
+def _architectures(path: str) -> list[str]:
+    """The classes that the weights in a model folder were saved from."""
+    file = Path(path, "config.json")
+    try:
+        return json.loads(file.read_text())["architectures"] or []
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy the model folder again") from None
+    except KeyError:
+        return []
 
 
 def world_size_from_environment() -> int:

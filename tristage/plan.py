@@ -180,10 +180,10 @@ def engines_of(settings: RunSettings, machine: Machine) -> tuple[Engine, ...]:
         lora, prefix = getattr(spec, "lora", None), "" if spec is settings else f"{name}."
         start = start_of(path, settings, f"{prefix}model")
         if lora is not None:
-            check_lora(lora, start, f"{settings.file}: key `{prefix}lora.targets`")
+            check_lora(lora, start, f"{settings.file}: key `{prefix}lora.targets`", settings.trusts(name))
         return Engine(
             name,
-            model_shape(start, scalar_head, lora),
+            model_shape(start, scalar_head, lora, settings.trusts(name)),
             Zero.of(read_deepspeed_json(spec.deepspeed, settings, f"{prefix}deepspeed")),
             number,
             frozen=frozen,

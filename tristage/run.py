@@ -37,7 +37,15 @@ from tristage.errors import UserError
 from tristage.health import Health
 from tristage.launch import adopt_rank_of_mpirun, decode
 from tristage.metrics import RunLog
-from tristage.models import Kernels, check_kernels, check_lora, check_model, check_quantized, load_tokenizer
+from tristage.models import (
+    Kernels,
+    check_kernels,
+    check_lora,
+    check_model,
+    check_quantized,
+    check_vocabulary,
+    load_tokenizer,
+)
 from tristage.pieces import Piece
 
 EXIT_USER_ERROR = 2
@@ -148,9 +156,13 @@ def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], 
     plan = BatchPlan.make(settings.global_batch, settings.micro_batch, world_size_from_environment(), keys)
     config = trained_config(settings, settings.deepspeed, "deepspeed", plan, settings.optimizer.clip_norm)
     require_folder_or_hub_id(settings.model, settings, "model")
-    check_kernels(settings, settings.model, check_model(settings.model, settings.max_tokens, reward_model=False))
-    tokenizer = load_tokenizer(settings.model, read_template(settings))
-    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`")
+    trust: Any = {"trust_remote_code": settings.trust_remote_code}
+    holds: Any = "policy" if "model" in settings.policies else "new_reward_model"
+    model = check_model(settings.model, settings.max_tokens, holds, **trust)
+    check_kernels(settings, settings.model, model, **trust)
+    tokenizer = load_tokenizer(settings.model, read_template(settings), **trust)
+    check_vocabulary(model, tokenizer)
+    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`", **trust)
     check_quantized(settings.lora, settings.device, f"{settings.file}: key `lora.quantize`")
     return plan, config, tokenizer
 
@@ -202,6 +214,7 @@ def loading(settings: RunSettings, lora: LoraSettings | None = None) -> dict[str
     return {
         "dtype": DTYPES[settings.precision],
         "kernels": Kernels(settings.attention, settings.liger_kernel, quantize),
+        "trust_remote_code": settings.trust_remote_code,
     }
 
 
@@ -279,7 +292,7 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
         origin = f"# What {settings.file} came to with its overrides; relative deepspeed paths start from its folder.\n"
         values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         (output / "config.yaml").write_text(origin + values)
-        environment = _environment(device) | {"data": data_fingerprint}
+        environment = _environment(device) | {"data": data_fingerprint} | trusted_code(settings)
         (output / "environment.json").write_text(json.dumps(environment, indent=2))
         (output / "logs").mkdir(exist_ok=True)
         for old in (output / "logs").glob("rank_*.json"):  # an earlier run's, of ranks that may not come back
@@ -302,6 +315,16 @@ def _environment(device: torch.device) -> dict[str, object]:
         "versions": {package: preflight.installed(package) for package in PACKAGES},
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def trusted_code(settings: RunSettings) -> dict[str, bool]:
+    """Each key that lets code of a model folder run, and its value; printed where one does."""
+    found = {"trust_remote_code": settings.trust_remote_code}
+    if (reward := getattr(settings, "reward", None)) is not None:
+        found["reward.trust_remote_code"] = reward.trust_remote_code
+    for key in (key for key, value in found.items() if value):
+        dist.print0(f"warning: {key}: Python code from model folders runs with your rights")
+    return found
 
 
 def without_secret(word: str) -> str:

@@ -17,9 +17,24 @@ KEYWORDS = {
     ("weights_only", False),
     ("allow_pickle", True),
     ("shell", True),
-    ("trust_remote_code", True),
 }
-ALLOWED: dict[str, set[str]] = {}  # file -> what it may do, with the reason there
+LOADERS = ("from_pretrained", "from_config")  # of transformers: without the keyword they ask on standard input
+TRUST = "trust_remote_code"
+# file -> what it may do
+ALLOWED = {
+    "tristage/models/lora.py": {"LoraConfig.from_pretrained without trust_remote_code"},  # peft's reads one JSON
+}
+
+
+def untold_trust(call: ast.Call, name: str) -> Iterator[str]:
+    """A loader must be told not to run code from the folder, or the setting of that name, which is off by default."""
+    given = [keyword.value for keyword in call.keywords if keyword.arg == TRUST]
+    if name.rpartition(".")[2] in LOADERS and not given:
+        yield f"{name} without {TRUST}"
+    for value in given:
+        of_setting = ast.unparse(value).rpartition(".")[2] == TRUST or ".trusts(" in ast.unparse(value)
+        if not of_setting and not (isinstance(value, ast.Constant) and value.value is False):
+            yield f"{TRUST}={ast.unparse(value)}"
 
 
 def unsafe(tree: ast.AST) -> Iterator[str]:
@@ -39,6 +54,7 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
                 known = value.value if isinstance(value, ast.Constant) else None
                 if any(keyword.arg == key and known in (None, bad) for key, bad in KEYWORDS):
                     yield f"{keyword.arg}={ast.unparse(value)}"
+            yield from untold_trust(node, name)
             if name == "torch.load" and not any(keyword.arg == "weights_only" for keyword in node.keywords):
                 yield "torch.load without weights_only"
 
@@ -56,6 +72,11 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
         ("np.load(f, allow_pickle=True)", ["allow_pickle=True"]),
         ("subprocess.run(x, shell=True)", ["shell=True"]),
         ("f(trust_remote_code=True)", ["trust_remote_code=True"]),
+        ("f(trust_remote_code=path == 'mine')", ["trust_remote_code=path == 'mine'"]),
+        ("AutoConfig.from_pretrained(path)", ["AutoConfig.from_pretrained without trust_remote_code"]),
+        ("cls.from_config(c, **more)", ["cls.from_config without trust_remote_code"]),
+        ("A.from_pretrained(p, trust_remote_code=False)\nA.from_config(c, trust_remote_code=trust_remote_code)", []),
+        ("A.from_pretrained(p, trust_remote_code=settings.trusts('reward'))", []),
     ],
 )
 def test_what_is_unsafe_is_seen(code: str, found: list[str]) -> None:

@@ -118,7 +118,7 @@ def test_flash_attention_packs_in_micro_batches_of_one_only(folders: dict[str, s
 
 def liger_check(path: str, folder: Path) -> None:
     settings = tiny.sft_config(folder, path, "unused.jsonl", 0, "liger_kernel=true")
-    check_kernels(settings, path, check_model(path, 32, reward_model=False))
+    check_kernels(settings, path, check_model(path, 32, "policy"))
 
 
 @pytest.fixture

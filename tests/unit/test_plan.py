@@ -341,7 +341,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path, model, capsys, words, said):
 def test_an_id_whose_config_is_not_here_is_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert command(tmp_path, "nobody/nothing") == 2
-    assert "nobody/nothing: no model config could be read" in capsys.readouterr().err
+    assert "nobody/nothing: not a local folder and not in the cache" in capsys.readouterr().err
 
 
 def test_a_folder_that_an_earlier_step_will_write_is_looked_up_in_its_config(tmp_path):

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tristage import hub
 from tristage.config import RunSettings, SourceSettings
 from tristage.data.rows import read_row
 from tristage.data.sources import load_json, open_source, resolve_preset
@@ -270,6 +271,7 @@ def test_a_hub_id_is_loaded_with_its_name_subset_and_split(monkeypatch):
         calls.append((args, kwargs))
         return Loaded([{"prompt": "Hi"}])
 
+    monkeypatch.setattr(hub, "answers", lambda endpoint: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = open_source(SourceSettings(path="some-org/some.set", name="en", subset="base", split="test"))
     assert calls == [(("some-org/some.set", "en"), {"data_dir": "base", "split": "test", "cache_dir": None})]
@@ -283,6 +285,7 @@ def test_a_hub_failure_is_one_sentence(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route")
 
+    monkeypatch.setattr(hub, "answers", lambda endpoint: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert refusal("some-org/set", name="en", split="dev") == (
         "some-org/set: as a hub set it failed (name 'en', subset None, split 'dev'): no route"

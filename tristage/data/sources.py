@@ -22,6 +22,7 @@ import pyarrow.parquet
 import yaml
 from pydantic import ValidationError
 
+from tristage import hub
 from tristage.config import RunSettings, SourceSettings, find_file
 from tristage.errors import UserError
 
@@ -293,6 +294,7 @@ def _hub_source(source: SourceSettings) -> OpenSource:
     import datasets
 
     path, folder, cache, content = str(source.path), source.subset, None, None
+    hub.prepare(path)
     if Path(path).is_dir():
         # The library's cache knows a local folder by its name and README only; an edited file would go unseen.
         content = _hash_folder(Path(path))
@@ -300,6 +302,8 @@ def _hub_source(source: SourceSettings) -> OpenSource:
     try:
         rows = datasets.load_dataset(path, source.name, data_dir=folder, split=source.split, cache_dir=cache)
     except Exception as error:  # no network, login, set or split: each library has its own
+        if isinstance(error, OSError) and (problem := hub.problem(path)):
+            raise UserError(problem) from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise UserError(
             f"{path}: as a hub set it failed (name {source.name!r}, subset {folder!r}, split {source.split!r}): "

@@ -2,15 +2,18 @@
 
 from tristage.models.causal_lm import CausalLM, load_causal_lm
 from tristage.models.kernels import Kernels, check_kernels, check_quantized
-from tristage.models.loading import check_model, check_packable, is_reward_model, max_positions
+from tristage.models.loading import Holds, check_model, check_packable, is_reward_model, max_positions
 from tristage.models.lora import adapters_off, check_lora
+from tristage.models.opening import check_vocabulary
 from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
 from tristage.models.saving import merge_adapter, save_model
+from tristage.models.scalar_head import register_scalar_head
 from tristage.models.sizes import ModelShape, model_shape
 from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_same_tokenizer
 
 __all__ = [
     "CausalLM",
+    "Holds",
     "Kernels",
     "ModelShape",
     "RewardModel",
@@ -21,6 +24,7 @@ __all__ = [
     "check_model",
     "check_packable",
     "check_quantized",
+    "check_vocabulary",
     "is_reward_model",
     "last_token_scores",
     "load_causal_lm",
@@ -29,6 +33,7 @@ __all__ = [
     "max_positions",
     "merge_adapter",
     "model_shape",
+    "register_scalar_head",
     "require_same_tokenizer",
     "save_model",
 ]

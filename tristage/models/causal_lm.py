@@ -127,6 +127,7 @@ def load_causal_lm(
     max_tokens: int = 1,
     value_head: bool = False,
     kernels: Kernels = PLAIN,
+    trust_remote_code: bool = False,
 ) -> CausalLM:
     """A policy from a Hugging Face folder or id, all dropouts 0; partitioned while loading under ZeRO-3.
 
@@ -134,12 +135,14 @@ def load_causal_lm(
     `kernels.quantize` is for frozen ones.
 
     Raises:
-        UserError: no such model, one whose vocabulary is smaller than the tokenizer's, or with fewer positions
-            than `max_tokens`.
+        UserError: no such model, one whose weights are not all there, whose vocabulary is smaller than the
+            tokenizer's, or with fewer positions than `max_tokens`.
     """
-    config = check_model(path, max_tokens, reward_model=False)
+    config = check_model(path, max_tokens, "policy", trust_remote_code)
     align_special_tokens(config, tokenizer)
-    model = from_pretrained(AutoModelForCausalLM, path, config, dtype, engine_config, kernels)
+    model = from_pretrained(
+        AutoModelForCausalLM, path, config, dtype, engine_config, kernels, trust_remote_code=trust_remote_code
+    )
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

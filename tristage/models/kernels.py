@@ -53,19 +53,21 @@ class Kernels(NamedTuple):
 PLAIN = Kernels()  # transformers' own, and whole weights
 
 
-def check_kernels(settings: RunSettings, path: str, config: PretrainedConfig) -> None:
+def check_kernels(
+    settings: RunSettings, path: str, config: PretrainedConfig, trust_remote_code: bool = False
+) -> None:
     """`attention` and `liger_kernel` must be there for the model in `path` on this machine, before weights are read.
 
     Raises:
         UserError: names the setting and what to use instead.
     """
     if settings.attention != "auto":
-        _check_attention(settings, path, config)
+        _check_attention(settings, path, config, trust_remote_code)
     if settings.liger_kernel:
         _check_liger(settings, path, config)
 
 
-def _check_attention(settings: RunSettings, path: str, config: PretrainedConfig) -> None:
+def _check_attention(settings: RunSettings, path: str, config: PretrainedConfig, trust_remote_code: bool) -> None:
     where, attention = f"{settings.file}: key `attention`", settings.attention
     if attention == "flex_attention" and not dist.uses_gpu(settings.device):
         raise UserError(f"{where}: flex_attention has no backward pass on CPUs; use auto, eager or sdpa")
@@ -73,7 +75,9 @@ def _check_attention(settings: RunSettings, path: str, config: PretrainedConfig)
         raise UserError(f"{where}: flash_attention_2 computes in half precision only; set `precision: bf16`")
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
     except (ImportError, ValueError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]
         raise UserError(f"{where}: {path} cannot have {attention} here ({reason}); use auto") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,9 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
+from tristage import hub
 from tristage.algo import masking
+from tristage.config import NOT_A_POLICY, SCORER
 from tristage.errors import UserError
 from tristage.models.kernels import Kernels
+from tristage.models.opening import cannot_open, check_vocabulary, check_weights
+
+Holds = Literal["policy", "reward_model", "new_reward_model"]  # the last: either of them, to make a scorer of
 
 MASK_WITHOUT_POSITIONS = ("opt", "falcon")  # as of transformers 5.23; step 1 checks any family when it starts
 # A bar a file a rank, and a report that the new head is new, hide the lines that matter.
@@ -21,12 +26,13 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
-def load_config_without_dropout(path: str) -> PretrainedConfig:
+def load_config_without_dropout(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config with every dropout 0, so that a forward pass in training is the one of evaluation."""
+    hub.prepare(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no model config could be read ({str(error).splitlines()[0]})") from None
+        raise cannot_open(path, "model config", error) from None
     for name, value in list(config.to_dict().items()):
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -40,18 +46,23 @@ def from_pretrained(
     dtype: torch.dtype,
     engine_config: dict[str, Any] | None,
     kernels: Kernels,
+    *,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """`auto_class.from_pretrained`; under ZeRO-3 no rank holds all parameters (rank 0 maps the files).
 
     Quantised ones are the exception: each rank packs them all, and the engine shares them out.
     """
+    options = kernels.loading_options(dtype)
     stage = (engine_config or {}).get("zero_optimization", {}).get("stage", 0)
     # transformers partitions while it loads for as long as this object is alive.
     zero3 = HfDeepSpeedConfig(engine_config) if stage == 3 and kernels.quantize is None else None
     try:
-        model = auto_class.from_pretrained(path, config=config, dtype=dtype, **kernels.loading_options(dtype))
+        model = auto_class.from_pretrained(
+            path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be opened as a model ({str(error).splitlines()[0]})") from None
+        raise cannot_open(path, "model", error) from None
     finally:
         del zero3
     kernels.finish(model)
@@ -65,11 +76,7 @@ def align_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenize
         # Embeddings never learn the pad id, and transformers finds a row's last token by `id != pad`: EOS would
         # be passed over in both. Without a pad id it scores single rows rightly and refuses padded batches.
         config.pad_token_id = None
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens but the model only "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model"
-        )
+    check_vocabulary(config, tokenizer)
 
 
 def backbone_hidden(
@@ -120,11 +127,13 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def check_packable(path: str, attention: str = "auto", micro_batch: int = 1) -> None:
+def check_packable(
+    path: str, attention: str = "auto", micro_batch: int = 1, trust_remote_code: bool = False
+) -> None:
     """Raises UserError for a family whose rows can't be packed, since it has no position_ids, or not by `attention`."""
-    config = load_config_without_dropout(path)
+    config = load_config_without_dropout(path, trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     if not takes_positions(model.base_model):
         raise UserError(
             f"{path}: a {config.model_type} model takes no position_ids, so packed rows would see each other; "
@@ -143,18 +152,24 @@ def check_packable(path: str, attention: str = "auto", micro_batch: int = 1) -> 
         )
 
 
-def check_model(path: str, max_tokens: int, reward_model: bool) -> PretrainedConfig:
-    """The model's config, once it fits: read before any weights are.
+def check_model(path: str, max_tokens: int, holds: Holds, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config, once it and the weights' names and shapes fit: before any weights are read.
 
     Raises:
-        UserError: no config, fewer positions than `max_tokens`, or no trained reward model where one is expected.
+        UserError: no config, fewer positions than `max_tokens`, another kind of model than `holds`, weights that are
+            not all there, or that cannot be read.
     """
-    config = load_config_without_dropout(path)
-    positions = max_positions(config)
+    config = load_config_without_dropout(path, trust_remote_code)
+    positions, scores = max_positions(config), has_scalar_head(config)
     if positions is not None and max_tokens > positions:
         raise UserError(f"{path}: the model has {positions} positions, rows up to {max_tokens}; lower the limits")
-    if reward_model and not has_scalar_head(config):
+    if holds == "reward_model" and not scores:
         raise UserError(f"{path}: holds no reward model but a {config.architectures}; give step 2's final folder")
+    if holds == "policy" and scores:
+        raise UserError(NOT_A_POLICY.format(path))
+    if holds != "policy":
+        config.num_labels = 1
+    check_weights(path, config, holds != "policy", holds != "policy" and not scores, trust_remote_code)
     return config
 
 
@@ -163,11 +178,11 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def is_reward_model(path: str) -> bool:
+def is_reward_model(path: str, trust_remote_code: bool = False) -> bool:
     """Whether a model folder holds a trained scalar head, by its config."""
-    return has_scalar_head(load_config_without_dropout(path))
+    return has_scalar_head(load_config_without_dropout(path, trust_remote_code))
 
 
 def has_scalar_head(config: PretrainedConfig) -> bool:
     """Whether the folder of this config holds a trained reward model or critic."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    return any(name.endswith(SCORER) for name in config.architectures or [])

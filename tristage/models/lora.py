@@ -31,7 +31,7 @@ ADAPTER = "default"  # peft's name of the one adapter
 SCALE_FILE = "score_scale.json"  # beside the adapter of a reward model: what its config.json would say of its scores
 
 
-def check_lora(lora: LoraSettings | None, path: str, key: str) -> None:
+def check_lora(lora: LoraSettings | None, path: str, key: str, trust_remote_code: bool = False) -> None:
     """Every target must be a layer of the model: told from its config, before weights are read.
 
     Args:
@@ -43,7 +43,8 @@ def check_lora(lora: LoraSettings | None, path: str, key: str) -> None:
     if lora is None:
         return
     with torch.device("meta"):
-        names = _linear_names(AutoModelForCausalLM.from_config(load_config_without_dropout(path)))
+        config = load_config_without_dropout(path, trust_remote_code)
+        names = _linear_names(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     for target in lora.targets:
         if not _targeted(names, [target]):
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in names}))

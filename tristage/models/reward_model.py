@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from tristage.config import LoraSettings
 from tristage.engine import gathered
-from tristage.errors import UserError
 from tristage.models.kernels import PLAIN, Kernels
 from tristage.models.loading import (
+    Holds,
     align_special_tokens,
     backbone_hidden,
     check_model,
@@ -35,11 +35,6 @@ class RewardModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        if not isinstance(getattr(model, "score", None), nn.Linear):
-            raise UserError(
-                f"{model.config.model_type}: this family has no sequence-classification head named `score`; "
-                "use a decoder-only model"
-            )
         self.model = model
         self.register_buffer("start_head", None)
 
@@ -102,6 +97,7 @@ def load_reward_model(
     max_tokens: int = 1,
     keep_start: bool = False,
     kernels: Kernels = PLAIN,
+    trust_remote_code: bool = False,
 ) -> RewardModel:
     """A reward model or critic from a Hugging Face folder or id, all dropouts 0.
 
@@ -116,11 +112,19 @@ def load_reward_model(
     Raises:
         UserError: no such model, or a head was expected and is not there.
     """
-    config = check_model(path, max_tokens, reward_model=new_head_seed is None)
+    holds: Holds = "reward_model" if new_head_seed is None else "new_reward_model"
+    config = check_model(path, max_tokens, holds, trust_remote_code)
     is_trained = has_scalar_head(config)
     align_special_tokens(config, tokenizer)
-    config.num_labels = 1
-    model = from_pretrained(AutoModelForSequenceClassification, path, config, dtype, engine_config, kernels)
+    model = from_pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        config,
+        dtype,
+        engine_config,
+        kernels,
+        trust_remote_code=trust_remote_code,
+    )
     reward_model = RewardModel(model)
     if new_head_seed is not None and is_trained:
         _fold_scale(reward_model, engine_config)

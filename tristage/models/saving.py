@@ -27,6 +27,7 @@ from tristage.models.kernels import is_quantized
 from tristage.models.loading import load_config_without_dropout
 from tristage.models.lora import base_path, has_adapters, load_adapter, merge_state, read_adapter_config, save_adapter
 from tristage.models.reward_model import load_reward_model
+from tristage.models.scalar_head import register_scalar_head
 from tristage.models.tokenizer import load_tokenizer
 
 SHARD_SIZE = "5GB"  # of one file of weights; a larger model has several, and an index
@@ -63,7 +64,8 @@ def _write(
             save_adapter(model, state, beside)
             tokenizer.save_pretrained(beside)
     if is_quantized(model):
-        _write_merged(base_path(model), str(adapter), folder, model.dtype, shard_size)
+        trust_remote_code = type(model).__module__.startswith("transformers_modules")  # it was loaded with it
+        _write_merged(base_path(model), str(adapter), folder, model.dtype, shard_size, trust_remote_code)
     else:
         merge_state(model, state)
         with _whole(folder) as beside:  # transformers empties the dict that it is given
@@ -81,8 +83,9 @@ def _save_critic(
     """A language model's trunk under a scalar head, as the reward models and critics that others open are kept."""
     config = copy.deepcopy(model.config)
     config.num_labels = 1
+    register_scalar_head(config)
     with torch.device("meta"):
-        critic = AutoModelForSequenceClassification.from_config(config)
+        critic = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     trunk = {name: tensor for name, tensor in state.items() if name.startswith(f"{model.base_model_prefix}.")}
     critic.save_pretrained(folder, state_dict=trunk | {"score.weight": value_head}, max_shard_size=shard_size)
 
@@ -99,17 +102,21 @@ def merge_adapter(base: str, adapter: str, out: str) -> None:
     _write_merged(base, adapter, Path(out), load_config_without_dropout(base).dtype, SHARD_SIZE)
 
 
-def _write_merged(base: str, adapter: str, out: Path, dtype: torch.dtype, shard_size: str) -> None:
+def _write_merged(
+    base: str, adapter: str, out: Path, dtype: torch.dtype, shard_size: str, trust_remote_code: bool = False
+) -> None:
     scores = read_adapter_config(adapter).task_type == "SEQ_CLS"
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{adapter}: holds no {weights.name}; give a folder such as OUT/final_adapter")
     # The tokenizer that it was trained with, when it is there: its template may be another than the base's.
-    tokenizer = load_tokenizer(adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base)
+    source = adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    options: Any = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if scores:
-        model: Any = load_reward_model(base, tokenizer, new_head_seed=0, dtype=dtype).model  # the adapter has its head
+        model: Any = load_reward_model(base, tokenizer, new_head_seed=0, **options).model  # the adapter has its head
     else:
-        model = load_causal_lm(base, tokenizer, dtype=dtype).model
+        model = load_causal_lm(base, tokenizer, **options).model
     load_adapter(model, adapter, load_file(weights))
     state = model.state_dict()
     merge_state(model, state)

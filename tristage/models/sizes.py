@@ -13,6 +13,7 @@ from tristage.errors import UserError
 from tristage.models.causal_lm import has_plain_head
 from tristage.models.loading import load_config_without_dropout
 from tristage.models.lora import adapter_parameters, inner_linear_parameters
+from tristage.models.scalar_head import register_scalar_head
 
 INNER_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 # Tensors as wide as the MLP that autograd keeps around its activation: ReLU's output alone; input and output;
@@ -43,18 +44,21 @@ class ModelShape:
     plain_head: bool  # logits come in chunks
 
 
-def model_shape(path: str, scalar_head: bool = False, lora: LoraSettings | None = None) -> ModelShape:
+def model_shape(
+    path: str, scalar_head: bool = False, lora: LoraSettings | None = None, trust_remote_code: bool = False
+) -> ModelShape:
     """The shape of the model in a folder or of an id, with one label in place of words where `scalar_head`.
 
     Raises:
         UserError: no config.json to be read, or a family that has no such model.
     """
-    config: Any = load_config_without_dropout(path)
+    config: Any = load_config_without_dropout(path, trust_remote_code)
     config.num_labels = 1
+    register_scalar_head(config)
     auto_class: Any = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(config)
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: no model can be made of this config ({str(error).splitlines()[0]})") from None
     text, names = config.get_text_config(), [name for name, _ in model.named_modules()]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tristage import hub
 from tristage.data.template import ensure_template, template_fingerprint
 from tristage.errors import UserError
+from tristage.models.opening import cannot_open
 
 
-def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder or id, with a pad token and a chat template (`template`, when given).
 
     A missing pad, or one that is the EOS, becomes the tokenizer's unknown token when that is another one
@@ -17,10 +21,11 @@ def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     Raises:
         UserError: no tokenizer there, or it has no EOS token.
     """
+    hub.prepare(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no tokenizer could be read ({str(error).splitlines()[0]})") from None
+        raise cannot_open(path, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

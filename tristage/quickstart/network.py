@@ -78,7 +78,7 @@ def make_network(
     config = _network_config(tokenizer, architecture, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def _network_config(tokenizer: PreTrainedTokenizerFast, architecture: str, size: str) -> PretrainedConfig:
