@@ -20,7 +20,7 @@ from tristage import dist, engine
 from tristage.config import BatchPlan
 from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
 
-LOADS: dict[str, Any] = {"policy": load_causal_lm, "reward": load_reward_model}
+LOADS: dict[str, Any] = {"policy": load_causal_lm, "reward": load_reward_model, "granite": load_reward_model}
 
 
 def load_all(rank: int, folder: str) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def load_one(name: str, path: str, config: dict[str, Any]) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loading")
     tiny.write_reward_model(folder / "reward", tiny.write_model(folder / "policy", "llama_untied"))
+    tiny.write_reward_model(folder / "granite", tiny.write_model(folder / "granite_policy", "granite"))
     return folder
 
 

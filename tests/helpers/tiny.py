@@ -42,6 +42,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 24, "sliding_window": 8,
          "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 24},
     ),
+    "granite": (  # scaled embeddings and logits; transformers has no scalar head for it
+        "granite",
+        {"intermediate_size": 96, "num_key_value_heads": 1, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
     "bloom": ("bloom", {"n_head": 2, "n_layer": 2}),  # ALiBi: no position_ids
 }  # fmt: skip
 

@@ -10,7 +10,10 @@ from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage.metrics import read_metrics
 
-CASES = [("opt", False, 2), ("gpt2", True, 2), ("opt", True, 3), ("gpt2", False, 3), ("llama", True, 3)]
+CASES = [
+    *[("opt", False, 2), ("gpt2", True, 2), ("opt", True, 3), ("gpt2", False, 3), ("llama", True, 3)],
+    *[("granite", False, 0), ("granite", True, 3)],  # a scalar head of our own
+]
 
 
 def train_three_steps(rank: int, folder: str) -> None:

@@ -4,7 +4,7 @@ It is made as transformers makes its own (Llama's, say), and the folders that ar
 tristage:
 
     class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel): ...
-    AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification)
+    AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification, exist_ok=True)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
 """
 
@@ -30,4 +30,4 @@ def register_scalar_head(config: PretrainedConfig) -> None:
     name = f"{backbone.__name__.removesuffix('Model')}ForSequenceClassification"
     own = {"base_model_prefix": parent.base_model_prefix, "__module__": __name__}
     head = type(name, (GenericForSequenceClassification, parent), own)
-    AutoModelForSequenceClassification.register(family, head)
+    AutoModelForSequenceClassification.register(family, head, exist_ok=True)  # transformers has the config
