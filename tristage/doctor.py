@@ -26,6 +26,7 @@ from tristage.dry_run import batch_table
 from tristage.errors import UserError
 from tristage.free_space import free_for_rank, free_on_disk, free_on_host, next_existing
 from tristage.memory import GIB
+from tristage.models import Holds, check_model
 from tristage.preflight import installed, memory_problem
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +185,8 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
     for key, value in named_paths(settings):
         try:
             check_path(settings, key, value)
+            if key.endswith("model") and Path(value).is_dir():
+                _check_folder(settings, key, value)
             yield Finding("ok", f"{key}: {value}")
         except UserError as error:
             yield Finding("stop", str(error))
@@ -191,6 +194,12 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
         yield _source(source, settings)
     yield disk("the run", Path(settings.output))
     yield from memory(settings, ranks)
+
+
+def _check_folder(settings: RunSettings, key: str, path: str) -> None:
+    """A model folder must hold the weights of what its key is for. Raises UserError."""
+    scores: Holds = "reward_model" if key == "reward.model" else "new_reward_model"
+    check_model(path, 1, "policy" if key in settings.policies else scores, settings.trusts(key.partition(".")[0]))
 
 
 def memory(settings: RunSettings, ranks: int) -> Iterator[Finding]:

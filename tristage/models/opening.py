@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tristage.errors import UserError
 from tristage.models.scalar_head import register_scalar_head
 
 INDEX = "model.safetensors.index.json"
+# Causal masks and frequencies that versions of transformers saved, and those of today compute.
+COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
 def cannot_open(path: str, what: str, error: Exception) -> UserError:
@@ -72,37 +75,23 @@ def check_weights(path: str, config: PretrainedConfig, scores: bool, new_head: b
     Raises:
         UserError: lists the keys that are missing, unexpected or of another shape; or a file that cannot be read.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        return  # packed weights have other names until they are read
     if scores:
         register_scalar_head(config)
+    if getattr(config, "quantization_config", None) is not None:
+        return  # packed weights have other names until they are read
     auto_class: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model, info = auto_class.from_pretrained(
-                path,
-                config=config,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=trust_remote_code,
-            )
-    except Exception as error:  # each format of weights has its own
-        if str(error).startswith("Unrecognized configuration class"):
-            raise UserError(
-                f"{path}: transformers has no {auto_class.__name__} for a {config.model_type} model; use a "
-                "decoder-only language model"
-            ) from None
-        raise cannot_open(path, "model", error) from None
+    model, info = _read_headers(auto_class, path, config, trust_remote_code)
     if scores and not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(
             f"{path}: a {config.model_type} model has no sequence-classification head named `score`; use a "
             "decoder-only language model"
         )
-    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    missing = info["missing_keys"]
+    unexpected = {key for key in info["unexpected_keys"] if not COMPUTED.search(key)}
     if new_head:
         missing -= {"score.weight"}
-        unexpected -= _output_keys(config, trust_remote_code) if unexpected else set()
+    if new_head and unexpected:  # the output projection's, which the language model knows
+        unexpected &= _read_headers(AutoModelForCausalLM, path, config, trust_remote_code)[1]["unexpected_keys"]
     shapes = [f"{key} ({list(here)}, not {list(wanted)})" for key, here, wanted in info["mismatched_keys"]]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape than config.json's": shapes}
     found = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys]
@@ -113,13 +102,25 @@ def check_weights(path: str, config: PretrainedConfig, scores: bool, new_head: b
         )
 
 
-def _output_keys(config: PretrainedConfig, trust_remote_code: bool) -> set[str]:
-    """Names of the output projection's weights in the language model, which a scalar head takes the place of."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    head = model.get_output_embeddings()
-    name = next((name for name, module in model.named_modules() if module is head), "")
-    return {f"{name}.weight", f"{name}.bias"}
+def _read_headers(auto_class: Any, path: str, config: PretrainedConfig, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(the model without its weights, transformers' loading info). Nobody's random numbers change."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return auto_class.from_pretrained(  # type: ignore[no-any-return]
+                path,
+                config=config,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:  # each format of weights has its own
+        if f"for this kind of AutoModel: {auto_class.__name__}." in str(error):
+            raise UserError(
+                f"{path}: transformers has no {auto_class.__name__} for models of type {config.model_type}; use a "
+                "decoder-only language model"
+            ) from None
+        raise cannot_open(path, "model", error) from None
 
 
 def _listed(keys: Iterable[str]) -> str:
