@@ -34,7 +34,7 @@ from tests.helpers.tiny import (
     write_reward_model,
     write_rows,
 )
-from tristage import run
+from tristage import dist, run
 from tristage.errors import UserError
 from tristage.models import Kernels
 from tristage.quickstart.network import make_tokenizer
@@ -347,6 +347,19 @@ def test_a_model_with_fewer_tokens_than_its_tokenizer_is_refused_before_its_weig
         "use the tokenizer that belongs to the model",
         said,
     )
+
+
+def test_a_new_scalar_head_is_said_once(world, capfd, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(dist, "print0", lambda *words: said.extend(map(str, words)))
+    sentence_of(world, STEP2, [], capfd)
+    assert [line for line in said if "scalar head" in line] == [
+        f"{world.path('model')} has no scalar head, a new one is drawn"
+    ]
+    said.clear()
+    sentence_of(world, STEP2, [f"model={world.path('reward')}"], capfd)
+    assert not [line for line in said if "scalar head" in line]
+    shutil.rmtree(world.path("out"))
 
 
 def test_a_good_config_does_get_as_far_as_the_weights(world, capfd):
