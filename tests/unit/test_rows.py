@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,10 @@ HH_TURNS = (
     {"role": "user", "content": "Bye"},
 )
 SYSTEM = {"role": "system", "content": "Be brief."}
+BRIEF = {"system": "Be brief."}
 PAIR = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
 DEMONSTRATION = {"prompt": "Hi", "response": "there"}
+DEMONSTRATION_COLUMNS = {"prompt": "prompt", "response": "response"}
 
 
 def read(raw: object, kind, **source) -> Row:
@@ -53,15 +56,25 @@ def refusal(raw: object, kind, **source) -> str:
     return sentence
 
 
+def says(speaker: str, text: str) -> dict[str, str]:
+    """A message as ShareGPT writes it."""
+    return {"from": speaker, "value": text}
+
+
 def hh(answer: str) -> str:
     return f"{HH_PROMPT}\n\nAssistant: {answer}"
 
 
-def user(text: str) -> dict[str, str]:
+def parts(*texts: str) -> list[dict[str, str]]:
+    """A content as OpenAI's API writes it."""
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def user(text: object) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str) -> dict[str, str]:
+def assistant(text: object) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
@@ -94,6 +107,35 @@ def assistant(text: str) -> dict[str, str]:
             (0, 1),
         ),
         ({"instruction": "Hi", "output": ["a", "b", "c"]}, USER_HI, ("a", "b", "c"), (0, 1, 2)),
+        (  # LLaMA-Factory's pairs: ShareGPT's messages, OpenAI's, Alpaca's columns
+            {"conversations": [says("human", "Hi")], "chosen": says("gpt", "good"), "rejected": says("gpt", "bad")},
+            USER_HI,
+            ("good", "bad"),
+            (0, 1),
+        ),
+        (
+            {"messages": list(HH_TURNS), "chosen": assistant("good"), "rejected": assistant("bad")} | BRIEF,
+            (SYSTEM, *HH_TURNS),
+            ("good", "bad"),
+            (0, 1),
+        ),
+        (
+            {"instruction": "Add.", "input": "1 + 2", "chosen": "3", "rejected": "4"},
+            (user("Add.\n1 + 2"),),
+            ("3", "4"),
+            (0, 1),
+        ),
+        (  # as in ultrafeedback_binarized: whole dialogues, and their prompt once more
+            {
+                "prompt": "Hi",
+                "chosen": [user("Hi"), assistant("good")],
+                "rejected": [user("Hi"), assistant("bad")],
+                "messages": [user("Hi"), assistant("good")],
+            },
+            USER_HI,
+            ("good", "bad"),
+            (0, 1),
+        ),
     ],
 )
 def test_ranking_layouts_give_a_prompt_with_ranked_answers(raw, prompt, answers, ranks):
@@ -131,6 +173,10 @@ def test_best_first_ranks_responses_by_their_order_unless_they_have_ranks_or_sco
             (SYSTEM, *HH_TURNS),
             "Ciao",
         ),
+        ({"prompt": "Hi", "response": "there", "system": "Be brief."}, (SYSTEM, *USER_HI), "there"),
+        ({"messages": [SYSTEM, user("Hi"), assistant("there")], "system": "Be long."}, (SYSTEM, *USER_HI), "there"),
+        ({"messages": [user(parts("H", "i")), assistant(parts("there"))]}, USER_HI, "there"),
+        ({"prompt": [says("human", "Hi")], "response": says("gpt", "there")}, USER_HI, "there"),
         ({"instruction": "Hi", "output": "there"}, USER_HI, "there"),
         ({"instruction": "Hi", "input": " ", "output": "there", "history": [], "system": ""}, USER_HI, "there"),
         ({"instruction": "Add.", "input": "1 + 2", "output": "3"}, (user("Add.\n1 + 2"),), "3"),
@@ -176,8 +222,14 @@ def test_a_json_line_reads_as_its_decoded_row():
     assert read(json.dumps(PAIR).encode(), "ranking") == read(PAIR, "ranking")
 
 
-def test_other_columns_are_ignored_and_the_richest_layout_wins():
-    assert read(DEMONSTRATION | {"id": 7, "tags": None}, "sft") == SFTRow(USER_HI, "there", WHERE)
+def test_other_columns_are_listed_and_the_richest_layout_wins():
+    row = read(DEMONSTRATION | {"id": 7, "tags": None, "label": "greeting", "images": [], "tools": "[]"}, "sft")
+    assert row == SFTRow(USER_HI, "there", WHERE) and row.unused == ("id", "label")
+    messages = [user("Hi") | {"name": "Ann", "tool_calls": None}, assistant("there") | {"weight": 1}]
+    assert read({"messages": messages}, "sft").unused == ("messages[].name", "messages[].weight")
+    assert read({"instruction": "Hi", "input": "x", "output": "y", "system": "z", "history": []}, "sft").unused == ()
+    assert read({"prompt": [SYSTEM, *USER_HI], "system": "Be long."}, "prompt").unused == ("system",)
+    assert read(DEMONSTRATION | {"id": 7}, "sft", columns=DEMONSTRATION_COLUMNS).unused == ()
     assert read(PAIR | DEMONSTRATION | {"text": "x"}, "ranking") == RankingRow(USER_HI, ("good", "bad"), (0, 1), WHERE)
 
 
@@ -289,7 +341,8 @@ def test_clean_rules_reach_into_lists_of_text_under_our_names():
 
 # -- bad rows ----------------------------------------------------------------------------------------------
 
-ROLES = "must be an object with a role of system, user, assistant"
+ROLES = "it must be one of system, user, assistant"
+NO_TOOLS = "and tools are not supported; remove the row"
 
 
 @pytest.mark.parametrize(
@@ -301,8 +354,8 @@ ROLES = "must be an object with a role of system, user, assistant"
         (b'{"prompt": "Hi", ', "not JSON (Expecting property name enclosed in double quotes at column"),
         (b'{"prompt": "\xff", "response": "x"}', "byte 0xff is not UTF-8"),
         (
-            {"question": "Hi", "answer": "there"},
-            "the columns ['answer', 'question'] are not understood, rename them to one of: prompt + chosen + rejected;",
+            {"one": "Hi", "two": "there"},
+            "the columns ['one', 'two'] are not understood, rename them to one of: prompt + chosen + rejected;",
         ),
         ({"prompt": "Hi", "response": 3}, "`response` must be text, found int"),
         ({"prompt": None, "response": "x"}, "`prompt` must be text, found null"),
@@ -317,10 +370,32 @@ ROLES = "must be an object with a role of system, user, assistant"
         ({"messages": "Hi"}, "`messages` must be a list of messages, found str"),
         ({"messages": [user("Hi")]}, "`messages` must hold a prompt and end with an assistant turn"),
         ({"messages": [assistant("Hi")]}, "`messages` must hold a prompt and end with an assistant turn"),
-        ({"messages": [{"role": "bot", "content": "Hi"}]}, f"`messages[0]` {ROLES}"),
+        ({"messages": [{"role": "bot", "content": "Hi"}]}, f"`messages[0]` has the role 'bot', {ROLES}; correct it"),
+        ({"messages": [{"role": ["user"], "content": "Hi"}]}, f"`messages[0]` has the role ['user'], {ROLES}"),
+        ({"messages": [{"content": "Hi"}]}, f"`messages[0]` has the role None, {ROLES}"),
+        ({"messages": ["Hi"]}, "`messages[0]` must be an object with a role and a content, found str"),
+        ({"messages": [{"role": "tool", "content": "3"}]}, f"`messages[0]` has the role 'tool', {NO_TOOLS}"),
+        (
+            {"messages": [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]},
+            f"`messages[1]` has `tool_calls`, {NO_TOOLS}",
+        ),
+        ({"conversations": [says("observation", "3")]}, f"`conversations[0]` has the role 'observation', {NO_TOOLS}"),
+        (
+            {"messages": [user([*parts("Hi"), {"type": "image_url", "image_url": {"url": "a.png"}}])]},
+            "`messages[0].content[1]` is of type 'image_url', and only text is supported; remove the row",
+        ),
+        ({"messages": [user([{"type": "text", "text": 3}])]}, "`messages[0].content[0].text` must be text, found int"),
+        ({"messages": [user(parts("", " "))]}, "`messages[0].content` is empty"),
+        ({"messages": [user([])]}, "`messages[0].content` must be text, found list"),
+        (DEMONSTRATION | {"image": {"bytes": b"x"}}, "`image` is set, and images, video and audio are not supported;"),
+        (
+            {"messages": [user("<image>What is it?"), assistant("A fox.")], "images": ["a.png"]},
+            "`images` is set, and images, video and audio are not supported; remove the row, or set `columns` to the "
+            "columns to read, which leaves this one out",
+        ),
+        (DEMONSTRATION | {"tools": [{"name": "add"}]}, "`tools` is set, and tools are not supported; remove the row"),
         ({"messages": [{"role": "user"}]}, "`messages[0].content` must be text, found null"),
         ({"conversations": []}, "`conversations` must hold a prompt and end with an assistant turn"),
-        ({"conversations": [{"from": "tool", "value": "Hi"}]}, f"`conversations[0]` {ROLES}"),
         ({"conversations": [{"from": "gpt", "text": "Hi"}]}, "`conversations[0].content` must be text, found null"),
         ({"instruction": "", "output": "x"}, "`instruction` is empty"),
         ({"instruction": "Hi", "input": ["x"], "output": "x"}, "`input` must be text, found list"),
@@ -353,6 +428,37 @@ ROLES = "must be an object with a role of system, user, assistant"
 )
 def test_a_malformed_row_is_one_sentence_after_its_place(raw, sentence):
     assert refusal(raw, "sft").startswith(sentence)
+
+
+@pytest.mark.parametrize("label", [{"label": False}, {"label": 0}, {"label": "false"}, {"kto_tag": False}])
+def test_an_answer_that_its_row_labels_as_bad_is_not_learned(label):
+    name = next(iter(label))
+    sentence = refusal({"prompt": "Hi", "completion": "no"} | label, "sft")
+    assert sentence.startswith(f"`{name}` is ") and "must not be learned" in sentence and "on_bad_row: skip" in sentence
+    assert read({"prompt": "Hi", "completion": "no"} | label, "prompt").prompt == USER_HI  # of no matter to a rollout
+    good = read({"prompt": "Hi", "completion": "there", name: True}, "sft")
+    assert good == SFTRow(USER_HI, "there", WHERE) and good.unused == ()
+    assert read(PAIR | label, "ranking").answers == ("good", "bad")
+
+
+@pytest.mark.parametrize(
+    "raw, kind, setting",
+    [
+        ({"question": "Hi", "answer": "there"}, "sft", "{prompt: question, response: answer}"),
+        ({"Question": "Hi", "Answer": "there", "id": 1}, "sft", "{prompt: Question, response: Answer}"),
+        ({"prompt": "Hi", "answer": "there"}, "sft", "{prompt: prompt, response: answer}"),
+        (
+            BRIEF | {"question": "Hi", "chosen": "a", "rejected": "b"},
+            "ranking",
+            "{prompt: question, chosen: chosen, rejected: rejected, system: system}",
+        ),
+        ({"query": "Hi"}, "prompt", "{prompt: query}"),
+        ({"content": "Hi"}, "text", "{text: content}"),
+        ({"dialog": [user("Hi"), assistant("there")]}, "sft", "{messages: dialog}"),
+    ],
+)
+def test_unknown_columns_come_with_a_guess_of_the_setting_that_reads_them(raw, kind, setting):
+    assert f"set `columns: {setting}` next to the `path` of this source" in refusal(raw, kind)
 
 
 def test_malformed_text_is_one_sentence_after_its_place():

@@ -1,19 +1,21 @@
 """Raw rows to typed text.
 
-A row is read by its columns, the richest layout first (see `LAYOUTS`; other columns are ignored), and serves
-every simpler step: a ranking row gives a demonstration (its best answer) and a prompt. What a user can mend
-(broken JSON, a missing column, an empty answer) is an error that names the row. What published sets are known
-to contain and nobody can mend (see `Unusable`) is dropped and counted, alike for every step, so that all
-steps see the same rows.
+A row is read by its columns, the richest layout first (see `LAYOUTS`), and serves every simpler step: a ranking
+row gives a demonstration (its best answer) and a prompt. Columns that no layout reads are listed in `Row.unused`,
+so that they can be counted; a column without which the rest means something else (an image, tools, a label that
+says "bad answer") is refused. What a user can fix (broken JSON, a missing column, an empty answer) is an error that
+names the row. What published sets are known to contain and nobody can fix (see `Unusable`) is dropped and counted,
+alike for every step, so that all steps see the same rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from tristage.config import Kind, SourceSettings
@@ -27,7 +29,26 @@ ROLES = ("system", "user", "assistant")
 DIALOGUE_START = "\n\nHuman:"
 _DIALOGUE_MARKER = re.compile(r"\n\n(Human|Assistant):")
 _DIALOGUE_ROLES = {"Human": "user", "Assistant": "assistant"}
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+
+# Columns that a row can't do without, with what they say; see _refuse_what_changes_the_meaning.
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_TOOLS = ("tools", "functions", "tool_calls", "function_call")
+_LABELS = ("label", "kto_tag")
+_BAD = (False, "false", "False")
+_EMPTY = (None, "", "[]", "null", [], {})
+_READ_IN_MESSAGES = {"role", "content", "from", "value"}
+
+# What columns are often called elsewhere, to guess a `columns` setting from.
+_NEEDED = {"sft": ("prompt", "response"), "ranking": ("prompt", "chosen", "rejected"), "prompt": ("prompt",)}
+_OTHER_NAMES = {
+    "prompt": ("question", "query", "instruction", "problem", "input", "user", "human"),
+    "response": ("answer", "completion", "output", "solution", "reply", "target", "assistant"),
+    "chosen": ("chosen_response", "preferred", "accepted", "better"),
+    "rejected": ("rejected_response", "dispreferred", "worse"),
+    "text": ("content", "document", "body"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,7 @@ class PromptRow:
 
     prompt: tuple[Turn, ...]
     where: str  # "file:line" or "file[index]"
+    unused: tuple[str, ...] = field(default=(), compare=False)  # columns of the raw row that were not read
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,7 @@ class SFTRow:
     prompt: tuple[Turn, ...]
     response: str
     where: str
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,7 @@ class RankingRow:
     answers: tuple[str, ...]
     ranks: tuple[float, ...]  # one an answer, the lowest is the best
     where: str
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,7 @@ class TextRow:
 
     text: str
     where: str
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 Row = PromptRow | SFTRow | RankingRow | TextRow
@@ -80,6 +105,8 @@ def read_row(place: Place, source: SourceSettings, kind: Kind) -> Row:
         Unusable: nothing to learn from.
     """
     where, payload = place
+    if isinstance(payload, UserError):
+        raise payload
     raw = load_json(payload, where) if isinstance(payload, bytes) else payload
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a row must be an object with named columns, found {_type_name(raw)}")
@@ -93,7 +120,12 @@ def read_row(place: Place, source: SourceSettings, kind: Kind) -> Row:
                 raw = raw | {column: _clean(raw[column], rule.pattern, rule.replacement)}
     if source.best_first and isinstance(raw.get("responses"), list) and not {"ranks", "scores"} & set(raw):
         raw = raw | {"ranks": list(range(len(raw["responses"])))}
-    return _serve(_parse(raw, where), kind)
+    _refuse_what_changes_the_meaning(raw, where)
+    row, used = _parse(raw, where, kind)
+    row = _serve(row, kind, raw)
+    if isinstance(row, SFTRow):
+        _refuse_bad_answer(raw, where)
+    return dataclasses.replace(row, unused=tuple(_unused(raw, used)))
 
 
 def prompt_hash(row: Row) -> int:
@@ -135,15 +167,78 @@ def _clean(value: Any, pattern: str, replacement: str) -> Any:
     return [_clean(each, pattern, replacement) for each in value] if isinstance(value, list) else value
 
 
-def _parse(raw: dict[str, Any], where: str) -> Row:
+def _refuse_what_changes_the_meaning(raw: dict[str, Any], where: str) -> None:
+    """Raises UserError for a row that shows images or offers tools: without them its texts mean something else."""
+    for names, what in ((_MEDIA, "images, video and audio are"), (_TOOLS, "tools are")):
+        for name in names:
+            if raw.get(name) not in _EMPTY:
+                raise UserError(
+                    f"{where}: `{name}` is set, and {what} not supported; remove the row, or set `columns` "
+                    "to the columns to read, which leaves this one out"
+                )
+
+
+def _refuse_bad_answer(raw: dict[str, Any], where: str) -> None:
+    """Raises UserError for an answer that the row itself labels as bad (the layout of KTO)."""
+    for name in _LABELS:
+        if name in raw and raw[name] in _BAD:
+            raise UserError(
+                f"{where}: `{name}` is {raw[name]!r}: a bad answer (as for KTO), which must not be learned; "
+                "remove such rows, or set `on_bad_row: skip` to train on the others"
+            )
+
+
+def _unused(raw: dict[str, Any], used: set[str]) -> Iterator[str]:
+    """Names of the columns of `raw` that were not read, and of keys of its messages."""
+    for name, value in raw.items():
+        if name not in used:
+            if value not in _EMPTY and not (name in _LABELS and value in (True, *_BAD)):
+                yield name
+        elif isinstance(value, list):
+            messages = [message for message in value if isinstance(message, dict)]
+            keys = {key for message in messages for key in message if message[key] not in _EMPTY}
+            yield from (f"{name}[].{key}" for key in sorted(keys - _READ_IN_MESSAGES))
+
+
+def _parse(raw: dict[str, Any], where: str, kind: Kind) -> tuple[Row, set[str]]:
+    """The row in its own layout, and the columns that were read."""
     for columns, parse in LAYOUTS:
         if all(column in raw for column in columns):
-            return parse(raw, where)
+            row = parse(raw, where)
+            used = {*columns} | ({"input", "history"} if "instruction" in columns else set())
+            if not isinstance(row, TextRow) and raw.get("system") and row.prompt[0]["role"] != "system":
+                system = {"role": "system", "content": _text(raw["system"], "system", where)}
+                row, used = dataclasses.replace(row, prompt=(system, *row.prompt)), used | {"system"}
+            return row, used
     understood = "; ".join(" + ".join(columns) for columns, _ in LAYOUTS)
-    raise UserError(f"{where}: the columns {sorted(raw)} are not understood, rename them to one of: {understood}")
+    fix = _guess(raw, kind) or f"rename them to one of: {understood}"
+    raise UserError(f"{where}: the columns {sorted(raw)} are not understood, {fix}")
 
 
-def _serve(row: Row, kind: Kind) -> Row:
+def _guess(raw: dict[str, Any], kind: Kind) -> str:
+    """The setting that would probably make `raw` readable, from what its columns are called; "" for no idea."""
+    names = {name.lower(): name for name in raw}
+    columns: dict[str, str | None] = {}
+    for ours in _NEEDED.get(kind, ("text",)):
+        columns[ours] = next((names[name] for name in (ours, *_OTHER_NAMES[ours]) if name in names), None)
+    if None in columns.values():
+        dialogues = (name for name, value in raw.items() if name != "messages" and _is_dialogue(value))
+        columns = {"messages": next(dialogues, None)} if kind == "sft" else {"": None}
+    columns |= {"system": names["system"]} if "system" in names else {}
+    if None in columns.values() or all(ours == theirs for ours, theirs in columns.items()):
+        return ""
+    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    return f"set `columns: {{{pairs}}}` next to the `path` of this source, if that is what they hold"
+
+
+def _is_dialogue(value: object) -> bool:
+    """A list of messages that starts with a question or what comes before it."""
+    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], dict):
+        return False
+    return value[0].get("role", value[0].get("from")) in ("system", "user", "human")
+
+
+def _serve(row: Row, kind: Kind, raw: dict[str, Any]) -> Row:
     """`row` as the simpler type that `kind` needs."""
     if kind == "text" and isinstance(row, TextRow):
         return row
@@ -164,12 +259,20 @@ def _serve(row: Row, kind: Kind) -> Row:
     }
     kinds = {TextRow: "plain text", SFTRow: "a prompt and one answer", RankingRow: "ranked answers"}
     found = kinds.get(type(row), "a prompt")
-    raise UserError(f"{row.where}: this step needs {needed[kind]} in every row, found only {found}")
+    guess = _guess(raw, kind)
+    fix = f"; {guess}" if guess else ""
+    raise UserError(f"{row.where}: this step needs {needed[kind]} in every row, found only {found}{fix}")
 
 
-def _parse_pair(raw: dict[str, Any], where: str) -> RankingRow:
+def _parse_pair(raw: dict[str, Any], where: str, column: str = "prompt") -> RankingRow:
+    if _is_dialogue(raw["chosen"]) and _is_dialogue(raw["rejected"]):
+        return _parse_dialogue_pair(raw, where)  # they hold the prompt too
+    return _pair(_prompt(raw[column], where, column), raw, where)
+
+
+def _pair(prompt: tuple[Turn, ...], raw: dict[str, Any], where: str) -> RankingRow:
     answers = (_answer(raw["chosen"], "chosen", where), _answer(raw["rejected"], "rejected", where))
-    return _ranking_row(_prompt(raw["prompt"], where), answers, (0.0, 1.0), where)
+    return _ranking_row(prompt, answers, (0.0, 1.0), where)
 
 
 def _parse_ranked(raw: dict[str, Any], where: str) -> RankingRow:
@@ -192,7 +295,8 @@ def _parse_ranked(raw: dict[str, Any], where: str) -> RankingRow:
 
 def _parse_dialogue_pair(raw: dict[str, Any], where: str) -> RankingRow:
     """Two whole dialogues, message lists or the text of Anthropic's HH set; their common prefix is the prompt."""
-    chosen, rejected = (_whole_dialogue(raw[column], column, where) for column in ("chosen", "rejected"))
+    fix = _guess(raw, "ranking") or "add a `prompt` column"
+    chosen, rejected = (_whole_dialogue(raw[column], column, where, fix) for column in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("dialogues differ before the last turn")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
@@ -202,7 +306,7 @@ def _parse_dialogue_pair(raw: dict[str, Any], where: str) -> RankingRow:
     return _ranking_row(chosen[:-1], (chosen[-1]["content"], rejected[-1]["content"]), (0.0, 1.0), where)
 
 
-def _whole_dialogue(value: object, column: str, where: str) -> tuple[Turn, ...]:
+def _whole_dialogue(value: object, column: str, where: str, fix: str) -> tuple[Turn, ...]:
     if isinstance(value, list):
         turns = _turns(value, column, where)
         if len(turns) < 2:
@@ -212,7 +316,7 @@ def _whole_dialogue(value: object, column: str, where: str) -> tuple[Turn, ...]:
     if not text.startswith(DIALOGUE_START):
         raise UserError(
             f"{where}: `{column}` without a `prompt` column must be a whole dialogue "
-            f"that starts with {DIALOGUE_START!r}, add a `prompt` column"
+            f"that starts with {DIALOGUE_START!r}, {fix}"
         )
     return _dialogue_turns(text)
 
@@ -222,10 +326,18 @@ def _parse_demonstration(raw: dict[str, Any], where: str) -> SFTRow:
 
 
 def _parse_instruction(raw: dict[str, Any], where: str) -> SFTRow | RankingRow:
-    """Alpaca's columns: `input` adds to the instruction, `history` holds earlier [instruction, output] pairs.
+    """Alpaca's columns. An `output` that is a list holds ranked answers, best first (LLaMA-Factory's ranked sets)."""
+    prompt = _instruction(raw, where)
+    if not isinstance(raw["output"], list):
+        return SFTRow(prompt, _answer(raw["output"], "output", where), where)
+    answers = tuple(_text(answer, f"output[{i}]", where) for i, answer in enumerate(raw["output"]))
+    if len(answers) < 2:
+        raise UserError(f"{where}: `output` is a list of {len(answers)}, give two ranked answers or one text")
+    return _ranking_row(prompt, answers, tuple(map(float, range(len(answers)))), where)
 
-    An `output` that is a list holds ranked answers, best first (as in the ranked sets of LLaMA-Factory).
-    """
+
+def _instruction(raw: dict[str, Any], where: str) -> tuple[Turn, ...]:
+    """`input` adds to the instruction, `history` holds earlier [instruction, output] pairs."""
     instruction = _text(raw["instruction"], "instruction", where)
     extra = raw.get("input")
     if extra is not None and not isinstance(extra, str):
@@ -239,25 +351,7 @@ def _parse_instruction(raw: dict[str, Any], where: str) -> SFTRow | RankingRow:
             raise UserError(f"{where}: `history[{i}]` must be a pair of an instruction and its output")
         texts = [_text(text, f"history[{i}]", where) for text in pair]
         turns = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}, *turns]
-    if raw.get("system"):
-        turns = [{"role": "system", "content": _text(raw["system"], "system", where)}, *turns]
-    if not isinstance(raw["output"], list):
-        return SFTRow(tuple(turns), _answer(raw["output"], "output", where), where)
-    answers = tuple(_text(answer, f"output[{i}]", where) for i, answer in enumerate(raw["output"]))
-    if len(answers) < 2:
-        raise UserError(f"{where}: `output` is a list of {len(answers)}, give two ranked answers or one text")
-    return _ranking_row(tuple(turns), answers, tuple(map(float, range(len(answers)))), where)
-
-
-def _parse_sharegpt(raw: dict[str, Any], where: str) -> SFTRow:
-    messages = raw["conversations"]
-    if isinstance(messages, list) and all(isinstance(each, dict) and "from" in each for each in messages):
-        messages = [{"role": _SHAREGPT_ROLES.get(str(each["from"])), "content": each.get("value")} for each in messages]
-    return _demonstration(messages, "conversations", where)
-
-
-def _parse_messages(raw: dict[str, Any], where: str) -> SFTRow:
-    return _demonstration(raw["messages"], "messages", where)
+    return tuple(turns)
 
 
 def _demonstration(messages: object, column: str, where: str) -> SFTRow:
@@ -279,11 +373,14 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], str], Row]], ...
     (("prompt", "chosen", "rejected"), _parse_pair),
     (("prompt", "responses", "ranks"), _parse_ranked),
     (("prompt", "responses", "scores"), _parse_ranked),
+    (("conversations", "chosen", "rejected"), lambda raw, where: _parse_pair(raw, where, "conversations")),
+    (("messages", "chosen", "rejected"), lambda raw, where: _parse_pair(raw, where, "messages")),
+    (("instruction", "chosen", "rejected"), lambda raw, where: _pair(_instruction(raw, where), raw, where)),
     (("chosen", "rejected"), _parse_dialogue_pair),
     (("prompt", "response"), _parse_demonstration),
     (("prompt", "completion"), lambda raw, where: _parse_demonstration(raw | {"response": raw["completion"]}, where)),
-    (("messages",), _parse_messages),
-    (("conversations",), _parse_sharegpt),
+    (("messages",), lambda raw, where: _demonstration(raw["messages"], "messages", where)),
+    (("conversations",), lambda raw, where: _demonstration(raw["conversations"], "conversations", where)),
     (("instruction", "output"), _parse_instruction),
     (("prompt",), _parse_prompt),
     (("text",), _parse_text),
@@ -300,14 +397,14 @@ def _ranking_row(
     return RankingRow(prompt, answers, ranks, where)
 
 
-def _prompt(value: object, where: str) -> tuple[Turn, ...]:
+def _prompt(value: object, where: str, column: str = "prompt") -> tuple[Turn, ...]:
     """Messages, a dialogue in the HH layout (an open "Assistant:" at its end is cut), or one user turn."""
     if isinstance(value, list):
-        turns = _turns(value, "prompt", where)
+        turns = _turns(value, column, where)
         if not turns or turns[-1]["role"] != "user":
-            raise UserError(f"{where}: `prompt` as a list of messages must end with a user turn")
+            raise UserError(f"{where}: `{column}` as a list of messages must end with a user turn")
         return turns
-    text = _text(value, "prompt", where)
+    text = _text(value, column, where)
     if text.lstrip().startswith("Human:") and "\n\nAssistant:" in text:
         text = "\n\n" + text.lstrip()  # a dialogue that lost the blank line before its first turn
     if not text.startswith(DIALOGUE_START):
@@ -332,10 +429,10 @@ def _dialogue_turns(text: str) -> tuple[Turn, ...]:
 
 
 def _answer(value: object, column: str, where: str) -> str:
-    """Text, or a list of one assistant message."""
-    if not isinstance(value, list):
+    """Text, one assistant message, or a list of one."""
+    if not isinstance(value, (list, dict)):
         return _text(value, column, where)
-    turns = _turns(value, column, where)
+    turns = _turns(value if isinstance(value, list) else [value], column, where)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise UserError(f"{where}: `{column}` as a list of messages must hold one assistant turn")
     return turns[0]["content"]
@@ -344,13 +441,36 @@ def _answer(value: object, column: str, where: str) -> str:
 def _turns(value: object, column: str, where: str) -> tuple[Turn, ...]:
     if not isinstance(value, list):
         raise UserError(f"{where}: `{column}` must be a list of messages, found {_type_name(value)}")
-    turns = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UserError(f"{where}: `{column}[{i}]` must be an object with a role of {', '.join(ROLES)}")
-        content = _text(message.get("content"), f"{column}[{i}].content", where)
-        turns.append({"role": message["role"], "content": content})
-    return tuple(turns)
+    return tuple(_turn(message, f"{column}[{i}]", where) for i, message in enumerate(value))
+
+
+def _turn(message: object, name: str, where: str) -> Turn:
+    """A message in OpenAI's layout (role, content) or ShareGPT's (from, value)."""
+    if not isinstance(message, dict):
+        raise UserError(f"{where}: `{name}` must be an object with a role and a content, found {_type_name(message)}")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    role = _SHAREGPT_ROLES.get(str(role), role)
+    calls = next((key for key in _TOOLS if message.get(key) not in _EMPTY), None)
+    if role in _TOOL_ROLES or calls:
+        found = f"the role {role!r}" if role in _TOOL_ROLES else f"`{calls}`"
+        raise UserError(f"{where}: `{name}` has {found}, and tools are not supported; remove the row")
+    if role not in ROLES:
+        raise UserError(f"{where}: `{name}` has the role {role!r}, it must be one of {', '.join(ROLES)}; correct it")
+    return {"role": role, "content": _content(content, f"{name}.content", where)}
+
+
+def _content(value: object, name: str, where: str) -> str:
+    """Text, or a list of parts {"type": "text", "text": ...}, which are joined."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+        for i, part in enumerate(value):
+            if part["type"] != "text":
+                raise UserError(
+                    f"{where}: `{name}[{i}]` is of type {part['type']!r}, and only text is supported; remove the row"
+                )
+            if not isinstance(part.get("text"), str):
+                raise UserError(f"{where}: `{name}[{i}].text` must be text, found {_type_name(part.get('text'))}")
+        value = "".join(part["text"] for part in value)
+    return _text(value, name, where)
 
 
 def _text(value: object, name: str, where: str) -> str:
