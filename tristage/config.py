@@ -32,6 +32,7 @@ from tristage.errors import UserError
 Precision = Literal["float32", "bf16", "fp16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Kind = Literal["sft", "ranking", "prompt", "text"]  # what a step makes of a row
+MAX_ROW_BYTES = 8 * 2**20  # tokenising takes about 140 bytes of memory per byte of text
 
 # The step's YAML owns these; a DeepSpeed JSON that sets one would silently win or lose against it.
 OWNED_BY_YAML = {
@@ -172,6 +173,9 @@ class DataSettings(Settings):
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="A malformed row ends the run, or is skipped, counted and listed in a file."
+    )
+    max_row_bytes: int = Field(
+        MAX_ROW_BYTES, gt=0, description="A row with more bytes than this is malformed; it is not read to its end."
     )
     overlap: Literal["error", "drop", "allow"] = Field(
         "error", description="Training rows whose prompt is held out: an error, dropped and counted, or kept."

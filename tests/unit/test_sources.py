@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -15,6 +16,7 @@ import pytest
 
 from tristage import hub
 from tristage.config import RunSettings, SourceSettings
+from tristage.data import sources
 from tristage.data.rows import read_row
 from tristage.data.sources import load_json, open_source, resolve_preset
 from tristage.errors import UserError
@@ -234,6 +236,67 @@ def test_a_subset_is_a_folder_inside_the_source(tmp_path):
         assert refusal(source, subset="x") == f"{source}: there is no folder 'x' in it, correct `subset`"
 
 
+# -- rows that are too large, keys that are not unique, files that are not there -----------------------------
+
+
+def lines_within(file: Path, limit: int) -> list[tuple[str, object]]:
+    return list(open_source(SourceSettings(path=str(file)), limit).rows())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_line_over_the_limit_is_an_error_in_its_place_and_the_others_are_read(tmp_path, suffix):
+    file = tmp_path / f"rows{suffix}"
+    lines = [b'{"text": "a"}', b"x" * 40, b"x" * (5 << 20), b'{"text": "b"}', b"y" * 41]
+    with gzip.open(file, "wb") if suffix.endswith("gz") else file.open("wb") as stream:
+        stream.write(b"\n".join(lines))
+    places = lines_within(file, 40)
+    assert [payload for _, payload in places if isinstance(payload, bytes)] == [lines[0], lines[1], lines[3]]
+    assert [str(payload) for _, payload in places if isinstance(payload, UserError)] == [
+        f"{file}:{number}: a row of more than 40 bytes, shorten it or raise `data.max_row_bytes`" for number in (3, 5)
+    ]
+
+
+def test_a_line_over_the_limit_is_never_held_whole(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    with gzip.open(file, "wb", compresslevel=1) as stream:
+        for _ in range(64):
+            stream.write(b"x" * (1 << 20))
+    tracemalloc.start()
+    try:
+        assert len(lines_within(file, 1000)) == 1
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_decoded_rows_and_texts_over_the_limit_are_errors_too(tmp_path):
+    rows = [{"text": "a"}, {"text": "é" * 20}, {"text": [{"content": "a" * 50}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = [isinstance(payload, UserError) for _, payload in lines_within(tmp_path / "rows.json", 40)]
+    assert found == [False, True, True]
+    (tmp_path / "rows.txt").write_text("a" * 41)
+    (place,) = lines_within(tmp_path / "rows.txt", 40)
+    assert isinstance(place[1], UserError)
+    for content in ("text\n" + "a" * 41, 'text\n"' + "a\n" * 41):
+        (tmp_path / "rows.csv").write_text(content)
+        with pytest.raises(UserError, match=r"rows.csv:2: a row of more than 40 bytes"):
+            lines_within(tmp_path / "rows.csv", 40)
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a", "prompt": "b"}', '[{"x": [{"prompt": 1, "role": 2, "prompt": 1}]}]'])
+def test_a_key_that_is_in_an_object_twice_is_an_error(text):
+    with pytest.raises(UserError) as caught:
+        sources.load_json(text.encode(), "f.jsonl:3")
+    assert str(caught.value) == "f.jsonl:3: the key 'prompt' is in one object twice, remove one of them"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.jsonl.gz"])
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path, name):
+    file = tmp_path / name
+    file.write_text("version https://git-lfs.example/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert refusal(file) == f"{file}: is a Git LFS pointer, not the data; run `git lfs pull` where it was cloned"
+
+
 # -- saved and hub sets ------------------------------------------------------------------------------------
 
 
@@ -273,14 +336,35 @@ def test_a_hub_id_is_loaded_with_its_name_subset_and_split(monkeypatch):
 
     monkeypatch.setattr(hub, "answers", lambda endpoint: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "answers", lambda endpoint: True)
     source = open_source(SourceSettings(path="some-org/some.set", name="en", subset="base", split="test"))
     assert calls == [(("some-org/some.set", "en"), {"data_dir": "base", "split": "test", "cache_dir": None})]
     assert list(source.rows()) == [("some-org/some.set[test][0]", {"prompt": "Hi"})]
     assert source.content() == "as on the hub"
 
 
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_its_cache_is_tried(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    offline = []
+
+    def load_dataset(*args, **kwargs):
+        offline.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError("not in the cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "answers", lambda endpoint: False)
+    for config in (datasets.config, hub.constants):
+        monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    sentence = refusal("some-org/set")
+    assert sentence.startswith("some-org/set: not a local folder and not in the cache")
+    assert "give a local folder, or set HF_HOME" in sentence and "\n" not in sentence
+    assert offline == [True]
+
+
 def test_a_hub_failure_is_one_sentence(monkeypatch):
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(hub, "answers", lambda endpoint: True)
 
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route")

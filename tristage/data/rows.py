@@ -37,7 +37,7 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _LABELS = ("label", "kto_tag")
 _BAD = (False, "false", "False")
-_EMPTY = (None, "", "[]", "null", [], {})
+_EMPTY: tuple[object, ...] = (None, "", "[]", "null", [], {})
 _READ_IN_MESSAGES = {"role", "content", "from", "value"}
 
 # What columns are often called elsewhere, to guess a `columns` setting from.

@@ -1,10 +1,13 @@
 """Where rows come from: files, folders, saved data sets and hub sets, to raw rows with their places.
 
-A JSON line stays bytes here, so that whoever parses the row (one of several processes) also decodes it.
+A JSON line stays bytes here, so that whoever parses the row (one of several processes) also decodes it. A row of more
+than `max_row_bytes` becomes an error in its place, and of a line no more than that is ever held in memory. (A `.json`
+file is one list, which is read whole.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -12,6 +15,7 @@ import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +27,16 @@ import yaml
 from pydantic import ValidationError
 
 from tristage import hub
-from tristage.config import RunSettings, SourceSettings, find_file
+from tristage.config import MAX_ROW_BYTES, RunSettings, SourceSettings, find_file
 from tristage.errors import UserError
 
-Payload = bytes | dict[str, Any] | object  # a JSON line, or a row that its format has already decoded
+# A JSON line, a row that its format has already decoded, or why there is none.
+Payload = bytes | dict[str, Any] | UserError | object
 Place = tuple[str, Payload]  # where it is ("file:line" or "file[index]"), and what is there
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
+LFS_POINTER = b"version https://git-lfs"  # how a file starts that Git LFS has not fetched
+HUB_SECONDS = 5.0  # for the hub to answer at all
 MORE_CELLS = "(more cells than columns)"  # the key of those, in a row of a CSV file
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|training|test|testing|eval|valid|validation|val|dev)(?=$|[^a-z])")
@@ -43,6 +50,7 @@ class OpenSource:
 
     name: str  # for messages
     settings: SourceSettings
+    max_row_bytes: int
     rows: Callable[[], Iterator[Place]]
     content: Callable[[], str]  # a hash that changes with any byte of it
 
@@ -83,8 +91,16 @@ def check_there(source: SourceSettings) -> None:
         raise UserError(f"{source.path}: there is no such file or folder, correct the path")
 
 
-def open_source(source: SourceSettings) -> OpenSource:
-    """Find out what `source` is. Raises UserError when it is not there or of no kind that can be read."""
+def open_source(source: SourceSettings, max_row_bytes: int = MAX_ROW_BYTES) -> OpenSource:
+    """Find out what `source` is. Raises UserError when it does not exist or is of no kind that can be read."""
+    rows, content = _find(source, max_row_bytes)
+    return OpenSource(str(source.path), source, max_row_bytes, lambda: _within(rows(), max_row_bytes), content)
+
+
+Found = tuple[Callable[[], Iterator[Place]], Callable[[], str]]  # `rows` and `content` of an OpenSource
+
+
+def _find(source: SourceSettings, max_row_bytes: int) -> Found:
     check_there(source)
     path = Path(str(source.path))
     if not path.exists():
@@ -104,12 +120,33 @@ def open_source(source: SourceSettings) -> OpenSource:
     for file in files:
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"{file}: cannot read {file.suffix or 'such'} files, give one of {', '.join(SUFFIXES)}")
-    return OpenSource(
-        str(source.path),
-        source,
-        rows=lambda: (place for file in files for place in _file_rows(file)),
-        content=lambda: _hash_files(files),
-    )
+        _refuse_pointer(file)
+    return (lambda: (place for file in files for place in _file_rows(file, max_row_bytes))), lambda: _hash_files(files)
+
+
+# -- the limit ---------------------------------------------------------------------------------------------
+
+
+def row_bytes(payload: object) -> int:
+    """Bytes of text in a row, its column names included; other values count as 8."""
+    if isinstance(payload, str):
+        return len(payload) if payload.isascii() else len(payload.encode(errors="surrogatepass"))
+    if isinstance(payload, bytes):
+        return len(payload)
+    if isinstance(payload, dict):
+        return sum(row_bytes(name) + row_bytes(value) for name, value in payload.items())
+    if isinstance(payload, (list, tuple)):
+        return sum(map(row_bytes, payload))
+    return 8
+
+
+def _within(rows: Iterator[Place], max_row_bytes: int) -> Iterator[Place]:
+    for where, payload in rows:
+        yield where, payload if row_bytes(payload) <= max_row_bytes else _too_large(where, max_row_bytes)
+
+
+def _too_large(where: str, max_row_bytes: int) -> UserError:
+    return UserError(f"{where}: a row of more than {max_row_bytes} bytes, shorten it or raise `data.max_row_bytes`")
 
 
 # -- folders -----------------------------------------------------------------------------------------------
@@ -173,16 +210,24 @@ def _digest(stream: Any) -> Any:
     return digest
 
 
-def _file_rows(file: Path) -> Iterator[Place]:
+def _refuse_pointer(file: Path) -> None:
+    with contextlib.suppress(OSError), file.open("rb") as stream:  # who can't read it hears so when it is read
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{file}: is a Git LFS pointer, not the data; run `git lfs pull` where it was cloned")
+
+
+def _file_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
     try:
         if file.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _jsonl_rows(file)
+            yield from _jsonl_rows(file, max_row_bytes)
         elif file.suffix == ".json":
             yield from _json_rows(file)
         elif file.suffix in (".csv", ".tsv"):
-            yield from _csv_rows(file)
+            yield from _csv_rows(file, max_row_bytes)
         elif file.suffix == ".parquet":
             yield from _parquet_rows(file)
+        elif file.stat().st_size > max_row_bytes:
+            yield f"{file}:1", _too_large(f"{file}:1", max_row_bytes)
         else:
             yield f"{file}:1", {"text": _decode(file.read_bytes(), file, 1)}
     except OSError as error:
@@ -190,12 +235,17 @@ def _file_rows(file: Path) -> Iterator[Place]:
         raise UserError(f"{file}: cannot be read ({problem}), check the file") from error
 
 
-def _jsonl_rows(file: Path) -> Iterator[Place]:
+def _jsonl_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if text := line.rstrip():
+            while line := stream.readline(max_row_bytes + 1):
+                number += 1
+                if len(line) > max_row_bytes and not line.endswith(b"\n"):
+                    yield f"{file}:{number}", _too_large(f"{file}:{number}", max_row_bytes)
+                    while line and not line.endswith(b"\n"):
+                        line = stream.readline(1 << 20)
+                elif text := line.rstrip():
                     yield f"{file}:{number}", text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file}:{number + 1}: the gzip stream breaks here ({error}), copy it again") from error
@@ -212,14 +262,15 @@ def _json_rows(file: Path) -> Iterator[Place]:
         yield f"{file}[{i}]", row
 
 
-def _csv_rows(file: Path) -> Iterator[Place]:
-    """The first line names the columns; every cell is text."""
-    csv.field_size_limit(2**31 - 1)
+def _csv_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
+    """The first line names the columns; every cell is text. A cell or line that is too large ends the file."""
+    csv.field_size_limit(max_row_bytes)
     delimiter = "\t" if file.suffix == ".tsv" else ","
     last = 1
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            lines = iter(lambda: stream.readline(max_row_bytes + 1), "")
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             names = next((cells for cells in reader if cells), [])
             last = reader.line_num
             for cells in reader:
@@ -232,13 +283,15 @@ def _csv_rows(file: Path) -> Iterator[Place]:
         _decode(file.read_bytes(), file, 1)
         raise AssertionError("a file that did not decode decodes") from error
     except csv.Error as error:
+        if "field limit" in str(error):  # a line is no longer than its cells
+            raise _too_large(f"{file}:{last + 1}", max_row_bytes) from None
         raise UserError(f"{file}:{last + 1}: not {file.suffix[1:]} ({error}), mend the line") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[Place]:
     index = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=128):
             for row in batch.to_pylist():
                 yield f"{file}[{index}]", row
                 index += 1
@@ -259,7 +312,9 @@ def load_json(data: bytes, where: str) -> object:
     file, _, line = where.rpartition(":")
     text = _decode(data, file, int(line))
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except _KeyTwice as error:
+        raise UserError(f"{where}: the key {str(error)!r} is in one object twice, remove one of them") from None
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at column {error.colno}"
         raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({problem}), mend the line") from error
@@ -267,10 +322,21 @@ def load_json(data: bytes, where: str) -> object:
         raise UserError(f"{where}: not JSON that can be read ({error}), mend the line") from error
 
 
+class _KeyTwice(ValueError):
+    """The message is the key. Python's json would take the last value in silence."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _KeyTwice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+
 # -- saved and hub sets ------------------------------------------------------------------------------------
 
 
-def _saved_source(path: Path, source: SourceSettings) -> OpenSource:
+def _saved_source(path: Path, source: SourceSettings) -> Found:
     import datasets  # here and below: it takes a second to import, and plain files do not need it
 
     try:
@@ -282,15 +348,10 @@ def _saved_source(path: Path, source: SourceSettings) -> OpenSource:
             raise UserError(f"{path}: there is no split {source.split!r}, choose one of {', '.join(saved)}")
         saved = saved[source.split]
     files = sorted(Path(entry["filename"]) for entry in saved.cache_files)
-    return OpenSource(
-        str(source.path),
-        source,
-        rows=lambda: ((f"{path}[{i}]", row) for i, row in enumerate(saved)),
-        content=lambda: _hash_files(files),
-    )
+    return (lambda: ((f"{path}[{i}]", row) for i, row in enumerate(saved))), lambda: _hash_files(files)
 
 
-def _hub_source(source: SourceSettings) -> OpenSource:
+def _hub_source(source: SourceSettings) -> Found:
     import datasets
 
     path, folder, cache, content = str(source.path), source.subset, None, None
@@ -302,7 +363,7 @@ def _hub_source(source: SourceSettings) -> OpenSource:
     try:
         rows = datasets.load_dataset(path, source.name, data_dir=folder, split=source.split, cache_dir=cache)
     except Exception as error:  # no network, login, set or split: each library has its own
-        if isinstance(error, OSError) and (problem := hub.problem(path)):
+        if problem := hub.problem(path):
             raise UserError(problem) from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise UserError(
@@ -310,9 +371,5 @@ def _hub_source(source: SourceSettings) -> OpenSource:
             f"{error}{cause}"
         ) from error
     where = f"{path}[{source.split}]"
-    return OpenSource(
-        path,
-        source,
-        rows=lambda: ((f"{where}[{i}]", row) for i, row in enumerate(rows)),
-        content=lambda: content or str(rows._fingerprint),
-    )
+    return (lambda: ((f"{where}[{i}]", row) for i, row in enumerate(rows))), lambda: content or str(rows._fingerprint)
+

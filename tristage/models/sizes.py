@@ -64,7 +64,7 @@ def model_shape(
     text, names = config.get_text_config(), [name for name, _ in model.named_modules()]
     heads = getattr(text, "num_attention_heads", None)
     if heads is None:
-        raise UserError(f"{path}: memory is planned for models with attention, and a {config.model_type} model has none")
+        raise UserError(f"{path}: memory is planned for models with attention; {config.model_type} has none")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_value = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
     activation = getattr(text, "hidden_act", None) or getattr(text, "activation_function", None) or "gelu"
