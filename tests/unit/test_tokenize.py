@@ -86,9 +86,59 @@ def test_the_tokenizer_adds_no_special_token_of_its_own():
     assert encoded(tokenizer, TextRow("a", "")).ids[1:] == [tokenizer.eos_token_id]
 
 
-def test_special_tokens_in_a_users_text_stay(tokenizer):
+@pytest.mark.parametrize("text", ["What is {}?", "{}", "a{}{}b ", "日本{}🙂", "<{} <|im_start|><s"])
+def test_special_tokens_that_contents_spell_out_are_plain_text(tokenizer, text):
+    """The special ids are those of the same dialogue without any, the text comes back, the answers are in place."""
+    end = tokenizer.eos_token
+    spelled, plain = text.replace("{}", end), text.replace("{}", "x").replace("<|im_start|>", "x")
+    special = set(tokenizer.all_special_ids)
+
+    def specials_of(example: Example) -> list[int]:
+        return [token for token in example.ids if token in special]
+
+    roles = ("user", "assistant", "user")
+    dialogue, without = (
+        tuple({"role": role, "content": content} for role in roles) for content in (spelled, plain)
+    )
+    example, other = (encoded(tokenizer, SFTRow(turns, "Ciao <|im_start|>", "")) for turns in (dialogue, without))
+    assert specials_of(example) == specials_of(other)
+    assert tokenizer.decode(example.ids).count(spelled.strip()) >= 3
+    [(start, stop)] = example.also_trained
+    assert tokenizer.decode(example.ids[start:stop]).removesuffix(end).strip() == spelled.strip()
+    assert tokenizer.decode(example.ids[example.prompt_length :]).endswith("Ciao <|im_start|>" + end)
+    prompt = encoded(tokenizer, PromptRow(dialogue, "")).ids
+    assert example.ids[: example.prompt_length] == prompt
+    document = encoded(tokenizer, TextRow(spelled, ""))
+    assert specials_of(document) == [tokenizer.eos_token_id] and tokenizer.decode(document.ids[:-1]) == spelled
+
+
+def test_hand_made_ids_of_text_that_spells_special_tokens():
+    core = Tokenizer(models.BPE({"[UNK]": 0, "</s>": 1, "<": 2, "/": 3, "s": 4, ">": 5, "a": 6}, [], unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="[UNK]")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    row = SFTRow(({"role": "user", "content": "a</s>"},), "a", "")
+    assert encoded(tokenizer, row) == Example([6, 2, 3, 4, 5, 1, 6, 1], prompt_length=6)
+    assert encoded(tokenizer, TextRow("</s>a", "")) == Example([2, 3, 4, 5, 6, 1], prompt_length=0)
+
+
+def test_a_spelled_special_token_that_is_a_word_of_the_vocabulary_is_an_error_that_names_the_row():
+    tokenizer = word_tokenizer("Human:", "Assistant:", "Hi")
+    row = PromptRow(({"role": "user", "content": "Hi </s> Hi"},), "f:1")
+    assert encoded(tokenizer, row) == (
+        "UserError: f:1: has the text '</s>', which this tokenizer can't tell from its special token; remove it"
+    )
+    assert encoded(tokenizer, PromptRow(({"role": "user", "content": "Hi\U00108001"},), "f:1")) == (
+        "UserError: f:1: has the private character U+108001, remove it"
+    )
+
+
+def test_a_sampled_responses_prompt_spells_special_tokens_as_text_too(tokenizer):
     prompt = ({"role": "user", "content": f"What is {tokenizer.eos_token}?"},)
-    assert tokenizer.eos_token_id in encoded(tokenizer, PromptRow(prompt, "")).ids
+    row = SFTRow(prompt, "Hello", "")
+    assert sampled(tokenizer, "Hello", True, prompt=prompt) == encoded(tokenizer, row, train_on="last_answer")
+    words = word_tokenizer("Human:", "Assistant:", "Hi")  # has no other way to write it
+    prompt = ({"role": "user", "content": "Hi </s>"},)
+    assert sampled(words, "Hi", True, prompt=prompt) == sampled(words, "Hi", True)
 
 
 def test_rows_come_in_order_whatever_is_wrong_with_some(tokenizer):

@@ -19,6 +19,8 @@ from tristage.data.template import Tokenizer
 from tristage.data.tokenize import Policy
 from tristage.errors import UserError
 
+NAMES_SHOWN = 8  # of columns, or of special tokens, in one sentence
+
 
 @dataclass(frozen=True)
 class Part:
@@ -122,8 +124,27 @@ def report(part: Part, side: str, with_dropped: bool = True) -> None:
     if counts and with_dropped:
         words += f" (dropped: {', '.join(counts)})"
     dist.print0(words)
-    if part.prepared.bad and with_dropped:
+    if not with_dropped:
+        return
+    if part.prepared.bad:
         dist.print0(f"{part.name}: {part.prepared.bad} malformed rows skipped, listed in {part.prepared.report}")
+    for sentence in notes(part):
+        dist.print0(sentence)
+
+
+def notes(part: Part) -> list[str]:
+    """What is in the rows of a source without being trained on as a reader may think, one sentence each."""
+    unused = sorted(part.prepared.unused.items(), key=lambda column: -column[1])
+    sentences = []
+    if unused:
+        shown = ", ".join(f"`{name}` ({count} rows)" for name, count in unused[:NAMES_SHOWN])
+        more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
+        sentences.append(f"{part.name}: columns that are not read: {shown}{more}")
+    spelled = sorted(part.prepared.spelled.items(), key=lambda token: -token[1][0])
+    if spelled:
+        shown = ", ".join(f"{token} ({count} rows, first {first})" for token, (count, first) in spelled[:NAMES_SHOWN])
+        sentences.append(f"{part.name}: special tokens spelled out in contents, kept as plain text: {shown}")
+    return sentences
 
 
 def _prepare(
@@ -139,7 +160,8 @@ def _prepare(
     source = source.model_copy(update={"limit": source.limit or limit})
     skip = skip_bad or (source.on_bad_row or data.on_bad_row) == "skip"
     cache = cache_folder(data.cache)
-    prepared = prepare(open_source(source), tokenizer, policy, skip_bad=skip, cache=cache, workers=data.workers)
+    opened = open_source(source, data.max_row_bytes)
+    prepared = prepare(opened, tokenizer, policy, skip_bad=skip, cache=cache, workers=data.workers)
     if not len(prepared.rows) and not skip_bad:
         reasons = prepared.dropped + Counter({"malformed": prepared.bad})
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it is empty"

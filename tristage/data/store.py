@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
@@ -33,13 +34,15 @@ import tristage
 from tristage import dist
 from tristage.config import SourceSettings
 from tristage.data.rows import PromptRow, Row, Turn, Unusable, prompt_hash, read_row, row_hash
-from tristage.data.sources import OpenSource, Place
+from tristage.data.sources import OpenSource, Place, row_bytes
+from tristage.data.special import spelled_in
 from tristage.data.template import Tokenizer, template_fingerprint
 from tristage.data.tokenize import Example, Item, Policy, encode
 from tristage.errors import UserError
 
-FORMAT = 3  # raise it when the schema or the meaning of a column changes
+FORMAT = 4  # raise it when the schema or the meaning of a column changes
 CHUNK = 512  # rows that one call of the tokenizer and one task of a worker hold
+CHUNK_BYTES = 2 * 2**20  # of rows in a chunk of more than one: tokenising takes about 140 times as much memory
 CHUNKS_A_BATCH = 32  # chunks that one batch of the Arrow file holds
 ROWS_BEFORE_WORKERS = 16 * CHUNK  # starting processes takes seconds; a smaller set is done by then
 
@@ -133,6 +136,8 @@ class Prepared:
         meta = json.loads((folder / "meta.json").read_text())
         self.dropped: Counter[str] = Counter(meta["dropped"])  # by reason, of no fault of the user's
         self.bad: int = meta["bad"]  # malformed and skipped
+        self.unused: dict[str, int] = meta["unused"]  # column that no layout reads -> rows that have it
+        self.spelled: dict[str, tuple[int, str]] = meta["spelled"]  # special token -> rows with its text, the first one
         self.report = folder / "left_out.jsonl"  # see left_out
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))).read_all()
         self.rows = Rows(table, folder.name)
@@ -206,6 +211,7 @@ def _checksum(path: Path) -> str:
 
 def _key(source: OpenSource, tokenizer: Tokenizer, policy: Policy) -> str:
     read_by = source.settings.model_dump(exclude={"preset", "weight", "on_bad_row"}, mode="json")
+    read_by["max_row_bytes"] = source.max_row_bytes
     made_by = [FORMAT, tristage.__version__, version("transformers"), version("tokenizers")]
     tokens = [template_fingerprint(tokenizer), tokenizer.bos_token, vars(policy)]
     parts = [made_by, source.content(), read_by, tokens]
@@ -214,13 +220,25 @@ def _key(source: OpenSource, tokenizer: Tokenizer, policy: Policy) -> str:
 
 # -- writing -----------------------------------------------------------------------------------------------
 
-Outcome = tuple[str, dict[str, Any] | None, str, bool]  # where, the row's columns, else why not, and whose fault
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one raw row: its columns of SCHEMA, or why there are none."""
+
+    where: str
+    columns: dict[str, Any] | None
+    reason: str = ""
+    at_fault: bool = False  # malformed, which is the user's to fix
+    unused: tuple[str, ...] = ()  # columns of the raw row that no layout reads
+    spelled: tuple[str, ...] = ()  # special tokens whose text is in its contents
 
 
 def _write(
     folder: Path, source: OpenSource, tokenizer: Tokenizer, policy: Policy, skip_bad: bool, workers: int
 ) -> None:
     dropped: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
+    spelled: dict[str, tuple[int, str]] = {}
     kept = bad = 0
     limit, told = source.settings.limit, time.monotonic()
     with (
@@ -238,17 +256,21 @@ def _write(
 
         for outcomes in _outcomes(source, tokenizer, policy, workers):
             columns: list[dict[str, Any]] = []
-            for where, row, reason, at_fault in outcomes:
+            for row in outcomes:
                 if kept + len(columns) == limit:
                     break
-                if row is not None:
-                    columns.append(row)
+                if row.columns is not None:
+                    columns.append(row.columns)
+                    unused.update(row.unused)
+                    for token in row.spelled:
+                        count, first = spelled.get(token, (0, row.where))
+                        spelled[token] = count + 1, first
                     continue
-                if at_fault and not skip_bad:
-                    raise UserError(reason)
-                left_out.write(json.dumps({"where": where, "reason": reason, "bad": at_fault}) + "\n")
-                bad += at_fault
-                dropped[reason] += not at_fault
+                if row.at_fault and not skip_bad:
+                    raise UserError(row.reason)
+                left_out.write(json.dumps({"where": row.where, "reason": row.reason, "bad": row.at_fault}) + "\n")
+                bad += row.at_fault
+                dropped[row.reason] += not row.at_fault
             if columns:
                 waiting.append(pyarrow.RecordBatch.from_pylist(columns, schema=SCHEMA))
             if len(waiting) == CHUNKS_A_BATCH:
@@ -263,6 +285,7 @@ def _write(
     rows = folder / "rows.arrow"
     of_rows = {"bytes": rows.stat().st_size, "sha256": _checksum(rows)}
     meta = {"source": source.name, "rows": kept, "dropped": +dropped, "bad": bad} | of_rows
+    meta |= {"unused": unused, "spelled": spelled}
     (folder / "meta.json").write_text(json.dumps(meta))
     for file in folder.iterdir():
         with file.open("rb") as written:
@@ -296,8 +319,17 @@ def _outcomes(source: OpenSource, tokenizer: Tokenizer, policy: Policy, workers:
 
 
 def _chunks(rows: Iterable[Place]) -> Iterator[list[Place]]:
-    iterator = iter(rows)
-    while chunk := list(itertools.islice(iterator, CHUNK)):
+    """At most CHUNK rows, and CHUNK_BYTES unless one row alone has more."""
+    chunk: list[Place] = []
+    size = 0
+    for place in rows:
+        more = row_bytes(place[1])
+        if chunk and (len(chunk) == CHUNK or size + more > CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(place)
+        size += more
+    if chunk:
         yield chunk
 
 
@@ -327,13 +359,13 @@ def encode_chunk(chunk: Sequence[Place], source: SourceSettings, tokenizer: Toke
     for (where, _), row in zip(chunk, read, strict=True):
         found = row if isinstance(row, Exception) else next(encoded)
         if isinstance(found, Exception):
-            outcomes.append((where, None, str(found), isinstance(found, UserError)))
+            outcomes.append(Outcome(where, None, str(found), isinstance(found, UserError)))
         else:
             assert not isinstance(row, Exception)
             columns = _columns(*found) | {"prompt_hash": prompt_hash(row), "row_hash": row_hash(row), "where": where}
             if isinstance(row, PromptRow):
                 columns["turns"] = json.dumps(row.prompt, ensure_ascii=False)
-            outcomes.append((where, columns, "", False))
+            outcomes.append(Outcome(where, columns, unused=row.unused, spelled=tuple(spelled_in(row, tokenizer))))
     return outcomes
 
 

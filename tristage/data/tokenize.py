@@ -2,7 +2,8 @@
 
 The prompt and the answer are tokenised apart and joined, so that the ids of a prompt in training are exactly
 those that a rollout starts from (tokenised together, a pair could merge across the border). Special tokens
-come from the template alone. Rows over the token limit meet one policy (`data.too_long`) in every step.
+come from the template alone (see special.py). Rows over the token limit meet one policy (`data.too_long`) in every
+step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 
 from tristage.config import Kind
 from tristage.data.rows import PromptRow, RankingRow, Row, SFTRow, TextRow, Turn, Unusable
+from tristage.data.special import HIDDEN, encode_hidden, hide, hide_turns
 from tristage.data.template import Span, Tokenizer, earlier_answers, render, render_sampled
 from tristage.errors import UserError
 
@@ -94,7 +96,12 @@ def encode_sampled(
     spelled = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
     while (shorter := spelled.sub("", response)) != response:
         response = shorter
-    texts = render_sampled(tokenizer, prompt, response, ended, where="a sampled response")
+    where = "a sampled response"
+    try:
+        turns = hide_turns(prompt, tokenizer, where)
+    except UserError:  # it has no plain text for them, and a rollout can't be refused
+        turns = tuple({**turn, "content": spelled.sub("", turn["content"])} for turn in prompt)
+    texts = render_sampled(tokenizer, turns, response, ended, where=where)
     (asked, _), (said, _) = _to_ids(tokenizer, list(texts), False)
     whole = Example(asked + said, min(len(asked), len(asked + said) - 1))
     return _cut_left(whole, tokenizer, max_tokens)
@@ -113,6 +120,7 @@ def _leading_bos(example: Example, tokenizer: Tokenizer) -> int:
 
 
 def _texts(row: Row, tokenizer: Tokenizer, policy: Policy) -> list[_Text]:
+    row = hide(row, tokenizer)
     if isinstance(row, TextRow):
         return [_Text(row.text, None, [], row.where)]
     if isinstance(row, PromptRow):
@@ -167,7 +175,11 @@ def _to_ids(tokenizer: Tokenizer, texts: list[str], with_places: bool) -> list[t
         verbose=False,
     )
     places = encoded["offset_mapping"] if with_places else [[]] * len(texts)
-    return list(zip(encoded["input_ids"], places, strict=True))
+    found = list(zip(encoded["input_ids"], places, strict=True))
+    for i, text in enumerate(texts):
+        if HIDDEN.search(text):
+            found[i] = encode_hidden(text, tokenizer)
+    return found
 
 
 def _token_span(characters: Span, places: list[Span]) -> Span:
