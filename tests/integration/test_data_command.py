@@ -87,7 +87,7 @@ def test_check_finds_every_malformed_row_at_once(run):
     assert code == 1
     assert [int(line) for line in re.findall(r"malformed: \S*train.jsonl:(\d+):", printed)] == [2, 3, 4]
     assert "not JSON" in printed and "`response` is empty" in printed and "must be text, found int" in printed
-    assert "to fix: " in printed and "3 malformed rows; mend them, or set `data.on_bad_row: skip`" in printed
+    assert "to fix: " in printed and "3 malformed rows; fix them, or set `data.on_bad_row: skip`" in printed
     code, printed = run("check", bad, "data.on_bad_row=skip")
     assert code == 0 and "malformed: " in printed
 
@@ -122,8 +122,30 @@ def test_check_counts_truncated_rows(run):
 
 
 def test_an_empty_set_is_to_fix(run):
-    code, printed = run("check", ['{"prompt": "x", '])
-    assert code == 1 and "the training set is empty" in printed
+    code, printed = run("check", GOOD, "data.heldout=null", "data.heldout_fraction=1e-9")
+    assert code == 1 and "to fix: the held-out set is empty: no prompt of `data.train` falls in" in printed
+    code, printed = run("show", GOOD, "data.heldout=null", "data.heldout_fraction=1e-9", "--rows", "2")
+    assert code == 0 and printed.count("⟦") == 2
+    code, printed = run("show", GOOD, "data.heldout=null", "data.heldout_fraction=1e-9", "--heldout")
+    assert code == 0 and "`data.heldout_fraction`, 1e-09; raise it" in printed
+
+
+def test_rows_that_fail_alike_are_said_once_with_a_guess_of_the_setting(run):
+    rows = [{"question": row["prompt"], "answer": row["response"]} for row in GOOD]
+    code, printed = run("check", rows)
+    assert code == 1 and printed.count("not understood") == 1
+    (problem,) = re.findall("to fix: (.*)", printed)
+    assert "train.jsonl: no row can be read, 12 rows (:1, :2, :3, ...): the columns ['answer', 'question']" in problem
+    assert "set `columns: {prompt: question, response: answer}`" in problem and "on_bad_row" not in problem
+    code, printed = run("check", [*GOOD, *rows, '{"prompt": '])
+    assert printed.count("not understood") == 1 and "malformed: 12 rows (:13, :14, :15, ...): the columns" in printed
+    assert "13 malformed rows; fix them, or set `data.on_bad_row: skip`" in printed
+
+
+def test_check_and_show_say_what_is_not_read(run):
+    rows = [row | {"id": i} for i, row in enumerate(GOOD)]
+    for command in ("check", "show"):
+        assert "train.jsonl: columns that are not read: `id` (12 rows)" in run(command, rows)[1]
 
 
 def test_what_stops_a_step_stops_the_command_with_2(run, tmp_path):

@@ -13,6 +13,7 @@ import torch
 
 from step1_sft.config import SFTConfig
 from tests.helpers import tiny
+from tests.unit.test_template import default as byte_default
 from tristage import dist, preflight, run
 from tristage.config import RunSettings, SourceSettings, load_config
 from tristage.data.sets import fingerprint, load_heldout, load_sets
@@ -238,14 +239,52 @@ def test_training_on_held_out_prompts_is_an_error_until_it_is_asked_for(bench, c
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["data.heldout_fraction=1e-9"], r"sft.yaml: the held-out set is empty; give more rows"),
-        (["data.data_split=0,1,1"], r"sft.yaml: the training set is empty; give more rows"),
+        (["data.heldout_fraction=1e-9"], r"sft.yaml: the held-out set is empty: .* `data.heldout_fraction`, 1e-09;"),
+        (["data.data_split=0,1,1"], r"sft.yaml: the training set is empty: .* share of `data.data_split`"),
         (["max_tokens=2"], r"rows.jsonl: no usable row \(20 longer than 2 tokens\); give"),
     ],
 )
 def test_an_empty_set_is_an_error(bench, overrides, message):
     with pytest.raises(UserError, match=message):
         bench.sets(bench.file("rows.jsonl", named(0, 20)), *overrides)
+
+
+def test_what_is_not_read_and_special_tokens_in_contents_are_said_once_with_counts(tmp_path, capsys):
+    model = tiny.write_model(tmp_path / "model")
+    rows = [{"prompt": f"Name {name}.", "response": "fig", "id": name, "tags": []} for name in named(0, 20)]
+    rows[3] |= {"source": "us"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    load_sets(tiny.sft_config(tmp_path, model, str(file)), load_tokenizer(model))
+    printed = capsys.readouterr().out
+    assert printed.count(f"{file}: columns that are not read: `id` (20 rows), `source` (1 rows)\n") == 1
+    assert "special tokens" not in printed
+
+
+def test_special_tokens_in_contents_are_said_once_with_counts_and_the_first_place(tmp_path, capsys):
+    prompts = [f"Name {name}." for name in named(0, 20)]
+    prompts[4] += "</s>"
+    prompts[7] += "</s></s>"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": prompt, "response": "fig"}) for prompt in prompts))
+    load_sets(tiny.sft_config(tmp_path, "-", str(file), 0, "max_tokens=500"), byte_default())
+    said = f"{file}: special tokens spelled out in contents, kept as plain text: </s> (2 rows, first {file}:5)\n"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_no_usable_row_names_the_first_malformed_one(bench, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "Hi", "answer": "there"}\n' * 3)
+    with pytest.raises(UserError, match=r"no usable row \(3 malformed\); the first .*rows.jsonl:1: .*prompt: question"):
+        bench.sets(str(file), "data.on_bad_row=skip")
+
+
+def test_a_row_over_the_limit_in_bytes_is_malformed_by_the_setting(bench):
+    file = bench.file("rows.jsonl", [*named(0, 20), "x" * 300])
+    with pytest.raises(UserError, match=r"rows.jsonl:21: a row of more than 200 bytes, .* `data.max_row_bytes`"):
+        bench.sets(file, "data.max_row_bytes=200")
+    assert sum(map(len, bench.sets(file, "data.max_row_bytes=200", "data.on_bad_row=skip"))) == 20
+    assert sum(map(len, bench.sets(file, "max_tokens=1000"))) == 21  # not served from the set with the other limit
 
 
 def test_malformed_rows_are_skipped_where_the_source_or_the_run_says_so(bench, capsys):

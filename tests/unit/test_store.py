@@ -239,6 +239,14 @@ def test_skipped_rows_are_counted_and_listed_in_order_with_place_and_reason(tmp_
     assert [line["reason"] for line in listed[2:]] == ["identical answers", "longer than 20 tokens"]
 
 
+def test_a_chunk_is_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHUNK_BYTES", 100)
+    rows = [("f:1", b"x" * 60), ("f:2", b"x" * 40), ("f:3", {"a": "x"}), ("f:4", b"x" * 500), ("f:5", b"x")]
+    assert [len(chunk) for chunk in store._chunks(rows)] == [2, 1, 1, 1]
+    monkeypatch.setattr(store, "CHUNK", 1)
+    assert [len(chunk) for chunk in store._chunks(rows)] == [1] * 5
+
+
 @pytest.mark.parametrize("skipped_before", [False, True])
 @pytest.mark.parametrize("chunk", [1, 2, 512])
 def test_the_first_bad_row_in_file_order_is_the_error(tmp_path, monkeypatch, chunk, skipped_before):

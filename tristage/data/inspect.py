@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,13 @@ from rich.text import Text
 
 from tristage.config import RunSettings
 from tristage.data.collate import collate_sft
-from tristage.data.sets import Part, load_parts, load_sets, overlap
+from tristage.data.sets import Part, load_parts, load_sets, notes, overlap, why_empty
 from tristage.data.store import Rows, concatenate
 from tristage.data.template import Tokenizer
 from tristage.data.tokenize import Example
 
 STYLES = {"special": "bold magenta", "trained": "green", "prompt": "cyan"}
+KINDS_SHOWN = 20  # of malformed rows
 PLACES_SHOWN = 3  # rows named for each reason; the file has the rest
 
 
@@ -29,7 +31,9 @@ def show(settings: RunSettings, tokenizer: Tokenizer, num_rows: int, heldout: bo
 
     Where there are no colours, what is learned stands in ⟦ ⟧. Special tokens show as they are written.
     """
-    rows = load_sets(settings, tokenizer)[int(heldout)]
+    rows = load_sets(settings, tokenizer, check=False)[int(heldout)]
+    if not len(rows):
+        console.print(why_empty("held-out" if heldout else "training", settings))
     learned = {"sft": "learned", "ranking": "scored", "prompt": "(none: answers are sampled)"}[settings.kind]
     legend = Text.assemble(("read", STYLES["prompt"]), "  ", (learned, STYLES["trained"]), "  ")
     console.print(legend.append("special token", STYLES["special"]))
@@ -78,8 +82,8 @@ def check(settings: RunSettings, tokenizer: Tokenizer, console: Console) -> list
             seen.add(str(part.prepared.report))
             problems += _left_out(part, settings, console)
     for side, rows in joined.items():
-        if not len(rows):
-            problems.append(f"the {side} set is empty; give more rows or a larger token limit")
+        if not len(rows) and not problems:  # malformed rows are the reason that was already given
+            problems.append(why_empty(side, settings))
         _duplicates(side, rows, settings, console)
     shared = np.flatnonzero(overlap(joined["training"], joined["held-out"]))
     if len(shared):
@@ -109,22 +113,41 @@ def _lengths_table(sides: dict[str, list[Part]], settings: RunSettings) -> Table
 def _left_out(part: Part, settings: RunSettings, console: Console) -> list[str]:
     """Print the rows of a source that are not used, by reason; the malformed ones are what must be fixed."""
     places: dict[str, list[str]] = defaultdict(list)
-    bad = []
+    bad: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in part.prepared.left_out():
         if line["bad"]:
-            bad.append(line["reason"])
+            bad[re.sub(r"\d+", "#", _sentence(line))].append(line)
         else:
             places[line["reason"]].append(line["where"].removeprefix(part.name))
     for reason, found in places.items():
         more = ", ..." if len(found) > PLACES_SHOWN else ""
         console.print(f"{part.name}: {len(found)} dropped: {reason} ({', '.join(found[:PLACES_SHOWN])}{more})")
-    for sentence in bad[:20]:
-        console.print(f"malformed: {sentence}")
+    all_alike = len(bad) == 1 and not len(part.prepared.rows) and not places
+    for alike in list(bad.values())[: 0 if all_alike else KINDS_SHOWN]:
+        console.print(f"malformed: {_place(alike, part)}: {_sentence(alike[0])}")
+    for sentence in notes(part):
+        console.print(sentence)
     if bad or places:
         console.print(f"every row that is not used: {part.prepared.report}")
+    if all_alike:
+        (alike,) = bad.values()
+        return [f"{part.name}: no row can be read, {_place(alike, part)}: {_sentence(alike[0])}"]
     if bad and (part.source.on_bad_row or settings.data.on_bad_row) == "error":
-        return [f"{part.name}: {len(bad)} malformed rows; mend them, or set `data.on_bad_row: skip`"]
+        count = sum(map(len, bad.values()))
+        return [f"{part.name}: {count} malformed rows; fix them, or set `data.on_bad_row: skip`"]
     return []
+
+
+def _sentence(line: dict[str, str]) -> str:
+    return line["reason"].removeprefix(f"{line['where']}: ")
+
+
+def _place(lines: list[dict[str, str]], part: Part) -> str:
+    """Where one malformed row is, or how many there are that fail alike and where the first are."""
+    if len(lines) == 1:
+        return lines[0]["where"]
+    first = ", ".join(line["where"].removeprefix(part.name) for line in lines[:PLACES_SHOWN])
+    return f"{len(lines)} rows ({first}{', ...' if len(lines) > PLACES_SHOWN else ''})"
 
 
 def _duplicates(side: str, rows: Rows, settings: RunSettings, console: Console) -> None:

@@ -35,14 +35,14 @@ class Part:
         return str(self.source.path)
 
 
-def load_sets(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
+def load_sets(settings: RunSettings, tokenizer: Tokenizer, check: bool = True) -> tuple[Rows, Rows]:
     """(training, held-out) rows of a step: ranked ones for the reward model, else one example each.
 
     Held-out rows come from `data.heldout`, or are split off `data.train` by a hash of the prompt, so that no prompt
     is on both sides. Call it before the process group exists: the first run with these data tokenises them.
 
     Raises:
-        UserError: unreadable sources, malformed rows, an empty set, or a prompt on both sides.
+        UserError: unreadable sources, malformed rows; if `check`, also an empty set, or a prompt on both sides.
     """
     train, heldout = load_parts(settings, tokenizer)
     data = settings.data
@@ -54,7 +54,7 @@ def load_sets(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
     shared = overlap(whole, held)
     if shared.any():
         first = int(shared.argmax())
-        if data.overlap == "error":
+        if data.overlap == "error" and check:
             raise UserError(
                 f"{settings.file}: {int(shared.sum())} training rows have a prompt that is held out, the first is "
                 f"{whole.where(first)}; set `data.overlap: drop` to leave them out, or `allow`"
@@ -63,9 +63,22 @@ def load_sets(settings: RunSettings, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
             whole = whole.take(np.flatnonzero(~shared))
             dist.print0(f"dropped {int(shared.sum())} training rows whose prompt is held out")
     for side, rows in (("training", whole), ("held-out", held)):
-        if not len(rows):
-            raise UserError(f"{settings.file}: the {side} set is empty; give more rows or a larger token limit")
+        if check and not len(rows):
+            raise UserError(f"{settings.file}: {why_empty(side, settings)}")
     return whole, held
+
+
+def why_empty(side: str, settings: RunSettings) -> str:
+    """That the "training" or "held-out" set has no row, and the setting that decides it."""
+    data = settings.data
+    if side == "held-out" and not data.heldout:
+        return (
+            f"the held-out set is empty: no prompt of `data.train` falls in its `data.heldout_fraction`, "
+            f"{data.heldout_fraction:g}; raise it, give more rows, or give `data.heldout`"
+        )
+    if side == "training" and data.data_split is not None:
+        return f"the training set is empty: no prompt falls in this step's share of `data.data_split` {data.data_split}"
+    return f"the {side} set is empty; give more rows or a larger token limit"
 
 
 def load_heldout(settings: RunSettings, tokenizer: Tokenizer) -> Rows:
@@ -165,6 +178,9 @@ def _prepare(
     if not len(prepared.rows) and not skip_bad:
         reasons = prepared.dropped + Counter({"malformed": prepared.bad})
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it is empty"
+        bad = next((line["reason"] for line in prepared.left_out() if line["bad"]), None)
+        if bad is not None:
+            raise UserError(f"{source.path}: no usable row ({counts}); the first malformed one is {bad}")
         raise UserError(f"{source.path}: no usable row ({counts}); give other rows or a larger token limit")
     return Part(source, prepared, prepared.rows)
 
