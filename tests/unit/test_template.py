@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tristage.config import RunSettings
+from tristage.data import trial
 from tristage.data.rows import _dialogue_turns
 from tristage.data.template import earlier_answers, ensure_template, read_template, render, template_fingerprint
 from tristage.errors import UserError
+from tristage.models import load_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
 DIALOGUE = [
@@ -169,6 +173,64 @@ def test_an_unusable_template_is_an_error_that_names_the_row_and_the_template(te
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"f.jsonl:3: the tokenizer's chat template.*{sentence}"):
         render(tokenizer, HI, "Hello.", where="f.jsonl:3")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10 ** 12) %}x{% endfor %}",
+        "{{ 'x' * 2 * 10 ** 9 }}",
+        "{{ 'x' * 10 ** 12 }}",
+        "{% if messages[0]['role'] == 'system' %}{{ 'x' * 2 * 10 ** 9 }}{% endif %}",
+        "{% set n = namespace(t='x' * 4096) %}{% for i in range(99) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_loops_or_allocates_is_refused_in_one_sentence(template, monkeypatch):
+    monkeypatch.setattr(trial, "CPU_SECONDS", 1)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError) as caught:
+        trial.refuse_endless(tokenizer, "models/mine")
+    assert str(caught.value).startswith("models/mine: the chat template takes more than 1 seconds or 1024 MiB for a")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 100_000  # KiB: none of it in this process
+
+
+@pytest.mark.parametrize("template", [CHATML, FORGETS, "{{ raise_exception('no') }}", "{{ nothing.at.all }}"])
+def test_other_templates_pass_the_trial_and_it_is_cheap(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template + " "
+    began = time.process_time()
+    trial.refuse_endless(tokenizer, "models/mine")
+    trial.refuse_endless(tokenizer, "models/mine")
+    assert time.process_time() - began < 0.5
+
+
+def test_loading_a_tokenizer_refuses_an_endless_template_and_says_which_default_it_takes(tmp_path, capsys):
+    byte_tokenizer().save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path))
+    load_tokenizer(str(tmp_path))
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: no chat template, so dialogues are written as "
+        r"'\n\nHuman: QUESTION\n\nAssistant: ANSWER</s>'; "
+        "`data.template` gives another one\n"
+    )
+    load_tokenizer(str(tmp_path), CHATML)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "chat_template.jinja").write_text("{{ 'x' * 10 ** 12 }}")
+    with pytest.raises(UserError, match=f"^{tmp_path}: the chat template takes"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="^data.template: the chat template takes"):
+        load_tokenizer(str(tmp_path), "{{ 'y' * 10 ** 12 }}")
+
+
+def test_a_template_that_fails_otherwise_refuses_the_row_in_one_sentence():
+    tokenizer = byte_tokenizer()
+    for template, error in (("{{ 1 // 0 }}", "ZeroDivisionError: "), ("{{ messages + 1 }}", "TypeError: ")):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=rf"^f:1: the tokenizer's chat template refuses this row \({error}"):
+            render(tokenizer, HI, where="f:1")
 
 
 def test_a_tokenizer_without_eos_is_an_error():

@@ -55,14 +55,16 @@ def read_template(settings: RunSettings) -> str | None:
     return text
 
 
-def ensure_template(tokenizer: Tokenizer) -> None:
-    """Give a tokenizer without a chat template ours; it is then saved with the tokenizer.
+def ensure_template(tokenizer: Tokenizer) -> bool:
+    """Give a tokenizer without a chat template ours; it is then saved with the tokenizer. True where it had none.
 
     The template owns the special tokens, so it writes BOS in front where the tokenizer itself would have.
     """
-    if tokenizer.chat_template is None:
-        bos = "{{ bos_token }}" if _puts_bos_in_front(tokenizer) else ""
-        tokenizer.chat_template = bos + DEFAULT_TEMPLATE
+    if tokenizer.chat_template is not None:
+        return False
+    bos = "{{ bos_token }}" if _puts_bos_in_front(tokenizer) else ""
+    tokenizer.chat_template = bos + DEFAULT_TEMPLATE
+    return True
 
 
 def _puts_bos_in_front(tokenizer: Tokenizer) -> bool:
@@ -164,9 +166,10 @@ def earlier_answers(tokenizer: Tokenizer, prompt: Sequence[Turn], prompt_text: s
 def _apply(tokenizer: Tokenizer, turns: list[Turn], where: str, add_generation_prompt: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: it may divide by zero as well as refuse
+        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
         raise UserError(
-            f"{where}: the tokenizer's chat template refuses this row ({error}), mend the row or "
+            f"{where}: the tokenizer's chat template refuses this row ({kind}{error}), fix the row or "
             "give the tokenizer another chat_template"
         ) from error
 

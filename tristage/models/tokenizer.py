@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tristage import hub
-from tristage.data.template import ensure_template, template_fingerprint
+from tristage import dist, hub
+from tristage.data.template import ensure_template, render, template_fingerprint
+from tristage.data.trial import refuse_endless
 from tristage.errors import UserError
 from tristage.models.opening import cannot_open
 
@@ -19,7 +22,7 @@ def load_tokenizer(
     (as is usual for Llama 2); else pad stays EOS. Either is safe: padding is told by length, never by id.
 
     Raises:
-        UserError: no tokenizer there, or it has no EOS token.
+        UserError: no tokenizer there, it has no EOS token, or a chat template that does not end.
     """
     hub.prepare(path)
     try:
@@ -34,8 +37,17 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.unk_token if usable else tokenizer.eos_token
     if template is not None:
         tokenizer.chat_template = template
-    ensure_template(tokenizer)
+    if ensure_template(tokenizer):
+        _say_default(path, *render(tokenizer, [{"role": "user", "content": "QUESTION"}], "ANSWER"))
+    refuse_endless(tokenizer, path if template is None else "data.template")
     return tokenizer
+
+
+@functools.cache  # a step loads the tokenizer of a folder several times
+def _say_default(path: str, prompt: str, answer: str) -> None:
+    dist.print0(
+        f"{path}: no chat template, so dialogues are written as {prompt + answer!r}; `data.template` gives another one"
+    )
 
 
 SAME_TOKENIZER = "train both steps from models with the same tokenizer"  # what mends a disagreement
