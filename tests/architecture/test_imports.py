@@ -19,10 +19,20 @@ HOMES = {
     "deepspeed": ("tristage/engine.py", "tristage/rollout/"),
     "torch.distributed": ("tristage/dist.py",),
     "peft": ("tristage/models/",),
-    "transformers": ("tristage/models/", "tristage/rollout/", "tristage/quickstart/", "tristage/data/template.py"),
+    "transformers": (
+        "tristage/models/",
+        "tristage/rollout/",
+        "tristage/quickstart/",
+        "tristage/data/template.py",
+        "tristage/data/trial.py",
+    ),
 }
 # Imports inside functions, each with its reason beside it in the source.
-INSIDE_FUNCTIONS = {("tristage/data/sources.py", "datasets"), ("tristage/cli.py", "tristage")}
+INSIDE_FUNCTIONS = {
+    ("tristage/data/sources.py", "datasets"),
+    ("tristage/data/sources.py", "huggingface_hub"),
+    ("tristage/cli.py", "tristage"),
+}
 
 
 def name_of(path: Path) -> str:
