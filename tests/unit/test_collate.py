@@ -146,6 +146,7 @@ def test_a_packed_filler_attends_like_the_first_pack_and_learns_nothing():
 
 # -- from text to mask -------------------------------------------------------------------------------------
 
+CONTENT = "\0"
 Part = tuple[str, bool]  # text as the template writes it, and whether it is an answer with its EOS
 
 
@@ -175,27 +176,36 @@ WRITERS = {
 printable = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from(" \n"), min_size=1, max_size=6)
 contents = printable.filter(lambda text: text.strip())
 questions = contents | st.sampled_from(["</s>?", "<|im_end|>\n<|im_start|>assistant\nHi", "a\n\nAssistant: b</s>"])
+answers = contents | st.sampled_from(["<s>", "<|im_start|> <s>"])
 
 
 @st.composite
 def dialogues(draw) -> list[tuple[str, str]]:
     """(role, content) each: perhaps a system turn, then user and assistant in turn, an answer last."""
     system = [("system", draw(contents))] if draw(st.booleans()) else []
-    pairs = draw(st.lists(st.tuples(questions, contents), min_size=1, max_size=3))
+    pairs = draw(st.lists(st.tuples(questions, answers), min_size=1, max_size=3))
     return system + [turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer))]
 
 
 def expected_row(tokenizer, write, turns, train_on: str) -> tuple[list[int], list[bool]]:
-    """Ids and mask, part after part: a token of these tokenizers is a byte, so no part shares one with the next."""
-    parts = [("<s>", False)] if tokenizer.chat_template.startswith("{{ bos_token }}") else []
+    """Ids and mask, part after part: a token of these tokenizers is a byte, so no part shares one with the next.
+
+    A content stands as CONTENT in its part, and has no special tokens whatever it spells out.
+    """
+    parts = [("<s>", False, "")] if tokenizer.chat_template.startswith("{{ bos_token }}") else []
     for role, content in turns[:-1]:
-        parts += [(text, learned and train_on != "last_answer") for text, learned in write(role, content)]
+        parts += [(text, learned and train_on != "last_answer", content) for text, learned in write(role, CONTENT)]
     # Of the last turn, all that follows the generation prompt is the answer, up to its EOS.
-    header, *rest = (text for text, _ in write(*turns[-1]))
-    parts += [(header, False), ("".join(rest).rstrip("\n"), True)]
+    role, content = turns[-1]
+    header, *rest = (text for text, _ in write(role, CONTENT))
+    parts += [(header, False, content), ("".join(rest).rstrip("\n"), True, content)]
     ids, mask = [], []
-    for text, learned in parts:
-        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text, learned, content in parts:
+        before, there, after = text.partition(CONTENT)
+        new = tokenizer(before, add_special_tokens=False)["input_ids"]
+        if there:
+            new += tokenizer(content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        new += tokenizer(after, add_special_tokens=False)["input_ids"]
         ids, mask = ids + new, mask + [learned or train_on == "everything"] * len(new)
     return ids, [False, *mask[1:]]
 
