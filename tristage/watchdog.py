@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
+from tristage.processes import ProcessId, has_ended, own_id
 
 EXIT_STALLED = 70  # EX_SOFTWARE: a rank stood still or was lost
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: ended on a signal with its checkpoint; start it again
@@ -173,7 +173,7 @@ class Watchdog(threading.Thread):
         self.moves, self.moved_at, self.checked_at = -1, time.monotonic(), time.monotonic()
         self.stacks = open(folder / f"stacks_rank_{rank:05d}.txt", "a", encoding="utf-8")  # noqa: SIM115
         faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)
-        self.started, self.machine = psutil.Process().create_time(), machine()
+        self.process = own_id()
         self.file.write_bytes(b" " * SIGN_OF_LIFE)
         self.seconds = seconds
         self.beat()
@@ -232,8 +232,7 @@ class Watchdog(threading.Thread):
 
     def own_sign(self) -> dict[str, Any]:
         """Where this rank is, and who it is. Names are cut: a sign of life has its size."""
-        names = {"phase": progress.phase[:100], "host": platform.node()[:100], "machine": self.machine}
-        return vars(progress) | names | {"pid": os.getpid(), "started": self.started}
+        return vars(progress) | {"phase": progress.phase[:100], "host": platform.node()[:100]} | self.process._asdict()
 
     def check(self) -> None:
         """End the run if a rank is lost or the ranks stand still."""
@@ -251,7 +250,7 @@ class Watchdog(threading.Thread):
             if sign["verdict"]:
                 self.dump(sign["verdict"])
                 os._exit(EXIT_STALLED)
-            if sign["state"] == "failed" or (peer in running and self.is_gone(sign)):
+            if sign["state"] == "failed" or (peer in running and is_gone(sign)):
                 self.lose(peer, sign)
         everyone = running | {self.rank: self.own_sign()}
         allowed = self.seconds - 2 * self.interval  # noticed within the setting, not after it
@@ -277,18 +276,6 @@ class Watchdog(threading.Thread):
                 if sign != self.seen.get(peer):
                     self.seen[peer], self.alive_at[peer] = sign, time.monotonic()
 
-    def is_gone(self, sign: dict[str, Any]) -> bool:
-        """Whether the process that wrote `sign` has ended; False when it is on another machine."""
-        if sign["machine"] != self.machine:
-            return False
-        try:
-            process = psutil.Process(sign["pid"])
-            return process.create_time() != sign["started"] or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:
-            return False
-
     def lose(self, peer: int, sign: dict[str, Any]) -> None:
         """A rank has ended: so do we, but let the launcher see that one first, for its exit code tells what happened.
 
@@ -308,7 +295,7 @@ class Watchdog(threading.Thread):
             for peer, sign in self.seen.items():
                 if sign["state"] == "failed":  # and says why
                     return True
-                if sign["state"] == "running" and self.is_gone(sign):
+                if sign["state"] == "running" and is_gone(sign):
                     traceback.print_exc(file=self.stacks)
                     print(f"error: {describe(peer, sign)} is gone", file=sys.stderr, flush=True)
                     return True
@@ -319,7 +306,7 @@ class Watchdog(threading.Thread):
         """Say which rank, have every rank write its stacks, end."""
         self.verdict = f"{describe(peer, everyone[peer])} {what}"
         self.beat()
-        if peer != self.rank and everyone[peer]["machine"] == self.machine:
+        if peer != self.rank and everyone[peer]["machine"] == self.process.machine:
             with contextlib.suppress(OSError):  # a stopped process writes its stacks, too, and takes signals
                 os.kill(everyone[peer]["pid"], signal.SIGCONT)
         self.dump(self.verdict)
@@ -336,12 +323,9 @@ class Watchdog(threading.Thread):
             faulthandler.dump_traceback(self.stacks, all_threads=True)
 
 
-def machine() -> str:
-    """Where a process number means the same process: host names of containers may be alike."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return platform.node()
+def is_gone(sign: dict[str, Any]) -> bool:
+    """Whether the process that wrote `sign` has ended; False when it is on another machine."""
+    return has_ended(ProcessId(sign["machine"], sign["pid"], sign["started"]))
 
 
 def min_place(everyone: dict[int, dict[str, Any]]) -> int:

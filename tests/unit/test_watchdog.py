@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tristage import watchdog
+from tristage.processes import own_id
 from tristage.watchdog import EXIT_STALLED, Watchdog
 
 SECONDS = 100.0  # the interval is then 1 s: something is noticed 98 s after it was last seen
@@ -33,8 +34,7 @@ class World:
         with self.clock():
             self.dog.watch(folder, SECONDS, rank, ranks)
         watchdog.progress.step = 4
-        own = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": "a"}
-        own |= {"machine": watchdog.machine()}
+        own = own_id()._asdict() | {"host": "a"}
         for peer in self.dog.peers:
             self.signs[peer] = own | {"step": 4, "phase": "step", "place": 10, "moves": 20, "beat": 1}
             self.signs[peer] |= {"state": "running", "verdict": None}
@@ -135,13 +135,23 @@ def test_a_rank_that_was_never_seen_is_not_watched(world):
 
 
 @pytest.mark.parametrize(
-    "sign", [{"state": "failed"}, {"pid": 2**22 + 1}, {"started": 1.0}], ids=["failed", "no process", "another process"]
+    "sign", [{"state": "failed"}, {"pid": 2**22 + 1}, {"started": 1}], ids=["failed", "no process", "another process"]
 )
 def test_a_rank_that_is_gone_ends_the_others_after_the_launcher_had_time_to_see_it(world, capsys, sign):
     world.live(3)
     world.signs[2] |= sign
     world.live(8)
     assert "rank 2 on" in ending(world, capsys, 3)
+
+
+def test_a_step_of_the_clock_ends_nothing(world):
+    """psutil derives the start of a process from the wall clock, by way of the boot time."""
+    world.live(3)
+    with (
+        mock.patch("psutil._pslinux.boot_time", lambda boot=psutil.boot_time(): boot + 3),
+        mock.patch.object(watchdog.time, "time", lambda now=time.time: now() + 3),
+    ):
+        world.live(20)
 
 
 def test_a_process_of_another_machine_is_not_looked_for_here(world):
