@@ -133,7 +133,7 @@ on_signal() {
 run_deepspeed() {
     local module="$1" command=() log port status=0 second child tees=() after="" name seconds=0
     RUN_MARK="$(mktemp -d "${TMPDIR:-/tmp}/tristage.XXXXXX")"
-    STOPPED_BY=""
+    STOPPED_BY="" PORT_TAKEN=no
     # The name starts with PYTHON because DeepSpeed hands such variables on to other nodes.
     if ! PYTHON_TRISTAGE_RUN="$RUN_MARK" python -m tristage.launch "$RUN_MARK" "$@"; then
         rm -rf "$RUN_MARK"
@@ -187,6 +187,7 @@ run_deepspeed() {
         # 143, 241 (-15): ranks that had not got so far as to handle the signal.
         if [[ -e "$RUN_MARK/preempted" || "$status" == 143 || "$status" == 241 ]]; then status=75; fi
     fi
+    if [[ -e "$RUN_MARK/port_taken" ]]; then PORT_TAKEN=yes; fi
     rm -rf "$RUN_MARK"
     [[ -z "$after" ]] || wait "$after" || true
     # A killed rank leaves DeepSpeed's buffer in shared memory (dist.shutdown removes it otherwise).
@@ -251,10 +252,15 @@ launch_step() {
         python -m tristage.dry_run "$module" "$config" "${settings[@]}" -- "${options[@]}"
         return
     fi
-    local status restart=0
+    local status restart=0 pick=1
     while true; do
         status=0
         run_deepspeed "$module" "$config" "${settings[@]}" -- "${options[@]}" || status=$?
+        # The launcher picked a port that another process took before the ranks met: pick again.
+        if [[ "$PORT_TAKEN" == yes && -z "$STOPPED_BY" && "$pick" -lt 5 ]]; then
+            pick=$((pick + 1))
+            continue
+        fi
         # Not after success, what the user has to mend, or a signal; a scheduler starts again after 75.
         case "$status" in 0 | 2 | 75) return "$status" ;; esac
         if [[ -n "$STOPPED_BY" || "$restart" -ge "$restarts" ]]; then return "$status"; fi

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import ipaddress
 import json
 import os
 import platform
+import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -18,9 +22,12 @@ import torch.distributed as torch_dist
 
 from tristage import watchdog
 from tristage.errors import UserError
+from tristage.free_space import ranks_here
 from tristage.launch import free_port
 
 SECONDS_TO_NAME_MISSING, SECONDS_TO_HEAR = 30.0, 5.0
+LOOPBACK = "127.0.0.1"
+EXIT_PORT_TAKEN = 2  # as of any port that is taken; the launcher knows this case by a file
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -77,16 +84,12 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     if not torch_dist.is_initialized():
-        limit = timedelta(seconds=timeout_seconds)
-        ranks, address, port = int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun's agent serves the store itself
-        serves = is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        try:
-            server = torch_dist.TCPStore(address, port, ranks, serves, limit, wait_for_workers=False)
-        except torch_dist.DistNetworkError as error:
-            raise UserError(_no_meeting(str(error), address, port)) from None
-        # that agent's outlives a restart
-        store = torch_dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+        limit, ranks = timedelta(seconds=timeout_seconds), int(os.environ["WORLD_SIZE"])
+        if _all_here():
+            _stay_on_loopback()
+        # the store of torchrun's agent outlives a restart of the ranks
+        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = torch_dist.PrefixStore(attempt, _store(ranks, limit))
         _meet(store, ranks, backend, timeout_seconds)
         if use_gpu:
             torch.cuda.set_device(local_rank())
@@ -94,10 +97,79 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
     return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
 
 
-def _no_meeting(why: str, address: str, port: int) -> str:
-    if "EADDRINUSE" in why:
+def _all_here() -> bool:
+    """Whether all ranks of this run are on this machine."""
+    return ranks_here() == int(os.environ["WORLD_SIZE"])
+
+
+def _stay_on_loopback() -> None:
+    """Have gloo and NCCL listen on loopback, unless the user named an interface."""
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if "NCCL_SOCKET_FAMILY" not in os.environ:  # NCCL does not take the IPv6 address of loopback
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
+def _store(ranks: int, limit: timedelta) -> torch_dist.TCPStore:
+    """The store at which the ranks meet. Rank 0 serves it, except under torchrun, whose agent does.
+
+    Raises:
+        UserError: the port is in use, or rank 0 cannot be reached.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if _all_here() and not of_agent:
+        address = LOOPBACK
+    serves = is_main() and not of_agent
+    try:
+        socket_of_store = _listen(address, port) if serves else None
+        return torch_dist.TCPStore(
+            address, port, ranks, serves, limit, wait_for_workers=False, master_listen_fd=socket_of_store
+        )
+    except (OSError, torch_dist.DistNetworkError) as error:
+        raise UserError(_rendezvous_error(error, address, port)) from None
+
+
+def _listen(address: str, port: int) -> int | None:
+    """The descriptor of a socket for the store that listens on the interface with `address`, and on no other.
+
+    Left to itself, torch listens on all: anyone on any network could set keys. That remains, and is reported, where
+    this node cannot tell the interface: `address` is translated on the way here, or names loopback on this node alone.
+    """
+    family, *_, (here, *_) = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    names_loopback = ipaddress.ip_address(here).is_loopback and address not in (here, "localhost")
+    try:
+        if not names_loopback:
+            return socket.create_server((here, port), family=family, backlog=socket.SOMAXCONN).detach()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE and _launcher_picks_again():
+            print(f"port {port} was taken before the ranks met; picking another", flush=True)
+            sys.exit(EXIT_PORT_TAKEN)
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+    print0(
+        f"{address} is not the address of an interface of {platform.node()}: rank 0 listens on all of them; "
+        "give one that is as --master_addr"
+    )
+    return None
+
+
+def _launcher_picks_again() -> bool:
+    """Whether the launcher picked the port, and not the user; if so, tell it to pick another (launch/common.sh)."""
+    mark = Path(os.environ.get("PYTHON_TRISTAGE_RUN", ""))
+    try:
+        (mark / "port_picked").rename(mark / "port_taken")
+    except OSError:
+        return False
+    return True
+
+
+def _rendezvous_error(error: Exception, address: str, port: int) -> str:
+    if getattr(error, "errno", None) == errno.EADDRINUSE or "EADDRINUSE" in str(error):
         fix = "give another as --master_port, or none"
         return f"port {port} of {platform.node()}, where the ranks are to meet, is in use; {fix}"
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
+        return f"{platform.node()} cannot listen at {address}:{port} ({error.strerror}); give another --master_port"
     return (
         f"{platform.node()} cannot reach rank 0 at {address}:{port}; see whether rank 0 ended with an error, whether "
         "a firewall is between them, or give its address as --master_addr"

@@ -88,6 +88,8 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
         if (port := option(options, "--master_port")) is None:
             port = "29500" if by_hand else free_port()  # all nodes must know it
             options = [*options, "--master_port", port]
+            if not by_hand:
+                (folder / "port_picked").touch()  # dist renames it to port_taken if it is, and common.sh starts again
         if not by_hand:
             check_port(port)
         (folder / "port").write_text(port)

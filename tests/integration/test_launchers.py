@@ -287,6 +287,26 @@ def test_a_wrong_port_is_one_sentence_and_nothing_starts(launch, tmp_path):
             assert ended.stderr.count("\n") == 1
 
 
+TAKEN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >>"$CALLS"
+echo >>"$CALLS"
+[[ -e "$PYTHON_TRISTAGE_RUN/port_picked" ]] || exit 2
+[[ ! -e taken ]] || exit 0
+touch taken
+mv "$PYTHON_TRISTAGE_RUN/port_picked" "$PYTHON_TRISTAGE_RUN/port_taken"
+exit 2
+"""
+
+
+def test_a_port_that_was_taken_before_the_ranks_met_is_picked_again_but_not_the_users(launch, tmp_path):
+    (tmp_path / "bin/deepspeed").write_text(TAKEN)
+    assert launch(SFT, "a.yaml").returncode == 0
+    ports = [call[call.index("--master_port") + 1] for call in calls(tmp_path)]
+    assert len(set(ports)) == 2
+    assert launch(SFT, "a.yaml", "--master_port", ports[0]).returncode == 2
+    assert len(calls(tmp_path)) == 3
+
+
 def test_a_dry_run_starts_nothing(launch, tmp_path):
     sft_config(tmp_path, "m", "r")
     ended = launch(SFT, "sft.yaml", "--dry-run", "--cpu", "4", "seed=1")

@@ -147,9 +147,10 @@ def test_a_rank_that_is_gone_ends_the_others_after_the_launcher_had_time_to_see_
 def test_a_step_of_the_clock_ends_nothing(world):
     """psutil derives the start of a process from the wall clock, by way of the boot time."""
     world.live(3)
+    boot, now = psutil.boot_time(), time.time()
     with (
-        mock.patch("psutil._pslinux.boot_time", lambda boot=psutil.boot_time(): boot + 3),
-        mock.patch.object(watchdog.time, "time", lambda now=time.time: now() + 3),
+        mock.patch("psutil._pslinux.boot_time", lambda: boot + 3),
+        mock.patch.object(watchdog.time, "time", lambda: now + 3),
     ):
         world.live(20)
 
