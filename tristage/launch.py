@@ -78,10 +78,14 @@ def prepare(folder: Path, words: list[str], options: list[str]) -> None:
         check_paths(options)
         (folder / "nodes").write_text("".join(f"{node}\n" for node in nodes))
         (folder / "env").touch(mode=0o600)
+        first = next(iter(nodes))
+        address = option(options, "--master_addr") or own_address_of(first, option(options, "--ssh_port"))
         if launcher in SHELL:
             (folder / "env").write_text(environment_file(dict(os.environ)))
+            if address and option(options, "--master_addr") is None:
+                options = [*options, "--master_addr", address]  # else DeepSpeed takes the first that the node lists
         else:
-            address = option(options, "--master_addr") or next(iter(nodes))
+            address = address or first
             meeting = {"MASTER_ADDR": address, "MASTER_PORT": option(options, "--master_port") or "29500"}
             (folder / "env").write_text(environment_file(dict(os.environ), meeting))
     else:
@@ -207,10 +211,9 @@ def check_reachable(nodes: Sequence[str] | dict[str, list[int]], hostfile: str |
     Raises:
         UserError: the first that does not, and why ssh says so.
     """
-    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", port] if port else [])]
 
     def ask(node: str) -> str | None:
-        done = subprocess.run([*command, node, "true"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = over_ssh(node, port, "true")
         return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1] if done.returncode else None
 
     with ThreadPoolExecutor(16) as pool:
@@ -221,6 +224,25 @@ def check_reachable(nodes: Sequence[str] | dict[str, list[int]], hostfile: str |
                 f"{hostfile}: node {node} does not answer to ssh ({why}); mend `ssh {node} true`, which must need "
                 "no password, or leave the node out (--exclude)"
             )
+
+
+def over_ssh(node: str, port: str | None, command: str) -> subprocess.CompletedProcess[str]:
+    """`command` on `node`, where ssh needs no password."""
+    ssh = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", port] if port else [])]
+    return subprocess.run([*ssh, node, command], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+def own_address_of(node: str, port: str | None) -> str | None:
+    """The address that the hostfile's name `node` has, if it is one of the node's own interfaces.
+
+    None where it is not (address translation, a name that only ssh knows): other nodes might not reach it.
+    """
+    try:
+        named = {str(item[4][0]) for item in socket.getaddrinfo(node, None, socket.AF_INET)}
+    except OSError:
+        return None
+    own = over_ssh(node, port, "hostname -I").stdout.split()
+    return next((address for address in own if address in named), None)
 
 
 # -- what travels ------------------------------------------------------------------------------------------

@@ -92,6 +92,22 @@ def test_every_node_is_asked_and_the_one_that_fails_is_named(tmp_path, monkeypat
     assert sum("-p 2222" in line for line in asked) == 2
 
 
+def test_ranks_meet_at_the_address_of_the_hostfile_where_the_first_node_has_it(tmp_path, monkeypatch):
+    """Not at the first one that the node lists, which may be in a network of others."""
+    (tmp_path / "ssh").write_text('#!/bin/sh\ncase "$*" in *"hostname -I") echo 203.0.113.1 10.0.0.7 fd00::1; esac\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cases = {"10.0.0.7": "10.0.0.7", "198.51.100.1": None, "only-in-ssh-config": None}
+    for node, address in cases.items():
+        (tmp_path / "hosts").write_text(f"{node} slots=1\n10.0.0.8 slots=1\n")
+        words = ["step1_sft.train", "--config", "a.yaml"]
+        launch.prepare(tmp_path, words, ["--hostfile", str(tmp_path / "hosts")])
+        options = (tmp_path / "command").read_text().split("\0")
+        assert launch.option(options, "--master_addr") == address
+    launch.prepare(tmp_path, words, ["--hostfile", str(tmp_path / "hosts"), "--master_addr=10.9.9.9"])
+    assert (tmp_path / "command").read_text().count("--master_addr") == 1
+
+
 # -- what travels ------------------------------------------------------------------------------------------
 
 
