@@ -91,6 +91,11 @@ on_nodes() {
     wait "${pids[@]}" || true
 }
 
+# DeepSpeed's launcher reports any exit code but 0 as an error. 2 and 75 are ends that the ranks have explained.
+without_handled_end() {
+    LC_ALL=C grep --line-buffered -av '\[ERROR\].*:sigkill_handler\].* exits with return code = \(2\|75\)$' || true
+}
+
 # With several nodes: what ranks say on standard error goes on, and the exit code of the first node that fails is kept.
 # DeepSpeed and pdsh would wait for the others, whose ranks may wait for those that are gone.
 note_first_failure() {
@@ -150,7 +155,7 @@ run_deepspeed() {
     done
     # What ranks say goes to the terminal and to the log; the pipes outlive signals, and are waited for.
     mkfifo "$RUN_MARK/out" "$RUN_MARK/err"
-    (trap '' TERM INT USR1 HUP; exec tee -a "$log" <"$RUN_MARK/out") & tees+=($!)
+    (trap '' TERM INT USR1 HUP; without_handled_end <"$RUN_MARK/out" | exec tee -a "$log") & tees+=($!)
     (trap '' TERM INT USR1 HUP; tee -a "$log" <"$RUN_MARK/err" | note_first_failure >&2) & tees+=($!)
     if [[ -e "$RUN_MARK/nodes" ]]; then
         (trap '' TERM INT USR1 HUP; end_after_failure) >/dev/null 2>&1 & after=$!

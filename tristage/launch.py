@@ -4,7 +4,8 @@
 
 writes the arguments of `deepspeed` (FOLDER/command, each ended by a NUL), the path of the log (FOLDER/log),
 the port where ranks on this machine alone will meet (FOLDER/port) and, for ranks on other nodes, the variables that
-they need (FOLDER/env, which DeepSpeed reads) and the nodes' names (FOLDER/nodes). DeepSpeed hands arguments and
+they need (FOLDER/env, which DeepSpeed reads) and the nodes' names (FOLDER/nodes). FOLDER/launcher says whose it is, and
+what killed runs left is removed (leftovers). DeepSpeed hands arguments and
 variables to other nodes in the text of a shell command, through pdsh and ssh, with quotes around some of them: here
 arguments that a shell would change travel as base64 (`run.entry_point` restores them), and variables are escaped.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import yaml
 
+from tristage import leftovers
 from tristage.errors import UserError
 
 ENCODED = "base64:"
@@ -47,6 +49,8 @@ def main(argv: list[str]) -> int:
     """Exit code 2 and one sentence for what a user must mend."""
     folder, module, config, *rest = argv
     settings, options = split_words(rest)
+    leftovers.sign(Path(folder), launcher=os.getppid())
+    leftovers.remove(Path(folder).parent)
     try:
         prepare(Path(folder), [module, "--config", config, *settings], options)
     except UserError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.faults import wait_until
 from tests.helpers.tiny import ppo_config, reward_model_config, sft_config
 from tristage.launch import decode
+from tristage.processes import process_id
 
 REPO = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -71,8 +74,9 @@ def launch(tmp_path: Path) -> Launch:
         }
         command = ["bash", str(REPO / script), *words]
         return subprocess.run(
-            command, env=inherited | variables | environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
+            command, env=inherited | variables | environment, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            errors="replace",
+        )  # fmt: skip
 
     return run
 
@@ -334,6 +338,18 @@ def test_what_ranks_say_goes_to_the_terminal_and_to_the_log(launch, tmp_path):
     assert "'seed=a b'" in lines[0]
 
 
+@pytest.mark.parametrize("code, shown", [(75, False), (2, False), (-9, True), (1, True), (175, True)])
+def test_deepspeed_reports_an_exit_code_only_where_the_ranks_have_not_explained_it(launch, tmp_path, code, shown):
+    line = f"[2026-11-24 10:00:00,123] [ERROR] [launch.py:290:sigkill_handler] ['x'] exits with return code = {code}"
+    script = f'#!/bin/sh\nprintf "caf\\351\\n"\ncat <<E\n{line}\nE\nprintf end\nexit 3\n'
+    (tmp_path / "bin/deepspeed").write_text(script)
+    (tmp_path / "a.yaml").write_text("output: out\n")
+    ended = launch(SFT, "a.yaml", NO_GPU="0")
+    assert ended.returncode == 3
+    assert ended.stdout == "caf\N{REPLACEMENT CHARACTER}\n" + f"{line}\n" * shown + "end\n"
+    assert ("sigkill_handler" in (tmp_path / "out/logs/launch.log").read_text(errors="replace")) == shown
+
+
 def test_the_config_path_may_hold_spaces(launch, tmp_path):
     launch(SFT, "my configs/a b.yaml")
     assert split_call(tmp_path)[1][-2:] == ["--config", "my configs/a b.yaml"]
@@ -375,6 +391,38 @@ def test_restarts_need_a_number(launch, tmp_path, words):
     ended = launch(SFT, "a.yaml", *words)
     assert (ended.returncode, ended.stderr) == (2, "error: --max-restarts needs a number\n")
     assert calls(tmp_path) == []
+
+
+# -- what killed runs left -----------------------------------------------------------------------------------
+
+HANGS = """#!/usr/bin/env bash
+port="$(cat "$PYTHON_TRISTAGE_RUN/port")"
+touch "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_127.0.0.1_${port}_0"
+echo "$$" >rank.new
+mv rank.new rank
+exec sleep 600
+"""
+
+
+def test_a_start_removes_what_a_killed_run_left_but_not_while_a_rank_lives(launch, tmp_path):
+    (tmp_path / "bin/deepspeed").write_text(HANGS)
+    (tmp_path / "temporary").mkdir()
+    variables = {"TMPDIR": str(tmp_path / "temporary"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    command = ["bash", str(REPO / SFT), "a.yaml"]
+    shell = subprocess.Popen(command, env=os.environ | variables | {"PATH": path}, cwd=tmp_path)
+    wait_until(lambda: (tmp_path / "rank").exists() or shell.poll() is not None)
+    (folder,) = (tmp_path / "temporary").iterdir()
+    (buffer,) = Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{(folder / 'port').read_text()}_0")
+    shell.kill()
+    shell.wait()
+    (tmp_path / "bin/deepspeed").write_text(DEEPSPEED)
+    assert launch(SFT, "a.yaml", **variables).returncode == 0
+    assert folder.exists() and buffer.exists()
+    os.kill(int((tmp_path / "rank").read_text()), signal.SIGKILL)
+    wait_until(lambda: process_id(int((tmp_path / "rank").read_text())) is None)
+    assert launch(SFT, "a.yaml", **variables).returncode == 0
+    assert not folder.exists() and not buffer.exists()
 
 
 # -- the CPU op --------------------------------------------------------------------------------------------

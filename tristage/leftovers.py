@@ -1,0 +1,86 @@
+"""Remove what killed runs of this user left on this machine: folders in TMPDIR and buffers in shared memory.
+
+A launcher makes a folder for each start (launch/common.sh) and removes it at the end, with DeepSpeed's buffers, 66 MiB
+per rank. Neither happens after `kill -9`. The folder names the launcher's process and the port of its run, which is in
+the names of the buffers; every other process of the run has the folder in its environment. So a run is gone when its
+launcher is gone and no process names its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tristage.processes import ProcessId, has_ended, process_id
+
+SHARED_MEMORY = Path("/dev/shm")
+OWNER = "launcher"  # the file in a run's folder that names the process of its launcher
+
+
+def sign(folder: Path, launcher: int) -> None:
+    """Write into a run's `folder` that the process `launcher` owns it."""
+    (folder / OWNER).write_text(json.dumps(process_id(launcher)))
+
+
+def remove(temporary: Path, shared_memory: Path = SHARED_MEMORY) -> None:
+    """Remove the folders in `temporary` and the buffers of runs that are gone, and nothing of any other run."""
+    folders = [folder for folder in temporary.glob("tristage.*") if _is_own(folder)]
+    left = [folder for folder in folders if _launcher_has_ended(folder)]
+    if left:
+        named = set(_named_by_processes())
+        left = [folder for folder in left if str(folder) not in named]
+    ports = {_port(folder) for folder in left} - {_port(folder) for folder in folders if folder not in left} - {""}
+    for port in ports:  # first: a folder that stays keeps its port known
+        _remove_buffers(shared_memory.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"))
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_own(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+    return False
+
+
+def _launcher_has_ended(folder: Path) -> bool:
+    """False where it is not known, as on another machine that shares the folder."""
+    try:
+        return has_ended(ProcessId(*json.loads((folder / OWNER).read_text())))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _named_by_processes() -> Iterator[str]:
+    """The folders of runs of which a process is alive, as processes of this user have them in their environment."""
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            for variable in file.read_bytes().split(b"\0"):
+                if variable.startswith(b"PYTHON_TRISTAGE_RUN="):
+                    yield os.fsdecode(variable.partition(b"=")[2])
+
+
+def _port(folder: Path) -> str:
+    """The port of a run whose ranks are all on this machine; nothing for others, whose port may be that of any run."""
+    with contextlib.suppress(OSError):
+        return (folder / "port").read_text()
+    return ""
+
+
+def _remove_buffers(buffers: Iterable[Path]) -> None:
+    """Those that no process maps: a later run without a launcher may have the port."""
+    if buffers := list(buffers):
+        mapped = set(_mapped())
+        for buffer in buffers:
+            if str(buffer) not in mapped:
+                with contextlib.suppress(OSError):
+                    buffer.unlink()
+
+
+def _mapped() -> Iterator[str]:
+    for file in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            yield from (line.split(maxsplit=5)[5] for line in file.read_text().splitlines() if "deepspeed_" in line)
