@@ -56,7 +56,7 @@ build_cpu_op() {
 has_gpu() {
     if [[ -z "${HAS_GPU:-}" ]]; then
         HAS_GPU=no
-        if [[ "${DS_ACCELERATOR:-}" != cpu ]] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        if [[ "${DS_ACCELERATOR:-}" != cpu ]] && python -m tristage.gpu; then
             HAS_GPU=yes
         fi
     fi

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
-from tristage import dist
+from tristage import dist, gpu
 from tristage.check_config import check_path, named_paths
 from tristage.config import RunSettings, SourceSettings
 from tristage.data.sources import check_there, resolve_preset
@@ -77,6 +77,8 @@ def devices() -> Iterator[Finding]:
     """What ranks compute on, what they send with, and which attention kernels are there."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         yield Finding("ok", f"{psutil.cpu_count(logical=False)} CPU cores, no GPU; ranks send with gloo")
+        if os.environ.get("DS_ACCELERATOR") != "cpu" and (problem := gpu.problem()):
+            yield Finding("note", problem)
         return
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if len(set(names)) > 1:

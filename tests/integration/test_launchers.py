@@ -42,7 +42,7 @@ exit "${DEEPSPEED_EXIT:-0}"
 # the CPU op) is done at once.
 PYTHON = rf"""#!/usr/bin/env bash
 case "$*" in
-    *torch.cuda*) exit "${{NO_GPU:-1}}" ;;
+    *tristage.gpu*) exit "${{NO_GPU:-1}}" ;;
     *tristage.launch*|*tristage.dry_run*) exec "{sys.executable}" "$@" ;;
     *tristage.check_config*) if [[ -n "${{CHECK:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
 esac
@@ -119,6 +119,16 @@ def test_with_gpus_deepspeed_takes_all_of_them(launch, tmp_path):
     options, _ = split_call(tmp_path)
     assert "--num_gpus" not in options
     assert (tmp_path / "calls.environment").read_text() == " \n"  # nothing forced
+
+
+def test_a_gpu_that_torch_cannot_use_is_asked_of_the_module_that_says_so(launch, tmp_path):
+    """Its line reaches the terminal, and the run goes to the CPU. It is not asked where the user chose the CPU."""
+    python = tmp_path / "bin/python"
+    python.write_text(python.read_text().replace("*tristage.gpu*)", '*tristage.gpu*) echo "warning: a GPU" >&2;'))
+    assert launch(SFT, "a.yaml").stderr == "warning: a GPU\n"
+    for words, variables in ((["--cpu", "2"], {}), ([], {"DS_ACCELERATOR": "cpu"})):
+        assert launch(SFT, "a.yaml", *words, **variables).stderr == ""
+    assert [call[call.index("--num_gpus") + 1] for call in calls(tmp_path)] == ["2"] * 3
 
 
 def test_the_cpu_can_be_forced_and_the_threads_of_a_rank_set(launch, tmp_path):
