@@ -81,7 +81,7 @@ def evaluate(
         for prompt, response, row in zip(prompts, responses, kept, strict=True)
     ]
     if grader is not None:
-        grades = score_texts(grader, prompts, responses, "grader").tolist()
+        grades = score_texts(grader, prompts, responses, f"grader {settings.grader}").tolist()
         metrics["objective/grade"] = sum(grades) / len(grades)
         for sample, grade in zip(samples, grades, strict=True):
             sample["grade"] = grade

@@ -39,8 +39,12 @@ def load_function(name: str, file: str, key: str) -> TextScorer:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: key `{key}`: {name} cannot be imported ({error}); write module:function") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a user's module raises, SystemExit included
+        raise UserError(
+            f"{file}: key `{key}`: {name} cannot be imported ({_in_one_line(error)}); write module:function"
+        ) from error
     if not callable(found):
         raise UserError(f"{file}: key `{key}`: {name} is no function; write module:function")
     return found  # type: ignore[no-any-return]
@@ -72,15 +76,25 @@ def load_reward_terms(settings: PPOConfig) -> list[RewardTerm]:
 def score_texts(
     function: TextScorer, prompts: list[str], responses: list[str], name: str
 ) -> torch.Tensor:
-    """[B] float32 on the CPU. Raises UserError when the function fails or gives no finite number for a response."""
+    """[B] float32 on the CPU; the function gets lists of its own, which it may change.
+
+    Raises:
+        UserError: it fails, or does not give one finite number for each response.
+    """
     try:
         with watchdog.doing(name):
-            scores = [float(score) for score in function(prompts, responses)]
-    except Exception as error:  # whatever a user's function raises
-        raise UserError(f"{name} failed on {len(prompts)} responses ({type(error).__name__}: {error})") from error
+            scores = [float(score) for score in function(list(prompts), list(responses))]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a user's function raises, SystemExit included
+        raise UserError(f"{name} failed on {len(prompts)} responses ({_in_one_line(error)})") from error
     if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
         raise UserError(f"{name} must give one finite number for each of {len(responses)} responses, gave {scores[:8]}")
     return torch.tensor(scores, dtype=torch.float32)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def decode(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int] | None = None) -> list[str]:

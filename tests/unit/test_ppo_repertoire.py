@@ -498,6 +498,16 @@ def failing(prompts, responses):
 def words(prompts, responses):
     return ["many" for _ in responses]
 
+def exiting(prompts, responses):
+    raise SystemExit("enough\\nof this")
+
+def interrupted(prompts, responses):
+    raise KeyboardInterrupt
+
+def shrinking(prompts, responses):
+    prompts.clear()
+    return [float(len(responses.pop()))]
+
 def model(prompts, responses):
     return [0.0 for _ in responses]
 """
@@ -539,12 +549,46 @@ def test_what_is_no_function_is_one_sentence(scorers: str) -> None:
         ("odd", "grader must give one finite number for each of 2 responses, gave [nan, nan]"),
         ("failing", "grader failed on 2 responses (KeyError: 'colour')"),
         ("words", "grader failed on 2 responses (ValueError: could not convert string to float: 'many')"),
+        ("exiting", "grader failed on 2 responses (SystemExit: enough of this)"),
+        ("shrinking", "grader must give one finite number for each of 2 responses, gave [1.0]"),
     ],
 )
 def test_a_function_that_fails_is_one_sentence(scorers: str, function: str, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         score_texts(load_function(f"{scorers}:{function}", "ppo.yaml", "grader"), ["a", "b"], ["c", "d"], "grader")
     assert str(caught.value) == sentence
+
+
+def test_a_function_cannot_change_the_texts_that_others_read(scorers: str) -> None:
+    prompts, responses = ["a"], ["four"]
+    found = score_texts(load_function(f"{scorers}:shrinking", "ppo.yaml", "grader"), prompts, responses, "grader")
+    assert found.tolist() == [4] and (prompts, responses) == (["a"], ["four"])
+
+
+def test_an_interrupt_inside_a_function_stays_an_interrupt(scorers: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        score_texts(load_function(f"{scorers}:interrupted", "ppo.yaml", "grader"), ["a"], ["b"], "grader")
+
+
+@pytest.mark.parametrize(
+    "source, sentence",
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+    ],
+)
+def test_whatever_a_module_raises_at_import_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, sentence: str
+) -> None:
+    name = f"broken_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        load_function(f"{name}:f", "ppo.yaml", "grader")
+    assert f"ppo.yaml: key `grader`: {name}:f cannot be imported ({sentence}" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def reward_of(*functions: str) -> str:
