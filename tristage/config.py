@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from tristage.deepspeed_keys import check_keys
 from tristage.errors import UserError
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -448,7 +449,8 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
     """The DeepSpeed JSON that `key` names.
 
     Raises:
-        UserError: no such file, not JSON, it sets something that the YAML owns, or what its stage ignores.
+        UserError: no such file, not JSON, it sets something that the YAML owns, what its stage ignores, or a key of
+            deepspeed_keys.
     """
     file = find_file(path, settings, key)
     try:
@@ -464,6 +466,7 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{file}: zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
     _check_zero(file, values.get("zero_optimization", {}), stage)
+    check_keys(file, values)
     return values
 
 
