@@ -263,7 +263,8 @@ CASES = {
     ),
     "grader of no module": (
         [STEP3], ["grader=no_such_module:f"],
-        "{config}: key `grader`: no_such_module:f cannot be imported (ModuleNotFoundError: No module named 'no_such_module'); write modu",
+        "{config}: key `grader`: no_such_module:f cannot be imported (ModuleNotFoundError: No module named "
+        "'no_such_module'); write module:function",
     ),
     "grader of no function": (
         [STEP3], ["grader=tristage.quickstart.task:none"],
