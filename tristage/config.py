@@ -8,12 +8,11 @@ key and the fix. The groups of settings that several steps share live here, a st
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -27,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from tristage.config_errors import explain
 from tristage.deepspeed_keys import check_keys
 from tristage.errors import UserError
 
@@ -346,7 +346,7 @@ def load_config(settings_class: type[S], argv: list[str]) -> S:
     the deepspeed launcher appends, is accepted and ignored (ranks come from the environment).
 
     Raises:
-        UserError: missing or unreadable file, unknown key, wrong type, impossible combination.
+        UserError: missing or unreadable file; unknown keys and wrong types, a line each; an impossible combination.
     """
     file, overrides = _split_arguments(argv)
     values = _read_yaml(file)
@@ -355,7 +355,7 @@ def load_config(settings_class: type[S], argv: list[str]) -> S:
     try:
         settings = settings_class.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{file}: {_explain(error, settings_class)}") from None
+        raise UserError("\n".join(f"{file}: {line}" for line in explain(error, settings_class))) from None
     settings._folder, settings._file = file.parent, str(file)
     return settings
 
@@ -409,32 +409,6 @@ def _set_key(values: dict[str, Any], key: str, value: Any) -> None:
             raise UserError(f"argument {key}={value}: `{group}` is a single value, not a group of settings")
         values = inner
     values[last] = value
-
-
-def _explain(error: ValidationError, settings_class: type[BaseModel]) -> str:
-    """The first problem as one sentence: the key, what is wrong, what to do."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _all_keys(settings_class), n=1, cutoff=0.5)
-        fix = f"did you mean `{near[0]}`?" if near else "remove it"
-        return f"unknown key `{key}`; {fix}"
-    if problem["type"] == "missing":
-        return f"key `{key}` is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    return f"key `{key}`: {message}; it is {json.dumps(problem['input'], default=str)} now"
-
-
-def _all_keys(settings_class: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in settings_class.model_fields.items():
-        keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _all_keys(kind, f"{prefix}{name}.")
-    return keys
 
 
 def find_file(path: str, settings: RunSettings, key: str) -> Path:

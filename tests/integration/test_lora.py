@@ -247,7 +247,7 @@ def test_tristage_merge_writes_final_again(start: str, name: str, stage: int, ba
                    "reward={model: x, on_critic: true}"], "`critic.model` is another"),
         ("apart", ["critic.lora={}", "reward.on_critic=true"], "key `reward.deepspeed` does nothing beside"),
         ("within", ["reference=null"], "ppo.yaml: key `reference` is missing; give `reference.deepspeed`, or train"),
-        ("whole", ["lora={rank: 0}"], "sft.yaml: key `lora.rank`: Input should be greater than 0; it is 0 now"),
+        ("whole", ["lora={rank: 0}"], "sft.yaml: key `lora.rank`: give a number above 0; it is 0 now"),
         ("whole", ["lora={targets: []}"], "sft.yaml: key `lora.targets`: .* at least 1 item"),
     ],
 )

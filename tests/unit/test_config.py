@@ -181,24 +181,30 @@ def test_a_missing_key_is_named(tmp_path, key):
 
 
 def test_a_missing_key_of_a_group_is_named_with_its_group(tmp_path):
-    path = write_yaml(tmp_path / "sft.yaml", SFT | {"data": {"split": "train"}})
+    path = write_yaml(tmp_path / "sft.yaml", SFT | {"data": {"split_seed": 1}})
     assert error_of(path) == f"{path}: key `data.train` is missing; add it"
 
 
 @pytest.mark.parametrize(
     "word, key, wanted, now",
     [
-        ("epochs=many", "epochs", "valid number", '"many"'),
-        ("global_batch=0", "global_batch", "greater than 0", "0"),
-        ("global_batch=2.5", "global_batch", "valid integer", "2.5"),
-        ("model=[a]", "model", "valid string", '["a"]'),
-        ("optimizer=7", "optimizer", "valid dictionary", "7"),
-        ("optimizer.learning_rate=-1e-5", "optimizer.learning_rate", "greater than 0", '"-1e-5"'),
-        ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "finite number", "NaN"),
+        ("epochs=many", "epochs", "give a number", '"many"'),
+        ("global_batch=0", "global_batch", "give a number above 0", "0"),
+        ("global_batch=2.5", "global_batch", "give a whole number", "2.5"),
+        ("model=[a]", "model", "write text", '["a"]'),
+        ("optimizer=7", "optimizer", "write a group of settings, `key: value` lines", "7"),
+        ("optimizer.learning_rate=-1e-5", "optimizer.learning_rate", "give a number above 0", '"-1e-5"'),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "give a finite number", "NaN"),
         ("optimizer.schedule=step", "optimizer.schedule", "'cosine', 'linear' or 'constant'", '"step"'),
-        ("data.heldout_fraction=1", "data.heldout_fraction", "less than 1", "1"),
+        ("data.heldout_fraction=1", "data.heldout_fraction", "give a number below 1", "1"),
         ("device=gpu", "device", "'auto', 'cpu' or 'cuda'", '"gpu"'),
-        ("resume=yes", "resume", "valid string", "true"),
+        ("resume=yes", "resume", "write text", "true"),
+        ("seed=-1", "seed", "give 0 or more", "-1"),
+        ("liger_kernel=maybe", "liger_kernel", "write true or false", '"maybe"'),
+        ("optimizer.betas=0.9", "optimizer.betas", "write a list", "0.9"),
+        ("optimizer.betas=[0.1, 0.2, 0.3]", "optimizer.betas", "give a list of at most 2", "[0.1, 0.2, 0.3]"),
+        ("data.train=3", "data.train.0", "write a group of settings", "3"),
+        ("data.train={path: a, columns: {prompt: 3}}", "data.train.0.columns.prompt", "write text", "3"),
     ],
 )
 def test_a_wrong_type_or_value_names_file_key_range_and_what_it_is_now(sft_yaml, word, key, wanted, now):

@@ -662,10 +662,10 @@ GROUPS = ("critic=null", "rollout.prompts=8", "rollout.samples=2")
             ["reward={retokenize: true, functions: [{function: 'a.b:c'}]}"],
             "key `reward.retokenize` is of the reward model, and there is none; remove it",
         ),
-        (["ppo.dual_clip=1"], "key `ppo.dual_clip`: Input should be greater than 1; it is 1 now"),
-        (["ppo.clip_high=0"], "key `ppo.clip_high`: Input should be greater than 0; it is 0 now"),
-        (["ema.decay=1"], "key `ema.decay`: Input should be less than 1; it is 1 now"),
-        (["ppo.kl_in=both"], "key `ppo.kl_in`: Input should be 'reward' or 'loss'; it is \"both\" now"),
+        (["ppo.dual_clip=1"], "key `ppo.dual_clip`: give a number above 1; it is 1 now"),
+        (["ppo.clip_high=0"], "key `ppo.clip_high`: give a number above 0; it is 0 now"),
+        (["ema.decay=1"], "key `ema.decay`: give a number below 1; it is 1 now"),
+        (["ppo.kl_in=both"], "key `ppo.kl_in`: write 'reward' or 'loss'; it is \"both\" now"),
     ],
 )
 def test_settings_that_exclude_each_other_are_one_sentence(tmp_path: Path, words: list[str], sentence: str) -> None:

@@ -467,8 +467,8 @@ def test_a_source_without_a_preset_stays_as_it_is():
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("path: a/b\ncolumn: {prompt: q}\n", "{file}: key `column`: Extra inputs are not permitted; see configs/"),
-        ("path: a/b\nlimit: 0\n", "{file}: key `limit`: Input should be greater than 0; see configs/datasets"),
+        ("path: a/b\ncolumn: {prompt: q}\n", "{file}: unknown key `column`; did you mean `columns`?"),
+        ("path: a/b\nlimit: 0\n", "{file}: key `limit`: give a number above 0; it is 0 now"),
         ("path: [a\n", "{file}: not a preset: "),
         ("- path: a/b\n", "{file}: not a preset: "),
         ("", "{file}: not a preset: "),

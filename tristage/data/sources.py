@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from tristage import hub
 from tristage.config import MAX_ROW_BYTES, RunSettings, SourceSettings, find_file
+from tristage.config_errors import explain
 from tristage.errors import UserError
 
 # A JSON line, a row that its format has already decoded, or why there is none.
@@ -70,9 +71,7 @@ def resolve_preset(source: SourceSettings, settings: RunSettings) -> SourceSetti
         except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
             raise UserError(f"{file}: not a preset: {str(error).splitlines()[0]}; write `key: value` lines") from None
         except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"]))
-            raise UserError(f"{file}: key `{key}`: {problem['msg']}; see configs/datasets") from None
+            raise UserError("\n".join(f"{file}: {line}" for line in explain(error, SourceSettings))) from None
     if source.path is None:
         raise UserError(f"{settings.file}: a source of `data` has no `path`, give it or a `preset` that has one")
     for rule in source.clean:
