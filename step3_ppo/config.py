@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -110,6 +110,9 @@ class RolloutSettings(Settings):
     samples: int = Field(1, gt=0, description="Responses to each prompt; rloo and grpo need two or more.")
     rows_at_once: int = Field(64, gt=0, description="Rows one rank decodes at once; independent of micro_batch.")
     max_response_tokens: int = Field(gt=0, description="A response without EOS ends here.")
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="Tokens that end a response like the tokenizer's EOS, such as a chat model's end of turn."
+    )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 the sampled law is not the scored one.")
     top_k: int = Field(0, ge=0, description="0 is off; else as top_p.")

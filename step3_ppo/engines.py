@@ -9,6 +9,7 @@ from tristage import dist, run
 from tristage.config import BatchPlan, LoraSettings, require_folder_or_hub_id
 from tristage.data.template import read_template
 from tristage.engine import frozen_engine, train_engine
+from tristage.errors import UserError
 from tristage.models import (
     SAME_TOKENIZER,
     Holds,
@@ -94,7 +95,18 @@ def check_models(settings: PPOConfig) -> Any:
             lora = getattr(settings, name).lora
             check_lora(lora, path, f"{settings.file}: key `{name}.lora.targets`", trust)
             check_quantized(lora, settings.device, f"{settings.file}: key `{name}.lora.quantize`")
-    return next(iter(tokenizers.values()))
+    tokenizer = next(iter(tokenizers.values()))
+    _check_stop_ids(settings, len(tokenizer))
+    return tokenizer
+
+
+def _check_stop_ids(settings: PPOConfig, vocabulary: int) -> None:
+    for id in settings.rollout.stop_token_ids or ():
+        if id >= vocabulary:
+            raise UserError(
+                f"{settings.file}: key `rollout.stop_token_ids`: {id} is outside the vocabulary of actor.model "
+                f"({settings.actor_path}); give ids below {vocabulary}"
+            )
 
 
 def _holds(settings: PPOConfig, name: str, path: str) -> Holds:

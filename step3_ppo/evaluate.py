@@ -13,7 +13,7 @@ import torch
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
 from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, decode, load_grader, load_reward_terms, score_texts
-from step3_ppo.rollout import collect, response_metrics, rows_of_all_ranks
+from step3_ppo.rollout import collect, make_rollouts, response_metrics, rows_of_all_ranks
 from tristage import dist, run
 from tristage.batches import PromptBatch
 from tristage.config import BatchPlan, load_config
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     check_turns(settings, heldout)
     device = dist.init(settings.device)
     engines = build_engines(settings, configs, tokenizer, train=False)
-    rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
+    rollouts = make_rollouts(engines, tokenizer, settings)
     metrics, samples = evaluate(engines, rollouts, heldout, settings, tokenizer, functions, grader, device)
     for sample in samples:
         dist.print0(f"\n{sample['prompt']}\n-> {sample['response']}\n   score {sample['score']:.3f}")

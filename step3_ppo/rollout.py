@@ -73,6 +73,12 @@ class Responses:
     scores: torch.Tensor  # [B] their weighted sum
 
 
+def make_rollouts(engines: Engines, tokenizer: Any, settings: PPOConfig) -> PaddedRollout:
+    """What samples responses from the actor."""
+    rollout = settings.rollout
+    return PaddedRollout(engines.actor, tokenizer, rollout.rows_at_once, rollout.gather, rollout.stop_token_ids)
+
+
 @torch.no_grad()
 def collect(
     engines: Engines,
@@ -93,7 +99,7 @@ def collect(
         request = SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms)
         sampling = SamplingConfig(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         batch = rollouts.generate(request, sampling)
-        sequences = Sequences(batch.input_ids, batch.attention_mask, rollouts.eos_id, prompts.input_ids.shape[1])
+        sequences = Sequences(batch.input_ids, batch.attention_mask, rollouts.stop_ids, prompts.input_ids.shape[1])
     with watch("score"):
         for engine in engines.present():
             engine.eval()

@@ -16,7 +16,7 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
 from step3_ppo.evaluate import evaluate, prompt_batch
 from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, load_grader, load_reward_terms
-from step3_ppo.rollout import Control, NotFiniteError, make_experience
+from step3_ppo.rollout import Control, NotFiniteError, make_experience, make_rollouts
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist, run
 from tristage.batches import PromptBatch, SFTBatch
@@ -32,8 +32,7 @@ from tristage.engine import StepReport
 from tristage.errors import UserError
 from tristage.health import Health
 from tristage.metrics import RunLog, Stopwatch
-from tristage.models import save_model
-from tristage.rollout import PaddedRollout
+from tristage.models import generation_stop_ids, save_model
 
 TRAINED: tuple[str, ...] = ("actor", "critic")
 SHOWN = {
@@ -90,13 +89,15 @@ def train(
     dist.print0(f"step 3, PPO: {settings.responses} responses an iteration, {settings.ppo.epochs} epochs, {plan}")
     if settings.rollout.top_p < 1 or settings.rollout.top_k:
         dist.print0("rollout.top_p or top_k filters sampling: the sampled law is not the scored one, KL is biased")
+    if dist.is_main():
+        note_other_stop_ids(settings, tokenizer)
     engines = build_engines(settings, configs, tokenizer)
     trained = {name: getattr(engines, name) for name in TRAINED if name in configs}
     first = load_checkpoint(settings, found, trained)
     control, average = restored(settings, engines, found)
     health = Health.restored(settings, found)
     extras = actor_extras(settings, inputs, average, tokenizer)
-    rollouts = PaddedRollout(engines.actor, tokenizer, settings.rollout.rows_at_once, settings.rollout.gather)
+    rollouts = make_rollouts(engines, tokenizer, settings)
     loader = prompt_loader(inputs.prompts, settings)
     watch, warned = Stopwatch(device), False
     with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
@@ -150,6 +151,18 @@ def train(
         with average.in_place():
             save_model(engines.actor, tokenizer, output / "final_ema")
     dist.print0(f"step 3 is done: {output / 'final'}")
+
+
+def note_other_stop_ids(settings: PPOConfig, tokenizer: Any) -> None:
+    """One line when the actor's generation_config.json ends responses at tokens that do not end them here."""
+    ours = {tokenizer.eos_token_id, *(settings.rollout.stop_token_ids or ())}
+    others = [id for id in generation_stop_ids(settings.actor_path) if id not in ours]
+    if others:
+        dist.print0(
+            f"{settings.actor_path}: generation_config.json also ends responses at {others} "
+            f"({', '.join(tokenizer.convert_ids_to_tokens(others))}), and rollouts do not; to stop there, set "
+            f"rollout.stop_token_ids={others}"
+        )
 
 
 def warn_of_constant(metrics: dict[str, float]) -> bool:

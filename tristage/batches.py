@@ -76,16 +76,16 @@ def trim_columns(mask: torch.Tensor) -> slice:
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Prompts with their sampled responses: left-padded prompt, then the response up to its EOS, then padding."""
+    """Prompts with their sampled responses: left-padded prompt, response up to its first stop id, padding."""
 
     input_ids: torch.Tensor  # [B,P+R] long
     attention_mask: torch.Tensor  # [B,P+R] bool
-    eos_id: int
+    stop_ids: tuple[int, ...]  # what ends a response: EOS, and `rollout.stop_token_ids`
     prompt_columns: int  # P
 
     @property
     def response_mask(self) -> torch.Tensor:
-        """[B,R] bool, True up to and including the first EOS."""
+        """[B,R] bool, True up to and including the first stop id."""
         return self.attention_mask[:, self.prompt_columns :]
 
     @property
@@ -100,8 +100,9 @@ class Sequences:
 
     @property
     def ended(self) -> torch.Tensor:
-        """[B] bool, True where the response has its EOS."""
-        return ((self.responses == self.eos_id) & self.response_mask).any(dim=1)
+        """[B] bool, True where the response has a stop id: it was not cut off."""
+        stop_ids = torch.tensor(self.stop_ids, device=self.responses.device)
+        return (torch.isin(self.responses, stop_ids) & self.response_mask).any(dim=1)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Sequences:
         """The same with `function` applied to both tensors."""

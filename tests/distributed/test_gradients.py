@@ -80,7 +80,7 @@ def make_experience(tokenizer: Any, shift: dict[str, torch.Tensor]) -> Experienc
     ids = ids.masked_fill(ended, tokenizer.eos_token_id).masked_fill(~mask, tokenizer.pad_token_id)
     sequences = Sequences(
         torch.cat([batch.input_ids, ids], 1), torch.cat([batch.attention_mask, mask], 1),
-        tokenizer.eos_token_id, batch.input_ids.shape[1],
+        (tokenizer.eos_token_id,), batch.input_ids.shape[1],
     )  # fmt: skip
 
     def noise(scale: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.engines import build_engines, check_models, engine_configs
 from step3_ppo.evaluate import evaluate
 from step3_ppo.rewards import load_reward_terms
-from step3_ppo.rollout import Control, make_experience, rows_of_all_ranks
+from step3_ppo.rollout import Control, make_experience, make_rollouts, rows_of_all_ranks
 from step3_ppo.update import check_first_iteration, ppo_update
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
@@ -24,7 +24,6 @@ from tristage.batches import Experience
 from tristage.config import load_config
 from tristage.data.sets import load_sets
 from tristage.metrics import Stopwatch
-from tristage.rollout import PaddedRollout
 
 CPU = torch.device("cpu")
 RESPONSE = 12
@@ -43,7 +42,7 @@ class Run:
         self.prompts, self.heldout = load_sets(self.settings, self.tokenizer)
         self.engines = build_engines(self.settings, configs, self.tokenizer)
         self.control, self.functions = Control.of(self.settings), load_reward_terms(self.settings)
-        self.rollouts = PaddedRollout(self.engines.actor, self.tokenizer, self.settings.rollout.rows_at_once)
+        self.rollouts = make_rollouts(self.engines, self.tokenizer, self.settings)
         self.loader = step3_ppo.train.prompt_loader(self.prompts, self.settings)
 
     def batch(self, iteration: int = 1) -> Any:
@@ -181,6 +180,28 @@ def test_the_score_lands_on_the_eos_token(pad_is_eos: bool, configs: dict[bool, 
             assert responses.index(run.tokenizer.eos_token_id) == length - 1
             ended += 1
     assert ended == round(metrics["rollout/eos_rate"] * len(scores)) > 0
+
+
+def test_a_stop_token_counts_as_an_ending_in_score_penalty_rate_and_bootstrap(configs: dict[bool, str]) -> None:
+    """Without KL and with lambda 1 and gamma 1, a return is the score, less the penalty where nothing ended it."""
+    plain = Run(configs[False]).experience()[0].sequences
+    common = int(plain.responses[plain.response_mask & (plain.responses != plain.stop_ids[0])].mode().values)
+    words = ["ppo.kl_coef=0", "ppo.lam=1", "ppo.gamma=1", "ppo.missing_eos_penalty=2", "ppo.reward_clip=null"]
+    run = Run(configs[False], *words, "ppo.bootstrap=true", f"rollout.stop_token_ids=[{common}]")
+    experience, metrics = run.experience()
+    sequences, scores = experience.sequences, scores_one_by_one(run, experience)
+    ended = 0
+    for row, score in enumerate(scores.tolist()):
+        ids = sequences.responses[row][sequences.response_mask[row]].tolist()
+        ends = [place for place, id in enumerate(ids) if id in (common, run.tokenizer.eos_token_id)]
+        assert ends in ([], [len(ids) - 1])
+        ended += bool(ends)
+        if ends:  # the return holds neither a penalty nor the value of a last state
+            assert float(experience.returns[row][len(ids) - 1]) == pytest.approx(score, abs=1e-5)
+        else:
+            assert float(experience.returns[row][len(ids) - 1]) != pytest.approx(score, abs=0.1)
+    assert metrics["rollout/eos_rate"] == pytest.approx(ended / len(scores)) and ended > plain.ended.sum()
+    assert any(common in sequences.responses[row].tolist() for row in range(len(scores)))
 
 
 def test_the_kl_penalty_is_on_every_real_token(configs: dict[bool, str]) -> None:

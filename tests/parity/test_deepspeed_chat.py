@@ -192,7 +192,7 @@ def run_both(folders: dict[str, str], settings: PPOConfig, tokenizer: Any, ids: 
     engines = Engines(engine("actor"), engine("critic"), engine("reference"), engine("reward"))
     sampled = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids).bool())
     rollouts: Any = SimpleNamespace(
-        generate=lambda request, sampling: sampled, eos_id=tokenizer.eos_token_id, tokenizer=tokenizer
+        generate=lambda request, sampling: sampled, stop_ids=(tokenizer.eos_token_id,), tokenizer=tokenizer
     )
     prompts = PromptBatch(ids[:, :P], sampled.attention_mask[:, :P], torch.arange(B), torch.ones(B).bool())
     control = Control.of(settings)

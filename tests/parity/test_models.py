@@ -206,7 +206,8 @@ class Echo(torch.nn.Module):
 
 def test_the_number_of_a_response_token_comes_from_the_position_before_it() -> None:
     """Prompt 5 6, response 7 2(EOS): token 7 is predicted where 6 stands, EOS where 7 stands."""
-    sequences = Sequences(torch.tensor([[5, 6, 7, 2]]), torch.ones(1, 4, dtype=torch.bool), eos_id=2, prompt_columns=2)
+    whole = torch.ones(1, 4, dtype=torch.bool)
+    sequences = Sequences(torch.tensor([[5, 6, 7, 2]]), whole, stop_ids=(2,), prompt_columns=2)
     micro = sequences.micro_batch(torch.tensor([0]))
     assert micro.score_mask.tolist() == [[False, False, True, True]]
     assert micro.align(Echo().logprobs(micro)).tolist() == [[61, 71]]
@@ -218,7 +219,7 @@ def test_responses_of_length_one_and_of_full_length_keep_their_slots() -> None:
     """Pad is EOS (2). Row 0: a long prompt, EOS at once. Row 1: a short prompt, three tokens and no EOS."""
     sequences = Sequences(
         torch.tensor([[3, 4, 5, 2, 2, 2], [2, 2, 6, 7, 8, 9]]),
-        torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]).bool(), eos_id=2, prompt_columns=3,
+        torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]).bool(), stop_ids=(2,), prompt_columns=3,
     )  # fmt: skip
     assert sequences.ended.tolist() == [True, False]
     for rows, logprobs, columns in (
@@ -242,7 +243,7 @@ def test_aligned_logprobs_and_values_do_not_depend_on_the_micro_batch(folders: F
     responses = collate_sft([Example(row.ids[row.prompt_length :], 0) for row in rows], tokenizer.pad_token_id)
     sequences = Sequences(
         torch.cat([prompts.input_ids, responses.input_ids], 1),
-        torch.cat([prompts.attention_mask, responses.attention_mask], 1), tokenizer.eos_token_id,
+        torch.cat([prompts.attention_mask, responses.attention_mask], 1), (tokenizer.eos_token_id,),
         prompts.input_ids.shape[1],
     )  # fmt: skip
     policy, critic = open_policy(path), open_scorer(folders.reward("llama"))

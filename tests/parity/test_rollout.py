@@ -109,7 +109,7 @@ def sample(rollout: PaddedRollout, prompts: PromptBatch, sampling: SamplingConfi
     sampling = sampling or SamplingConfig(TOKENS, 1.0, 1.0, 0)
     uniforms = row_uniforms(0, 1, prompts.draw_index, sampling.max_new_tokens)
     batch = rollout.generate(SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms), sampling)
-    return Sequences(batch.input_ids, batch.attention_mask, rollout.eos_id, prompts.input_ids.shape[1])
+    return Sequences(batch.input_ids, batch.attention_mask, rollout.stop_ids, prompts.input_ids.shape[1])
 
 
 class Policy:
@@ -162,6 +162,29 @@ def test_responses_end_with_eos_inside_the_mask_and_padding_after_it(
         assert ids[length:] == [tokenizer.pad_token_id] * (TOKENS - length)
     assert sequences.response_mask.sum(dim=1).unique().numel() > 3 and 0 < ended
     assert sequences.ended.sum() == ended
+
+
+@pytest.mark.parametrize("pad_is_eos", (False, True))
+def test_a_stop_token_ends_a_response_as_eos_does_and_changes_nothing_before_it(
+    pad_is_eos: bool, policies: dict[bool, Policy]
+) -> None:
+    policy = policies[pad_is_eos]
+    eos, pad, prompts = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id, make_prompts(policy.tokenizer)
+    free = sample(policy.rollout(), prompts)
+    kept = [ids[mask].tolist() for ids, mask in zip(free.responses, free.response_mask, strict=True)]
+    counts = torch.tensor([id for row in kept for id in row if id != eos]).bincount()
+    stops = counts.argsort(descending=True)[6:8].tolist()  # common, but not in every response
+    rollout = PaddedRollout(policy.engine, policy.tokenizer, 5, stop_token_ids=stops)
+    found = sample(rollout, prompts)
+    stopped_by = set()
+    for row, ids in enumerate(kept):
+        ends = [place for place, id in enumerate(ids) if id in (eos, *stops)]
+        length = ends[0] + 1 if ends else TOKENS
+        stopped_by |= {ids[length - 1]} if ends else {None}
+        assert found.responses[row].tolist() == ids[:length] + [pad] * (TOKENS - length)
+        assert found.response_mask[row].tolist() == [True] * length + [False] * (TOKENS - length)
+        assert bool(found.ended[row]) is bool(ends)
+    assert stopped_by >= {eos, *stops}
 
 
 def test_pad_that_is_eos_samples_the_same_tokens(policies: dict[bool, Policy]) -> None:

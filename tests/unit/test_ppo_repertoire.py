@@ -16,7 +16,7 @@ from torch import Tensor
 
 import step3_ppo.train
 from step3_ppo.config import PPOConfig
-from step3_ppo.engines import Engines
+from step3_ppo.engines import Engines, check_models
 from step3_ppo.rewards import decode, load_function, load_reward_terms, score_texts
 from step3_ppo.rollout import Control, _advantages, shape_scores
 from tests.helpers import oracles, tiny
@@ -594,6 +594,38 @@ def test_whatever_a_module_raises_at_import_is_one_sentence(
 def reward_of(*functions: str) -> str:
     listed = ", ".join(f"{{function: '{name}', weight: {i + 0.5}}}" for i, name in enumerate(functions))
     return f"reward.functions=[{listed}]"
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("[999]", "key `rollout.stop_token_ids`: 999 is outside the vocabulary of actor.model ({sft}); give ids below "),
+    ("[-1]", "key `rollout.stop_token_ids.0`: give 0 or more; it is -1 now"),
+    ("[end]", "key `rollout.stop_token_ids.0`: give a whole number; it is \"end\" now"),
+])  # fmt: skip
+def test_a_stop_token_that_is_not_in_the_vocabulary_is_refused(tmp_path: Path, words: str, sentence: str) -> None:
+    sft = tiny.write_model(tmp_path / "sft")
+    path = tiny.write_yaml(tmp_path / "ppo.yaml", tiny.ppo_values(tmp_path / "out", sft, sft, "prompts.jsonl"))
+    by_rule = "reward={functions: [{function: 'tests.helpers.rewards:constant'}]}"
+    with pytest.raises(UserError) as caught:
+        check_models(load_config(PPOConfig, ["--config", path, f"rollout.stop_token_ids={words}", by_rule]))
+    assert str(caught.value).startswith(f"{path}: {sentence.format(sft=sft)}")
+
+
+def test_other_stop_tokens_of_the_actors_generation_config_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft = tiny.write_model(tmp_path / "sft")
+    tokenizer, settings = load_tokenizer(sft), settings_of(tmp_path, f"actor.model={sft}")
+    eos = tokenizer.eos_token_id
+    for listed, words, missing in (
+        (None, [], None), (eos, [], None), ([eos, 7, 9], [], "[7, 9]"),
+        ([eos, 7, 9], ["rollout.stop_token_ids=[7]"], "[9]"), ([7], ["rollout.stop_token_ids=[9, 7]"], None),
+    ):  # fmt: skip
+        if listed is not None:
+            (Path(sft) / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        settings = settings_of(tmp_path, f"actor.model={sft}", *words)
+        step3_ppo.train.note_other_stop_ids(settings, tokenizer)
+        said = capsys.readouterr().out
+        assert said == "" if missing is None else f"rollout.stop_token_ids={missing}" in said and said.count("\n") == 1
 
 
 def test_reward_terms_have_the_names_and_weights_of_their_functions(tmp_path: Path, scorers: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tristage.models.saving import merge_adapter, save_model
     from tristage.models.scalar_head import register_scalar_head
     from tristage.models.sizes import ModelShape, model_shape
-    from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_same_tokenizer
+    from tristage.models.tokenizer import SAME_TOKENIZER, generation_stop_ids, load_tokenizer, require_same_tokenizer
 
 _NAMES = {
     "causal_lm": ("CausalLM", "load_causal_lm"),
@@ -31,7 +31,7 @@ _NAMES = {
     "saving": ("merge_adapter", "save_model"),
     "scalar_head": ("register_scalar_head",),
     "sizes": ("ModelShape", "model_shape"),
-    "tokenizer": ("SAME_TOKENIZER", "load_tokenizer", "require_same_tokenizer"),
+    "tokenizer": ("SAME_TOKENIZER", "generation_stop_ids", "load_tokenizer", "require_same_tokenizer"),
 }
 
 
@@ -56,6 +56,7 @@ __all__ = [
     "check_packable",
     "check_quantized",
     "check_vocabulary",
+    "generation_stop_ids",
     "is_reward_model",
     "last_token_scores",
     "load_causal_lm",

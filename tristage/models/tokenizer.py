@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from tristage import dist, hub
 from tristage.data.template import ensure_template, render, template_fingerprint
@@ -48,6 +48,15 @@ def _say_default(path: str, prompt: str, answer: str) -> None:
     dist.print0(
         f"{path}: no chat template, so dialogues are written as {prompt + answer!r}; `data.template` gives another one"
     )
+
+
+def generation_stop_ids(path: str) -> list[int]:
+    """Tokens at which a model folder's or id's own generation_config.json ends a response; [] where there is none."""
+    try:
+        found = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):
+        return []
+    return [] if found is None else list(found) if isinstance(found, list) else [found]
 
 
 SAME_TOKENIZER = "train both steps from models with the same tokenizer"  # what mends a disagreement

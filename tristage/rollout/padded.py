@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,24 +33,28 @@ class PaddedRollout(RolloutEngine):
             this is independent of (and usually larger than) the micro-batch of training.
         gather: "auto" gathers when the parameters fit in half of the free memory, "never" samples with
             partitioned parameters (slow: all of them travel once a token).
+        stop_token_ids: tokens that end a response like the tokenizer's EOS.
     """
 
     name = "padded"
 
-    def __init__(self, engine: Any, tokenizer: PreTrainedTokenizerBase, rows_at_once: int, gather: str = "auto"):
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        rows_at_once: int,
+        gather: str = "auto",
+        stop_token_ids: Sequence[int] | None = None,
+    ):
         self.engine, self.tokenizer, self.rows_at_once, self.gather = engine, tokenizer, rows_at_once, gather
-
-    @property
-    def eos_id(self) -> int:
-        """What ends a response."""
-        return int(self.tokenizer.eos_token_id)
+        self.stop_ids = (int(tokenizer.eos_token_id), *(stop_token_ids or ()))
 
     def sync_weights(self, step: int) -> None:
         """Nothing to do: rollouts use the training weights themselves."""
 
     @torch.no_grad()
     def generate(self, request: SeededRequest, sampling: SamplingConfig) -> RolloutBatch:
-        """[B,P] prompts -> [B,P+R] sequences, R = max_new_tokens, right-padded after each row's first EOS."""
+        """[B,P] prompts -> [B,P+R] sequences, R = max_new_tokens, right-padded after each row's first stop id."""
         gather = self._agree_to_gather()
         prompt_mask = request.prompt_attention_mask.bool()
         # Prompts of like length share a call: fewer padding columns to attend to.
@@ -62,7 +67,7 @@ class PaddedRollout(RolloutEngine):
                     request.prompt_ids[rows][:, columns], prompt_mask[rows][:, columns],
                     request.uniforms[rows.cpu()], sampling, ranks_in_step=not whole,
                 )  # fmt: skip
-        mask = response_mask(responses, self.eos_id)
+        mask = response_mask(responses, self.stop_ids)
         responses = responses.masked_fill(~mask, self.tokenizer.pad_token_id)
         start = torch.full((len(order),), prompt_mask.shape[1], dtype=torch.long, device=order.device)
         return RolloutBatch(
@@ -88,7 +93,7 @@ class PaddedRollout(RolloutEngine):
         sampling: SamplingConfig,
         ranks_in_step: bool,
     ) -> torch.Tensor:
-        """ids, mask [b,P] left padded -> responses [b, max_new_tokens]; what follows EOS is not defined."""
+        """ids, mask [b,P] left padded -> responses [b, max_new_tokens]; what follows a stop id is not defined."""
         model = self.engine.module.model
         own_config, model.generation_config = model.generation_config, GenerationConfig()
         try:
@@ -96,7 +101,7 @@ class PaddedRollout(RolloutEngine):
             config = GenerationConfig(
                 do_sample=False,
                 max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=self.eos_id,
+                eos_token_id=list(self.stop_ids),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
             )
