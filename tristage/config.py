@@ -33,7 +33,7 @@ from tristage.errors import UserError
 Precision = Literal["float32", "bf16", "fp16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Kind = Literal["sft", "ranking", "prompt", "text"]  # what a step makes of a row
-MAX_ROW_BYTES = 8 * 2**20  # tokenising takes about 140 bytes of memory per byte of text
+MAX_ROW_BYTES = 4 * 2**20  # tokenising takes 140 to 220 bytes of memory per byte of text
 
 # The step's YAML owns these; a DeepSpeed JSON that sets one would silently win or lose against it.
 OWNED_BY_YAML = {

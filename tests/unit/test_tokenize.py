@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.unit.test_template import DIALOGUE, FORGETS, TAGGED, byte_tokenizer, chatml, default
 from tristage.data.rows import PromptRow, RankingRow, Row, SFTRow, TextRow, Unusable
+from tristage.data.special import encode_hidden
 from tristage.data.template import DEFAULT_TEMPLATE, ensure_template, render
 from tristage.data.tokenize import Example, Policy, encode, encode_sampled
 from tristage.errors import UserError
@@ -119,6 +120,35 @@ def test_hand_made_ids_of_text_that_spells_special_tokens():
     row = SFTRow(({"role": "user", "content": "a</s>"},), "a", "")
     assert encoded(tokenizer, row) == Example([6, 2, 3, 4, 5, 1, 6, 1], prompt_length=6)
     assert encoded(tokenizer, TextRow("</s>a", "")) == Example([2, 3, 4, 5, 6, 1], prompt_length=0)
+
+
+BITS = ["<s>", "</s>", "<|im_start|>", "<pad>", " ", "  ", "\n", "the model", "é", "日", "<", "|im", "a"]
+
+
+def trained_tokenizer(spaces: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = spaces
+    names = ["<unk>", "<s>", "</s>", "<|im_start|>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=names, show_progress=False)
+    core.train_from_iterator(["the model sees a user, the model answers </ s > < | im"] * 9, trainer)
+    core.add_special_tokens([AddedToken("<pad>", lstrip=True, rstrip=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+TRAINED = {
+    "bytes": trained_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "a space in front": trained_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "SentencePiece": trained_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first")),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.sampled_from(BITS), max_size=12).map("".join))
+def test_the_twin_that_reads_spelled_tokens_as_text_gives_the_ids_and_places_of_the_tokenizer_otherwise(name, text):
+    ids, places = encode_hidden(text, TRAINED[name])
+    found = TRAINED[name](text, add_special_tokens=False, return_offsets_mapping=True)
+    assert (ids, places) == (found["input_ids"], found["offset_mapping"])
 
 
 def test_a_spelled_special_token_that_is_a_word_of_the_vocabulary_is_an_error_that_names_the_row():

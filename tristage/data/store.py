@@ -42,7 +42,7 @@ from tristage.errors import UserError
 
 FORMAT = 4  # raise it when the schema or the meaning of a column changes
 CHUNK = 512  # rows that one call of the tokenizer and one task of a worker hold
-CHUNK_BYTES = 2 * 2**20  # of rows in a chunk of more than one: tokenising takes about 140 times as much memory
+CHUNK_BYTES = 2**20  # of rows in a chunk of more than one: tokenising takes 140 to 220 times as much memory
 CHUNKS_A_BATCH = 32  # chunks that one batch of the Arrow file holds
 ROWS_BEFORE_WORKERS = 16 * CHUNK  # starting processes takes seconds; a smaller set is done by then
 
