@@ -22,8 +22,10 @@ class DPOConfig(TrainSettings):
     kind: ClassVar[Kind] = "ranking"
     step: ClassVar[int] = 2
     policies: ClassVar[tuple[str, ...]] = ("model", "reference.model")
-    loss: Literal["sigmoid", "ipo", "simpo"] = Field(
-        "sigmoid", description="sigmoid: DPO; ipo: a fixed gap; simpo: means a token, without a reference."
+    loss: Literal["sigmoid", "ipo", "ipo_sum", "simpo"] = Field(
+        "sigmoid",
+        description="sigmoid: DPO; ipo: a fixed gap of means per token; ipo_sum: of sums over an answer; simpo: means "
+        "per token, without a reference.",
     )
     beta: float = Field(
         0.1, gt=0, description="Scale of the implicit reward; simpo, whose rewards are means a token, wants 2 to 10."
@@ -34,7 +36,7 @@ class DPOConfig(TrainSettings):
     gamma: float | None = Field(
         None, ge=0, description="simpo: the margin of the rewards to reach, a quarter to all of beta."
     )
-    reference: ReferenceModel | None = Field(None, description="Reference model of sigmoid and ipo.")
+    reference: ReferenceModel | None = Field(None, description="Reference model of all losses but simpo.")
     precompute_reference: bool = Field(
         False,
         description="Ask the reference about all answers once, before training, and free it; kept in output/reference.",

@@ -24,6 +24,8 @@ from tristage.errors import UserError
 from tristage.metrics import Averages
 from tristage.models import load_causal_lm
 
+MEANS = ("ipo", "simpo")  # losses that compare means per token
+
 
 def prompt_losses(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor | None, batch: PreferenceBatch, settings: DPOConfig
@@ -33,10 +35,12 @@ def prompt_losses(
     With two answers a prompt this is the loss of its one pair.
     """
     better, worse = ranking_pairs(batch.prompt_index, batch.ranks)
+    if settings.loss in MEANS:
+        logprobs = logprobs / answer_lengths(batch)
+        ref_logprobs = None if ref_logprobs is None else ref_logprobs / answer_lengths(batch)
     if settings.loss == "simpo":
         assert settings.gamma is not None
-        means = logprobs / answer_lengths(batch)
-        losses = simpo_loss(means[better], means[worse], settings.beta, settings.gamma)
+        losses = simpo_loss(logprobs[better], logprobs[worse], settings.beta, settings.gamma)
     else:
         assert ref_logprobs is not None
         losses = dpo_loss(
@@ -46,7 +50,7 @@ def prompt_losses(
             ref_logprobs[worse],
             settings.beta,
             settings.label_smoothing,
-            form=settings.loss,
+            form="sigmoid" if settings.loss == "sigmoid" else "ipo",
         )
     return mean_by_prompt(losses, batch.prompt_index[better], batch.prompt_index)
 
@@ -54,10 +58,10 @@ def prompt_losses(
 def implicit_rewards(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor | None, batch: PreferenceBatch, settings: DPOConfig
 ) -> torch.Tensor:
-    """[N]: beta * log(policy / reference) of each answer; for SimPO beta * its mean log-probability a token."""
-    if ref_logprobs is None:
-        return settings.beta * logprobs / answer_lengths(batch)
-    return settings.beta * (logprobs - ref_logprobs)
+    """[N]: beta * log(policy / reference) of each answer, without a reference beta * log(policy); a mean per token
+    where the loss compares those."""
+    rewards = settings.beta * (logprobs if ref_logprobs is None else logprobs - ref_logprobs)
+    return rewards / answer_lengths(batch) if settings.loss in MEANS else rewards
 
 
 def answer_lengths(batch: PreferenceBatch) -> torch.Tensor:

@@ -28,7 +28,7 @@ from tristage.health import Health, row_ids
 from tristage.metrics import Averages, RunLog, Stopwatch
 from tristage.models import load_causal_lm, save_model
 
-NAMES = {"sigmoid": "DPO", "ipo": "IPO", "simpo": "SimPO"}
+NAMES = {"sigmoid": "DPO", "ipo": "IPO", "ipo_sum": "IPO", "simpo": "SimPO"}
 SHOWN = {
     "dpo/loss": "loss",
     "dpo/accuracy": "accuracy",

@@ -83,7 +83,8 @@ def prompt_row(loss: str, rows: list[Any], known: Known) -> Callable[[Any, Any],
             if loss == "sigmoid":
                 losses.append(-(1 - SMOOTHING) * F.logsigmoid(gap) - SMOOTHING * F.logsigmoid(-gap))
             elif loss == "ipo":
-                losses.append((gap / BETA - 1 / (2 * BETA)) ** 2)
+                mean_gap = ratios[i] / len(tokens[i]) - ratios[j] / len(tokens[j])
+                losses.append((mean_gap - 1 / (2 * BETA)) ** 2)
             else:
                 losses.append(-F.logsigmoid(2.0 * (tokens[i].mean() - tokens[j].mean()) - GAMMA))
         return torch.stack(losses).mean(), 1

@@ -300,6 +300,17 @@ def ipo_loss(
     return (h - 1 / (2 * beta)) ** 2
 
 
+def ipo_loss_of_means(
+    policy_chosen: list[float],
+    policy_rejected: list[float],
+    ref_chosen: list[float],
+    ref_rejected: list[float],
+    beta: float,
+) -> float:
+    """ipo_loss where each answer, given as its tokens' log-probabilities, counts with its mean per token."""
+    return ipo_loss(mean(policy_chosen), mean(policy_rejected), mean(ref_chosen), mean(ref_rejected), beta)
+
+
 def simpo_loss(chosen_mean: float, rejected_mean: float, beta: float, gamma: float) -> float:
     """Meng et al., equation 6, on means a token."""
     return -math.log(sigmoid(beta * chosen_mean - beta * rejected_mean - gamma))

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from step2_dpo.config import DPOConfig
+from step2_dpo.evaluate import prompt_losses
 from tests.helpers import tiny
 from tristage.algo.losses import dpo_loss, lm_loss, simpo_loss
-from tristage.batches import SFTBatch
+from tristage.batches import PreferenceBatch, SFTBatch
 from tristage.data.collate import collate_sft
 from tristage.models import load_causal_lm, load_tokenizer
 
@@ -57,6 +59,12 @@ class Case:
     def means(self) -> tuple[Tensor, ...]:
         """The same a token."""
         return tuple(half for tokens in self.tokens for half in (tokens.sum(1) / self.counts).chunk(2))
+
+    def preference_batch(self) -> PreferenceBatch:
+        batch, prompts = self.batch, torch.arange(4).repeat(2)
+        ranks = torch.tensor([0.0] * 4 + [1.0] * 4)
+        real = torch.ones(4, dtype=torch.bool)
+        return PreferenceBatch(batch.input_ids, batch.attention_mask, batch.loss_mask, prompts, ranks, real)
 
     def logits(self) -> Tensor:
         """[8,T,V], transformers' own."""
@@ -149,11 +157,16 @@ def test_ipo_is_theirs(case: Case, beta: float) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_the_ipo_of_their_dpo_trainer_is_ours_on_means_a_token(case: Case, beta: float) -> None:
-    """The paper has log-probabilities of whole answers, and so have we; their DPOTrainer divides each by its tokens."""
-    theirs = their_dpo(case, "ipo", beta)
-    torch.testing.assert_close(dpo_loss(*case.means(), beta, form="ipo").mean(), theirs, **TOLERANCE)
-    assert abs(float(dpo_loss(*case.answers(), beta, form="ipo").mean() - theirs)) > 0.1
+def test_the_ipo_of_their_dpo_trainer_is_ours(case: Case, beta: float) -> None:
+    """Both compare means per token; sums, `loss: ipo_sum`, are another loss."""
+    theirs, batch = their_dpo(case, "ipo", beta), case.preference_batch()
+    policy, reference = (tokens.sum(1) for tokens in case.tokens)
+    means, sums = (
+        DPOConfig.model_construct(loss=loss, beta=beta, label_smoothing=0.0)  # type: ignore[arg-type]
+        for loss in ("ipo", "ipo_sum")
+    )
+    torch.testing.assert_close(prompt_losses(policy, reference, batch, means).mean(), theirs, **TOLERANCE)
+    assert abs(float(prompt_losses(policy, reference, batch, sums).mean() - theirs)) > 0.1
 
 
 @pytest.mark.parametrize("beta, gamma", [(2.0, 1.0), (2.5, 0.0), (10.0, 5.0)])

@@ -206,7 +206,7 @@ def answers(seed: int = 0) -> tuple[Tensor, Tensor]:
     return policy, reference
 
 
-@pytest.mark.parametrize("loss, label_smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
+@pytest.mark.parametrize("loss, label_smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo_sum", 0.0)])
 def test_the_loss_of_a_prompt_is_the_mean_over_its_untied_pairs(loss: str, label_smoothing: float) -> None:
     policy, reference = answers()
     found = prompt_losses(
@@ -215,8 +215,49 @@ def test_the_loss_of_a_prompt_is_the_mean_over_its_untied_pairs(loss: str, label
     p, r = oracles.numbers(policy), oracles.numbers(reference)
     for prompt, pairs in enumerate(PAIRS):
         four = [(p[i], p[j], r[i], r[j], 0.2) for i, j in pairs]
-        one = [oracles.ipo_loss(*x) if loss == "ipo" else oracles.dpo_loss(*x, label_smoothing) for x in four]
+        one = [oracles.ipo_loss(*x) if loss == "ipo_sum" else oracles.dpo_loss(*x, label_smoothing) for x in four]
         assert found[prompt].item() == pytest.approx(oracles.mean(one) if one else 0.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.2, 1.0])
+def test_ipo_compares_means_per_token_in_float64(beta: float) -> None:
+    """Answers of 1 to 5 tokens, given token by token to the oracle and as their sums to prompt_losses."""
+    generator, batch = torch.Generator().manual_seed(7), preference_batch()
+    lengths = batch.answer_mask.sum(dim=1).tolist()
+    policy, reference = (
+        [-3 * torch.rand(length, generator=generator, dtype=torch.float64) for length in lengths] for _ in range(2)
+    )
+    sums = [torch.stack([tokens.sum() for tokens in answers]) for answers in (policy, reference)]
+    found = prompt_losses(*sums, batch, settings(loss="ipo", beta=beta))
+    assert found.dtype == torch.float64
+    for prompt, pairs in enumerate(PAIRS):
+        one = [
+            oracles.ipo_loss_of_means(
+                policy[i].tolist(), policy[j].tolist(), reference[i].tolist(), reference[j].tolist(), beta
+            )
+            for i, j in pairs
+        ]
+        assert found[prompt].item() == pytest.approx(oracles.mean(one) if one else 0.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss, scales", [("ipo", False), ("ipo_sum", True)])
+def test_the_gap_that_ipo_reaches_does_not_scale_with_the_length_of_answers(loss: str, scales: bool) -> None:
+    """The same log-ratio per token: one loss for short and for long answers by means, another by sums."""
+    losses = []
+    for length in (2, 20):
+        answers: Any = [([Example([5, *[7] * length], 1)] * 2, (0.0, 1.0))]
+        batch, per_token = collate_ranking(answers, 0), torch.tensor([0.3, -0.2])
+        losses.append(prompt_losses(per_token * length, torch.zeros(2), batch, settings(loss=loss, beta=0.5)).item())
+    assert (losses[0] != pytest.approx(losses[1])) is scales
+
+
+def test_ipos_rewards_and_margins_are_those_that_its_loss_compares() -> None:
+    policy, reference = answers()
+    batch = preference_batch()
+    means = 0.2 * (policy - reference) / batch.answer_mask.sum(dim=1).clamp(min=1)
+    torch.testing.assert_close(implicit_rewards(policy, reference, batch, settings(loss="ipo", beta=0.2)), means)
+    sums = 0.2 * (policy - reference)
+    torch.testing.assert_close(implicit_rewards(policy, reference, batch, settings(loss="ipo_sum", beta=0.2)), sums)
 
 
 def test_simpo_divides_by_the_tokens_of_the_answer_with_its_eos() -> None:

@@ -189,7 +189,8 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     form: DPOForm = "sigmoid",
 ) -> Tensor:
-    """Log-probabilities of whole answers, each [B] -> [B]: one loss a pair.
+    """Log-probabilities of answers, each [B] -> [B]: one loss a pair. "sigmoid" wants sums over an answer's tokens,
+    "ipo" means: the paper's results are of means, as its authors told TRL's (see step2_dpo/README.md).
 
     With gap = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected):
       "sigmoid": -log sigmoid(beta * gap)    (Rafailov et al. 2023, "Direct Preference Optimization", eq. 7);
