@@ -99,6 +99,7 @@ def train(
     extras = actor_extras(settings, inputs, average, tokenizer)
     rollouts = make_rollouts(engines, tokenizer, settings)
     loader = prompt_loader(inputs.prompts, settings)
+    dist.print0(which_limit(settings, len(inputs.prompts)))
     watch, warned = Stopwatch(device), False
     with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
         saver = run.Saver(settings, device, trained, health, log, None if average is None else average.pieces)
@@ -151,6 +152,13 @@ def train(
         with average.in_place():
             save_model(engines.actor, tokenizer, output / "final_ema")
     dist.print0(f"step 3 is done: {output / 'final'}")
+
+
+def which_limit(settings: PPOConfig, prompts: int) -> str:
+    """What ends the run, and what that is in optimizer steps and passes over the prompts."""
+    passes = settings.iterations * settings.rollout.prompts / prompts
+    steps = f"{settings.total_steps} optimizer steps" + (" at most" if settings.ppo.target_kl is not None else "")
+    return f"iterations end the run at {settings.iterations}: {steps}, {passes:.3g} passes over {prompts} prompts"
 
 
 def note_other_stop_ids(settings: PPOConfig, tokenizer: Any) -> None:

@@ -254,10 +254,12 @@ def load_trained(
 
 
 def train_loader(settings: TrainSettings, lengths: Sequence[int] | np.ndarray, plan: BatchPlan) -> Loader:
-    """This rank's batches of step 1 or 2, of rows of these `lengths` in tokens."""
-    return Loader(
+    """This rank's batches of step 1 or 2, of rows of these `lengths` in tokens; prints which limit ends the run."""
+    loader = Loader(
         lengths, plan, dist.rank(), settings.seed, settings.epochs, settings.max_steps, settings.group_by_length
     )
+    dist.print0(loader.which_limit())
+    return loader
 
 
 def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, Checkpoint | None]:

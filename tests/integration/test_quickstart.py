@@ -113,5 +113,6 @@ def test_the_folders_open_with_transformers_alone(run):
 def test_the_progress_is_followed_on_rank_zero_only(run):
     out, _, printed = run
     assert printed.count("step 3 is done") == 1
+    assert len(re.findall(r"ends? the run at", printed)) == 3 and "iterations end the run at 12: " in printed
     assert re.search(r"ppo \d+/12 score \S+ kl \S+ .*left 0:00:\d\d", printed)
     assert list((out / "step3_ppo/tensorboard").glob("events*"))

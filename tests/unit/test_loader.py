@@ -9,6 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import tiny
+from tristage import run
 from tristage.config import BatchPlan
 from tristage.data.loader import WINDOW_STEPS, Loader, evaluation_rows
 from tristage.errors import UserError
@@ -219,3 +221,19 @@ def test_evaluation_takes_every_row_once_in_equal_rounds(num_rows, world_size, m
     assert sorted(row for row in rows if row is not None) == list(range(num_rows))
     assert {len(rank) for rank in dealt} == {-(-num_rows // (micro_batch * world_size))}
     assert {len(batch) for rank in dealt for batch in rank} <= {micro_batch}
+
+
+@pytest.mark.parametrize(
+    "epochs, max_steps, sentence, steps",
+    [
+        (1.0, None, "epochs 1 over 50 rows end the run at step 7", 7),
+        (1.0, 400, "epochs 1 over 50 rows end the run at step 7; max_steps 400 is not reached", 7),
+        (2.5, 7, "max_steps ends the run at step 7; epochs 2.5 over 50 rows would be 16 steps", 7),
+        (2.5, 16, "epochs 2.5 over 50 rows end the run at step 16", 16),
+    ],
+)
+def test_the_limit_that_ends_a_run_is_printed_at_its_start(tmp_path, capsys, epochs, max_steps, sentence, steps):
+    config = tiny.sft_config(tmp_path, "model", "rows.jsonl")
+    config = config.model_copy(update={"epochs": epochs, "max_steps": max_steps})
+    loader = run.train_loader(config, LENGTHS, BatchPlan.make(8, 2, 1))
+    assert (capsys.readouterr().out, loader.total_steps) == (f"{sentence}\n", steps)

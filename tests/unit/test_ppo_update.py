@@ -11,6 +11,7 @@ import torch
 
 import step3_ppo.update
 from step3_ppo.engines import Engines
+from step3_ppo.train import which_limit
 from tests.helpers import tiny
 from tristage.config import BatchPlan
 
@@ -40,6 +41,16 @@ def dealt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def as_sets(steps: list[list[int]]) -> set[frozenset[int]]:
     return {frozenset(rows) for rows in steps}
+
+
+@pytest.mark.parametrize("words, steps", [
+    ([], "24 optimizer steps"),
+    (["ppo.target_kl=1"], "24 optimizer steps at most"),
+])  # fmt: skip
+def test_what_ends_a_run_is_said_in_iterations_steps_and_passes(tmp_path: Path, words: list[str], steps: str) -> None:
+    given = ["iterations=3", "rollout.prompts=16", "ppo.minibatch=4", "ppo.epochs=2", *words]
+    settings = tiny.ppo_config(tmp_path, "actor", "reward", "rows.jsonl", 0, *given)
+    assert which_limit(settings, 32) == f"iterations end the run at 3: {steps}, 1.5 passes over 32 prompts"
 
 
 def test_every_epoch_takes_every_row_once(dealt: Any) -> None:

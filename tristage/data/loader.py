@@ -40,11 +40,20 @@ class Loader:
         self._orders: dict[int, np.ndarray] = {}
         # Rounded first: 0.07 epochs of 100 rows are 7 rows, not the 8 that 7.000000000000001 would give.
         self.total_rows = math.ceil(round(epochs * len(lengths), 6))
-        self.total_steps = math.ceil(self.total_rows / plan.global_batch)
-        if max_steps is not None:
-            self.total_steps = min(self.total_steps, max_steps)
+        self.epochs, self.max_steps = epochs, max_steps
+        self.steps_of_epochs = math.ceil(self.total_rows / plan.global_batch)
+        self.total_steps = self.steps_of_epochs if max_steps is None else min(self.steps_of_epochs, max_steps)
         if not self.total_steps:
             raise UserError(f"{len(lengths)} rows x {epochs} epochs leave nothing to train on, give more")
+
+    def which_limit(self) -> str:
+        """Which of `epochs` and `max_steps` ends the run, and what becomes of the other."""
+        epochs = f"epochs {self.epochs:g} over {len(self.lengths)} rows"
+        if self.total_steps < self.steps_of_epochs:
+            return f"max_steps ends the run at step {self.total_steps}; {epochs} would be {self.steps_of_epochs} steps"
+        unreached = self.max_steps is not None and self.max_steps > self.total_steps
+        more = f"; max_steps {self.max_steps} is not reached" if unreached else ""
+        return f"{epochs} end the run at step {self.total_steps}{more}"
 
     def step_rows(self, step: int) -> list[MicroBatch]:
         """This rank's share of step `step` (0-based): `accumulation` lists of `micro_batch` rows."""
