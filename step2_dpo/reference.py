@@ -23,6 +23,7 @@ from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint
 from tristage.data.store import Rows
 from tristage.data.template import read_template
+from tristage.durable import explain_disk_errors
 from tristage.engine import frozen_engine
 from tristage.models import (
     check_kernels,
@@ -182,9 +183,10 @@ def _load(file: Path) -> list[Known] | None:
 
 def _save(file: Path, known: Sequence[Known]) -> None:
     """Renamed into place: a file of that name is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npz")
     arrays = {f"{name}_logprobs": side.logprobs for name, side in zip(References._fields, known, strict=True)}
     arrays |= {f"{name}_starts": side.starts for name, side in zip(References._fields, known, strict=True)}
-    np.savez(partial, **arrays)  # type: ignore[arg-type]
-    partial.replace(file)
+    with explain_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(partial, **arrays)  # type: ignore[arg-type]
+        partial.replace(file)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
+
+from tristage.errors import UserError
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 24
@@ -141,3 +144,35 @@ def checksum(path: Path) -> str:
         while chunk := file.read(CHUNK):
             found.update(chunk)
     return found.hexdigest()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or this user's share of it, has no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def explain_disk_errors(path: Path) -> Iterator[None]:
+    """One sentence where a run cannot write `path` in its output folder.
+
+    Raises:
+        UserError: the disk is full, the folder was removed, or whatever else the system says.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot be written ({error.strerror or error})"
+        fix = "fix that"
+        if is_full(error):
+            what, fix = "the disk is full", "make room"
+        elif error.errno in (errno.ENOENT, errno.ESTALE):
+            what, fix = "was removed, or a folder above it, while the run wrote there", "put back what you still need"
+        raise UserError(
+            f"{path}: {what}; {fix} and start again: the run goes on from its newest checkpoint, if it has one"
+        ) from None
+
+
+def append_json(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines of JSON to a file in a run's folder. Raises UserError as explain_disk_errors."""
+    with explain_disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

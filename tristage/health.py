@@ -6,7 +6,6 @@ OUT/bad_batches/ what each rank was computing.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from tristage import dist
 from tristage.checkpoint import Checkpoint
 from tristage.config import RunSettings
+from tristage.durable import append_json, explain_disk_errors
 from tristage.engine import StepReport
 from tristage.errors import UserError
 
@@ -63,14 +63,13 @@ class Health:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if batches:
             folder = self.output / "bad_batches"
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"step_{step:06d}_rank{dist.rank()}.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(batch, ensure_ascii=False) + "\n" for batch in batches)
+            with explain_disk_errors(folder):
+                folder.mkdir(exist_ok=True)
+            append_json(folder / f"step_{step:06d}_rank{dist.rank()}.jsonl", batches)
         blamed = [rank for rank, found in enumerate(dist.gather_objects(bool(batches))) if found]
         if dist.is_main():
-            with (self.output / "health.jsonl").open("a", encoding="utf-8") as file:
-                line = {"step": step, "bad": what, "ranks": blamed, "in_a_row": self.in_a_row}
-                file.write(json.dumps(line) + "\n")
+            line = {"step": step, "bad": what, "ranks": blamed, "in_a_row": self.in_a_row}
+            append_json(self.output / "health.jsonl", [line])
         dist.print0(
             f"warning: step {step}: a {what} is not finite: skipped, no weight changed ({self.in_a_row} in a row, "
             f"max_bad_steps {self.limit}); its rows are in {self.output / 'bad_batches'}"

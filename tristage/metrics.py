@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from tristage import dist, watchdog
-from tristage.durable import replace_text
+from tristage.durable import append_json, explain_disk_errors, replace_text
 
 
 class Averages:
@@ -45,6 +48,10 @@ class RunLog:
     Args:
         first_step: where a resumed run goes on; later lines of an earlier attempt are dropped.
         shown: metrics of the progress line, full name -> short name.
+
+    Raises:
+        UserError: on rank 0, when metrics.jsonl or samples.jsonl cannot be written or was removed. TensorBoard, which
+            shows the same numbers, is given up with a warning instead.
     """
 
     def __init__(self, output: Path, title: str, total_steps: int, first_step: int, shown: dict[str, str]):
@@ -56,12 +63,13 @@ class RunLog:
     def __enter__(self) -> RunLog:
         watchdog.may_save()
         if dist.is_main():
-            _drop_lines_after(self.output / "metrics.jsonl", self.first)
-            _drop_lines_after(self.output / "samples.jsonl", self.first)
-            _drop_lines_after(self.output / "health.jsonl", self.first)
-            self.file = open(self.output / "metrics.jsonl", "a", encoding="utf-8")
-            purge_step = self.first + 1 if self.first else 0
-            self.board = SummaryWriter(str(self.output / "tensorboard"), purge_step=purge_step)
+            self.path = self.output / "metrics.jsonl"
+            with explain_disk_errors(self.path):
+                _drop_lines_after(self.path, self.first)
+                _drop_lines_after(self.output / "samples.jsonl", self.first)
+                _drop_lines_after(self.output / "health.jsonl", self.first)
+                self.file = open(self.path, "a", encoding="utf-8")
+            self.board = Board(self.output / "tensorboard", self.first + 1 if self.first else 0)
             self.bar = _bar(self.title, self.total, self.first) if sys.stdout.isatty() else None
         return self
 
@@ -69,7 +77,8 @@ class RunLog:
         if dist.is_main():
             if self.bar:
                 self.bar.stop()
-            self.file.close()
+            with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+                self.file.close()
             self.board.close()
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
@@ -80,10 +89,11 @@ class RunLog:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
         line: dict[str, Any] = {"step": step, "split": split, **finite}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(f"{split}/{name}", value, step)
+        with explain_disk_errors(self.path):
+            self.path.stat()  # a removed file can be written for as long as it is open
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        self.board.write(step, {f"{split}/{name}": value for name, value in metrics.items()})
         if split == "train":
             self.latest.update(metrics)
             self._show_progress(step)
@@ -98,8 +108,7 @@ class RunLog:
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append to samples.jsonl."""
         if dist.is_main():
-            with open(self.output / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+            append_json(self.output / "samples.jsonl", [{"step": step, **sample} for sample in samples])
 
     def _show_progress(self, step: int) -> None:
         if self.bar:
@@ -116,6 +125,47 @@ class RunLog:
             self.bar.console.print(line)
         else:
             print(line, flush=True)
+
+
+class Board:
+    """TensorBoard's event file. One that cannot be written is given up with a warning: metrics.jsonl has its numbers.
+
+    A thread of TensorBoard's writes. Its error would be printed with a traceback by threading.excepthook, and is raised
+    again by later calls.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+        self.hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
+        with self._giving_up():
+            self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One point of each metric."""
+        with self._giving_up():
+            if self.writer is not None:
+                for name, value in metrics.items():
+                    self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        with self._giving_up():
+            if self.writer:
+                self.writer.close()
+        threading.excepthook = self.hook
+
+    def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            self.hook(arguments)
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever TensorBoard's thread met
+            self.writer = None
+            print(f"warning: {self.folder}: {error}; no more is written for TensorBoard in this run", flush=True)
 
 
 def _bar(title: str, total: int, first: int) -> Progress:

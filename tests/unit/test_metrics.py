@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +14,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.helpers.saves import small_disk
+from tests.helpers.tiny import sft_config
 from tristage import dist, metrics
+from tristage.errors import UserError
+from tristage.health import Health
 from tristage.metrics import Averages, RunLog, Stopwatch, read_metrics
 
 CPU = torch.device("cpu")
@@ -181,6 +188,115 @@ def test_a_terminal_gets_a_bar_at_the_resumed_step(tmp_path, monkeypatch, capsys
         log.write(7, "train", {"sft/loss": 2.0})
         assert (log.bar.tasks[0].completed, log.bar.tasks[0].fields["numbers"]) == (7, "loss 2")
     assert not log.bar.live.is_started  # the terminal is handed back
+
+
+# -- a full disk, a removed folder -------------------------------------------------------------------------
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte."""
+    for size in (1 << 16, 1):
+        with contextlib.suppress(OSError), open(disk / "ballast", "ab", buffering=0) as file:
+            while True:
+                file.write(b"x" * size)
+
+
+@pytest.mark.parametrize("lines", [1, 200])
+def test_a_full_disk_ends_a_run_with_one_sentence_and_keeps_the_lines_before(tmp_path, capfd, lines):
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        with pytest.raises(UserError) as told:
+            with run_log(disk, 10_000) as log:
+                for step in range(1, lines + 1):
+                    log.write(step, "train", {"sft/loss": 1.0})
+                fill(disk)
+                for step in range(lines + 1, 10_000):
+                    log.write(step, "train", {"sft/loss": 1.0})
+        assert str(told.value).startswith(f"{disk}/metrics.jsonl: the disk is full; make room and start again: the run")
+        kept = (disk / "metrics.jsonl").read_text().split("\n")[:-1]
+        assert [json.loads(line)["step"] for line in kept][:lines] == list(range(1, lines + 1))
+        said = capfd.readouterr()
+        assert "Traceback" not in said.err and said.out.count("no more is written for TensorBoard") <= 1
+        (disk / "ballast").unlink()
+        write_steps(disk, lines, lines + 1, loss=2.0)  # room was made, the run goes on
+        assert [line["step"] for line in read_metrics(disk / "metrics.jsonl")] == list(range(1, lines + 2))
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_sentence(tmp_path, capfd):
+    with small_disk(tmp_path / "disk", 1 << 18) as disk:
+        write_steps(disk, 0, 2, loss=1.0)
+        before = (disk / "metrics.jsonl").read_text()
+        fill(disk)
+        with pytest.raises(UserError, match="metrics.jsonl: the disk is full"):
+            with run_log(disk, first_step=1):
+                pass
+        assert (disk / "metrics.jsonl").read_text() == before
+        with pytest.raises(UserError, match="samples.jsonl: the disk is full"):
+            log = run_log(disk)
+            log.write_samples(3, [{"response": "x" * 10_000}])
+
+
+def test_tensorboard_that_cannot_write_is_given_up_and_the_run_goes_on(tmp_path, capfd):
+    hook = threading.excepthook
+    with run_log(tmp_path) as log:
+        log.write(1, "train", {"sft/loss": 1.0})
+        log.board.writer.flush()
+        shutil.rmtree(tmp_path / "tensorboard")
+        (tmp_path / "tensorboard").touch()
+        for step in range(2, 8):
+            log.write(step, "train", {"sft/loss": 1.0})
+            time.sleep(0.05)  # its thread writes
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    said = capfd.readouterr()
+    assert said.out.count(f"warning: {tmp_path}/tensorboard: ") == 1
+    assert said.out.count("no more is written for TensorBoard in this run") == 1
+    assert "Traceback" not in said.err and threading.excepthook is hook
+
+
+def test_without_a_folder_for_tensorboard_the_run_starts(tmp_path, capfd):
+    (tmp_path / "tensorboard").touch()
+    write_steps(tmp_path, 0, 2, loss=1.0)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    assert "no more is written for TensorBoard" in capfd.readouterr().out
+
+
+def test_errors_of_other_threads_are_still_printed(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+
+    def broken() -> None:
+        raise RuntimeError("of this thread")
+
+    with run_log(tmp_path):
+        thread = threading.Thread(target=broken)
+        thread.start()
+        thread.join()
+    assert [str(arguments.exc_value) for arguments in seen] == ["of this thread"]
+
+
+def test_a_folder_that_is_removed_under_a_run_is_one_sentence_and_does_not_come_back(tmp_path, capfd):
+    output = tmp_path / "out"
+    output.mkdir()
+    with pytest.raises(UserError, match=r"out/metrics.jsonl: was removed, .*; put back what you still need and start"):
+        with run_log(output) as log:
+            log.write(1, "train", {"sft/loss": 1.0})
+            shutil.rmtree(output)
+            log.write(2, "train", {"sft/loss": 1.0})
+    with pytest.raises(UserError, match="out/samples.jsonl: was removed"):
+        log.write_samples(2, [{"response": ""}])
+    assert not output.exists() and "Traceback" not in capfd.readouterr().err
+
+
+def test_bad_steps_are_noted_or_one_sentence(tmp_path):
+    settings = sft_config(tmp_path, "m", "r")
+    health = Health(settings)
+    with pytest.raises(UserError, match="sft/bad_batches: was removed"):
+        health.note_bad(1, "loss", [{"rows": ["a"]}])
+    with pytest.raises(UserError, match="sft/health.jsonl: was removed"):
+        health.note_bad(1, "loss", [])
+    (tmp_path / "sft").mkdir()
+    health.note_bad(1, "loss", [{"rows": ["ä"]}])
+    assert "ä" in (tmp_path / "sft/bad_batches/step_000001_rank0.jsonl").read_text()
+    assert json.loads((tmp_path / "sft/health.jsonl").read_text())["ranks"] == [0]
 
 
 # -- Stopwatch ---------------------------------------------------------------------------------------------
