@@ -9,15 +9,13 @@ on this machine. Called by launch/; ranks look again, and at more.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-
-from pydantic import BaseModel
 
 from tristage.cli import settings_class
 from tristage.config import RunSettings, load_config, read_deepspeed_json, require_folder_or_hub_id
 from tristage.data.sources import check_there, resolve_preset
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
+from tristage.inputs import named_paths
 from tristage.launch import ranks_asked, read_nodes, split_words
 
 
@@ -57,16 +55,6 @@ def check_path(settings: RunSettings, key: str, value: str) -> None:
         read_deepspeed_json(value, settings, key)
     else:
         require_folder_or_hub_id(value, settings, key)
-
-
-def named_paths(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, value) of each `model` and `deepspeed` that is set, at any depth."""
-    for name in type(group).model_fields:
-        value = getattr(group, name)
-        if name in ("model", "deepspeed") and isinstance(value, str):
-            yield prefix + name, value
-        elif isinstance(value, BaseModel):
-            yield from named_paths(value, f"{prefix}{name}.")
 
 
 if __name__ == "__main__":

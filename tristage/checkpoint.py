@@ -17,17 +17,20 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from tristage import dist
+from tristage.changes import changed_inputs, changed_settings, listed
 from tristage.config import KeepBest, RunSettings
 from tristage.durable import (
     MANIFEST,
     Entry,
     Manifest,
+    is_full,
     manifest_text,
     read_manifest,
     replace_text,
@@ -39,20 +42,13 @@ from tristage.durable import (
 from tristage.engine_state import engine_numbers, engine_pieces, engine_size, restore_engine
 from tristage.errors import UserError
 from tristage.free_space import free_on_disk
+from tristage.inputs import named_models
 from tristage.models.saving import remove_tree
 from tristage.pieces import Piece, PieceReader, write_pieces
 
-# Settings that may change between a checkpoint and its resumption: the result does not depend on them (but for
-# rounding, where they share out the work). A key stands for its group as well; "*" for any first part.
-FREE = {
-    *("output", "device", "resume", "resume_changed", "check_disk", "watchdog_seconds", "max_bad_steps"),
-    *("save_every", "keep_last", "keep_every", "keep_best", "evaluate_every", "num_samples", "grader"),
-    *("micro_batch", "ppo.micro_batch", "rollout.rows_at_once", "rollout.gather", "precompute_reference"),
-    *("deepspeed", "*.deepspeed", "gradient_checkpointing", "*.gradient_checkpointing"),
-    *("data.cache", "data.workers", "trust_remote_code", "*.trust_remote_code"),
-}
 MARGIN = 1 << 20  # bytes of a checkpoint that are no tensors, generously
 
+Models = Mapping[str, str]
 T = TypeVar("T")
 
 
@@ -133,7 +129,7 @@ def save_checkpoint(
     def finish() -> None:
         if dist.is_main():
             files = {name: entry for part in written for name, entry in part.items()}
-            values = state | {"data": _data_of(settings), "best": _judge(settings.keep_best, heldout)}
+            values = state | _inputs_of(settings) | {"best": _judge(settings.keep_best, heldout)}
             files["state.json"] = write_text(partial / "state.json", json.dumps(values, indent=1))
             _publish(root, folder, partial, files)
             _rotate(root, settings)
@@ -201,7 +197,7 @@ def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
     except UserError as error:
         problem = str(error)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             problem = (
                 f"{root}: the disk is full: {partial.stem} needs {need} bytes, {free_on_disk(root)} are free; "
                 "make room, or set `output` to a larger disk; the checkpoints before it are whole"
@@ -218,20 +214,28 @@ def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-def _data_of(settings: RunSettings) -> str | None:
-    """The fingerprint of this run's data, as run.start noted it beside the checkpoints."""
+def _inputs_of(settings: RunSettings) -> dict[str, Any]:
+    """The fingerprints of this run's rows and models, as run.start noted them."""
     noted = Path(settings.output) / "environment.json"
-    return json.loads(noted.read_text()).get("data") if noted.is_file() else None
+    values = json.loads(noted.read_text()) if noted.is_file() else {}
+    return {"data": values.get("data"), "models": values.get("models", {})}
 
 
 # -- finding -----------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(settings: RunSettings, data: str | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint that `resume` allows, after comparing its settings with these. A collective.
+def find_checkpoint(
+    settings: RunSettings, data: str | None = None, models: Models = MappingProxyType({})
+) -> Checkpoint | None:
+    """The newest whole checkpoint that `resume` allows, after comparing its run with this one. A collective.
 
     Every file is read and compared with the manifest; one that does not hold is reported, and the next is tried.
     All ranks come to the same answer, which is rank 0's.
+
+    Args:
+        data: fingerprint of the rows.
+        models: fingerprint of each model by its key. Those that train must be the same, too, although the checkpoint
+            has their weights: their folder gives the tokenizer, what LoRA freezes, and by default the reference.
 
     Raises:
         UserError: there are checkpoints but none is whole; `resume` names nothing; the run has changed.
@@ -248,7 +252,7 @@ def find_checkpoint(settings: RunSettings, data: str | None = None) -> Checkpoin
             if broken:
                 dist.print0(f"going on from {folder}, the newest that is whole")
             state = dist.gather_objects(_state_of(folder) if dist.is_main() else None)[0]
-            _compare_settings(folder, state, settings, data)
+            _compare(folder, state, settings, data, models)
             return Checkpoint(folder, state)
         broken.append(f"{folder}: {wrong}")
         dist.print0(f"warning: {broken[-1]}")
@@ -325,43 +329,22 @@ def _verify(folder: Path) -> str | None:
     return next((problem for problem in problems if problem), None)
 
 
-def _compare_settings(folder: Path, then: dict[str, Any], settings: RunSettings, data: str | None) -> None:
+def _compare(folder: Path, then: dict[str, Any], settings: RunSettings, data: str | None, models: Models) -> None:
     """Say what has changed since the checkpoint, and stop when the run would not be the same one."""
-    old, new = (dict(_flat(values)) for values in (then["settings"], json.loads(settings.model_dump_json())))
-    changed = {key: f"{old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
-    free = {key: change for key, change in changed.items() if _is_free(key)}
-    other = {key: change for key, change in changed.items() if key not in free}
+    free, other = changed_settings(then["settings"], settings)
     if data is not None and then["data"] is not None and data != then["data"]:
         other["the rows of `data`, their template or library versions"] = "others now"
+    other |= changed_inputs(then.get("models", {}), models, named_models(settings))
     told = {key: change for key, change in free.items() if not key.startswith(("resume", "output"))}
     if told:
-        dist.print0(f"changed since {folder}, without effect on the result: {_listed(told)}")
+        dist.print0(f"changed since {folder}, without effect on the result: {listed(told)}")
     if other and settings.resume_changed:
-        dist.print0(f"warning: changed since {folder}: {_listed(other)}; going on (resume_changed)")
+        dist.print0(f"warning: changed since {folder}: {listed(other)}; going on (resume_changed)")
     elif other:
         raise UserError(
-            f"{folder}: was written by a run with other settings: {_listed(other)}; put them back, go on with "
+            f"{folder}: was written by a run with other settings: {listed(other)}; put them back, go on with "
             "the new ones by resume_changed=true, or start again with resume=never"
         )
-
-
-def _listed(changes: dict[str, str]) -> str:
-    return ", ".join(f"{key}: {change}" for key, change in changes.items())
-
-
-def _is_free(key: str) -> bool:
-    parts = key.split(".")
-    begins = {".".join(parts[:n]) for n in (1, 2)}
-    return bool(begins & FREE) or (len(parts) > 1 and f"*.{parts[1]}" in FREE)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """("group.key", value) of nested settings."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 # -- loading -----------------------------------------------------------------------------------------------

@@ -18,13 +18,14 @@ import psutil
 import torch
 
 from tristage import dist, gpu
-from tristage.check_config import check_path, named_paths
+from tristage.check_config import check_path
 from tristage.config import RunSettings, SourceSettings
 from tristage.data.sources import check_there, resolve_preset
 from tristage.data.store import cache_folder
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
 from tristage.free_space import free_for_rank, free_on_disk, free_on_host, next_existing
+from tristage.inputs import named_paths
 from tristage.memory import GIB
 from tristage.models import Holds, check_model
 from tristage.preflight import installed, memory_problem

@@ -84,6 +84,31 @@ def before_each_operation(act: Callable[[int], None], operations: Sequence[str] 
         yield
 
 
+@contextlib.contextmanager
+def synced_before_rename() -> Iterator[dict[Path, list[str]]]:
+    """For each folder that is renamed from NAME.partial: what in it was changed after its last fsync, or never synced.
+
+    A file counts as synced when fsync was called after its last change, the folder itself when it was synced, too.
+    """
+    fsync, rename = os.fsync, os.rename
+    synced: dict[str, int] = {}
+    unsynced: dict[Path, list[str]] = {}
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_mtime_ns
+
+    def note_rename(old: Any, new: Any) -> None:
+        if Path(old).suffix == ".partial" and Path(new).suffix != ".partial":
+            inside = [Path(old), *Path(old).rglob("*")]
+            late = [path for path in inside if synced.get(str(path)) != path.stat().st_mtime_ns]
+            unsynced[Path(new)] = [str(path) for path in late]
+        rename(old, new)
+
+    with mock.patch.object(os, "fsync", note_fsync), mock.patch.object(os, "rename", note_rename):
+        yield unsynced
+
+
 def killed_at(operation: int, action: Callable[[], None]) -> bool:
     """Run `action` in a child process that ends, as by kill -9, before an operation; False when it got through."""
     pid = os.fork()

@@ -16,7 +16,14 @@ import pytest
 import torch
 
 from tests.helpers.ranks import run_ranks
-from tests.helpers.saves import StandInEngine, before_each_operation, disk_full_at, killed_at, small_disk
+from tests.helpers.saves import (
+    StandInEngine,
+    before_each_operation,
+    disk_full_at,
+    killed_at,
+    small_disk,
+    synced_before_rename,
+)
 from tests.helpers.tiny import sft_config
 from tristage import durable
 from tristage.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -347,6 +354,13 @@ def test_a_partial_folder_is_never_a_checkpoint_and_gives_way_to_a_whole_one(set
     assert folders(settings) == ["latest", "step_000003"]
 
 
+def test_every_file_is_synced_before_the_checkpoint_has_its_name(settings):
+    own = [Piece("average", 0, 3, torch.zeros(3))]
+    with synced_before_rename() as unsynced:
+        save_checkpoint(settings, 1, {"model": StandInEngine()}, own=own)
+    assert unsynced == {root_of(settings) / "step_000001": []}
+
+
 # -- a full disk -------------------------------------------------------------------------------------------
 
 
@@ -590,6 +604,29 @@ def test_other_data_stop_as_other_settings_do(settings, tmp_path):
     with pytest.raises(UserError, match="other settings: the rows of `data`.*resume_changed=true"):
         find_checkpoint(settings, "abc:21")
     assert find_checkpoint(with_overrides(tmp_path, "resume_changed=true"), "abc:21") is not None
+
+
+def test_another_model_under_the_same_name_stops_and_is_named(settings, tmp_path):
+    Path(settings.output).mkdir(parents=True)
+    (Path(settings.output) / "environment.json").write_text('{"data": "d", "models": {"model": "a", "x.model": "b"}}')
+    save(settings, 1, value=10)
+    assert find_checkpoint(settings, "d", {"model": "a", "x.model": "b"}) is not None
+    assert find_checkpoint(settings, "d", {"model": "", "other.model": "c"}) is not None  # nothing is known of these
+    with pytest.raises(UserError, match=r"other settings: model \(model\): its content is not the same; put them back"):
+        find_checkpoint(settings, "d", {"model": "z", "x.model": "b"})
+    allowed = with_overrides(tmp_path, "resume_changed=true")
+    assert find_checkpoint(allowed, "d", {"model": "z", "x.model": "b"}) is not None
+
+
+def test_a_checkpoint_that_knows_no_models_still_resumes(settings):
+    save(settings, 1, value=10)
+    folder = root_of(settings) / "step_000001"
+    state = json.loads((folder / "state.json").read_text())
+    del state["models"]  # as an earlier version wrote it
+    files = durable.read_manifest(folder).files
+    files["state.json"] = durable.write_text(folder / "state.json", json.dumps(state))
+    durable.write_text(folder / "manifest.json", durable.manifest_text(files, 1))
+    assert find_checkpoint(settings, "d", {"model": "z"}) is not None
 
 
 def test_new_settings_win_over_the_checkpoints_when_asked_for(settings, tmp_path):

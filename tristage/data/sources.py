@@ -202,6 +202,14 @@ def _hash_folder(folder: Path) -> str:
     return hashlib.sha256("\n".join([contents, *map(str, seen)]).encode()).hexdigest()
 
 
+def content_on_disk(source: SourceSettings) -> str:
+    """A hash of the bytes of a source's file or folder, which is not opened; "" of a data set on the hub."""
+    path = Path(str(source.path))
+    if path.is_dir():
+        return _hash_folder(path)
+    return _hash_files([path]) if path.exists() else ""
+
+
 def _digest(stream: Any) -> Any:
     digest = hashlib.sha256()
     while block := stream.read(1 << 20):

@@ -1,0 +1,56 @@
+"""Whether two runs are the same run: which settings may differ between them, and what has changed.
+
+Asked on resume (checkpoint.py) and of a finished run (finished.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tristage.config import RunSettings
+
+# Settings that may change between a checkpoint and its resumption: the result does not depend on them (but for
+# rounding, where they share out the work). A key stands for its group as well; "*" for any first part.
+FREE = {
+    *("output", "device", "resume", "resume_changed", "check_disk", "watchdog_seconds", "max_bad_steps"),
+    *("save_every", "keep_last", "keep_every", "keep_best", "evaluate_every", "num_samples", "grader"),
+    *("micro_batch", "ppo.micro_batch", "rollout.rows_at_once", "rollout.gather", "precompute_reference"),
+    *("deepspeed", "*.deepspeed", "gradient_checkpointing", "*.gradient_checkpointing"),
+    *("data.cache", "data.workers", "trust_remote_code", "*.trust_remote_code"),
+}
+
+
+def changed_settings(then: Mapping[str, Any], settings: RunSettings) -> tuple[dict[str, str], dict[str, str]]:
+    """Key -> "old -> new" of what differs from the saved settings `then`: (what may, what makes another run)."""
+    old, new = (dict(_flat(values)) for values in (then, json.loads(settings.model_dump_json())))
+    changed = {key: f"{old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+    free = {key: change for key, change in changed.items() if _is_free(key)}
+    return free, {key: change for key, change in changed.items() if key not in free}
+
+
+def changed_inputs(then: Mapping[str, str], now: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """"key (name)" -> what to say, of each input whose fingerprint both know ("" is unknown) and which differs."""
+    changed = [key for key in then if then[key] and now.get(key) and then[key] != now[key]]
+    return {f"{key} ({names[key]})" if key in names else key: "its content is not the same" for key in changed}
+
+
+def listed(changes: Mapping[str, str]) -> str:
+    """Changes as a part of a sentence."""
+    return ", ".join(f"{key}: {change}" for key, change in changes.items())
+
+
+def _is_free(key: str) -> bool:
+    parts = key.split(".")
+    begins = {".".join(parts[:n]) for n in (1, 2)}
+    return bool(begins & FREE) or (len(parts) > 1 and f"*.{parts[1]}" in FREE)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """("group.key", value) of nested settings."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
