@@ -274,12 +274,23 @@ launch_step() {
     done
 }
 
-# run_step NAME MODULE CONFIG OUT ...: launch_step, unless OUT/final says that the step is finished. With CHECK_ONLY set
-# its config is looked at and nothing else is done.
+# is_finished MODULE CONFIG OUT ...: whether OUT holds what a run with these settings wrote to its end. Ends the launcher
+# when another run has finished there. With CHECK_ONLY set, model folders may still change and are not compared.
+is_finished() {
+    local module="$1" config="$2" out="$3" status=0 later=()
+    shift 3
+    [[ -e "$out/finished.json" ]] || return 1
+    if [[ -n "${CHECK_ONLY:-}" ]]; then later=(--models-later); fi
+    python -m tristage.finished "${later[@]}" "$module" "$config" "output=$out" "$@" || status=$?
+    case "$status" in 0) return 0 ;; 3) return 1 ;; *) exit 2 ;; esac
+}
+
+# run_step NAME MODULE CONFIG OUT ...: launch_step, unless the step is finished. With CHECK_ONLY set its config is looked
+# at and nothing else is done.
 run_step() {
     local name="$1" module="$2" config="$3" out="$4"
     shift 4
-    if [[ -e "$out/final/config.json" ]]; then
+    if is_finished "$module" "$config" "$out" "$@"; then
         [[ -n "${CHECK_ONLY:-}" ]] || echo "$name: already finished ($out/final)"
     else
         launch_step "$module" "$config" "output=$out" "$@"

@@ -75,7 +75,7 @@ def train(
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
             saver.after(step, last)
     health.check_finished()
-    save_model(engine, tokenizer, output / "final")
+    run.finish(settings, save_model(engine, tokenizer, output / "final"))
     dist.print0(f"step 1 is done: {output / 'final'}")
 
 

@@ -86,7 +86,7 @@ def train(
                 log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
             saver.after(step, last)
     health.check_finished()
-    save_model(engine, tokenizer, output / "final")
+    run.finish(settings, save_model(engine, tokenizer, output / "final"))
     dist.print0(f"step 2 is done: {output / 'final'}")
 
 

@@ -88,7 +88,7 @@ def train(
     health.check_finished()
     if settings.normalize:
         normalize_scores(engine, rows, settings, tokenizer, device)
-    save_model(engine, tokenizer, output / "final")
+    run.finish(settings, save_model(engine, tokenizer, output / "final"))
     dist.print0(f"step 2 is done: {output / 'final'}")
 
 

@@ -145,12 +145,13 @@ def train(
                 evaluate_now(iteration)
             saver.after(iteration, last, control.state_dict())
     health.check_finished()
-    save_model(engines.actor, tokenizer, output / "final")
+    exported = save_model(engines.actor, tokenizer, output / "final")
     if engines.critic is not None:
-        save_model(engines.critic, tokenizer, output / "final_critic")
+        exported += save_model(engines.critic, tokenizer, output / "final_critic")
     if average is not None:
         with average.in_place():
-            save_model(engines.actor, tokenizer, output / "final_ema")
+            exported += save_model(engines.actor, tokenizer, output / "final_ema")
+    run.finish(settings, exported)
     dist.print0(f"step 3 is done: {output / 'final'}")
 
 

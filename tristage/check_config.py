@@ -15,6 +15,7 @@ from tristage.config import RunSettings, load_config, read_deepspeed_json, requi
 from tristage.data.sources import check_there, resolve_preset
 from tristage.dry_run import batch_table
 from tristage.errors import UserError
+from tristage.finished import require_finished
 from tristage.inputs import named_paths
 from tristage.launch import ranks_asked, read_nodes, split_words
 
@@ -55,6 +56,7 @@ def check_path(settings: RunSettings, key: str, value: str) -> None:
         read_deepspeed_json(value, settings, key)
     else:
         require_folder_or_hub_id(value, settings, key)
+        require_finished(value, settings, key)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any, cast
 from tristage.cli import settings_class
 from tristage.config import BatchPlan, RunSettings, TrainSettings, load_config
 from tristage.errors import UserError
+from tristage.finished import has_finished, is_finished
 from tristage.launch import option, ranks_asked, read_nodes, split_words
 
 SUMMARY = ("loss", "perplexity", "accuracy", "score", "kl", "grade", "length")
@@ -50,10 +51,17 @@ def show(words: list[str], options: list[str]) -> None:
     print(batch_table(settings, ranks))
     output = Path(settings.output)
     checkpoints = sorted(path.name for path in output.glob("checkpoints/step_*"))
-    state = "is finished" if (output / "final/config.json").exists() else "is new"
+    state = _finished(settings) or "is new"
     if checkpoints and state == "is new":
         state = f"goes on from {checkpoints[-1]}" if settings.resume == "auto" else "starts over (resume=never)"
     print(f"output: {output} {state}; log: {output}/logs/launch.log")
+
+
+def _finished(settings: RunSettings) -> str | None:
+    try:
+        return "is finished" if is_finished(settings) else None
+    except UserError as error:
+        return f"cannot be continued: {error}"
 
 
 def batch_table(settings: RunSettings, ranks: int) -> str:
@@ -85,7 +93,7 @@ def summary(out: Path) -> str:
         heldout = [row for row in rows if row["split"] == "heldout"]
         shown = {name.partition("/")[2]: value for name, value in (heldout or rows)[-1].items() if "/" in name}
         kept = [f"{name} {value:.4g}" for name, value in shown.items() if name in SUMMARY]
-        state = "finished" if (folder / "final/config.json").exists() else "not finished"
+        state = "finished" if has_finished(folder) else "not finished"
         of = ", held out" if heldout else ""
         lines.append(f"{folder.name}: {state} at step {rows[-1]['step']}{of}: {', '.join(kept)}")
     return "\n".join(lines)

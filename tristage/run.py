@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import yaml
 
-from tristage import dist, preflight, watchdog
+from tristage import dist, lock, preflight, watchdog
 from tristage.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from tristage.config import (
     BatchPlan,
@@ -32,9 +32,13 @@ from tristage.config import (
 )
 from tristage.data.loader import Loader
 from tristage.data.template import read_template
+from tristage.durable import explain_disk_errors
 from tristage.engine import DTYPES, check_zero_support, engine_config, zero_stage
 from tristage.errors import UserError
+from tristage.finished import NAME as FINISHED
+from tristage.finished import clear_finished, require_finished, write_finished
 from tristage.health import Health
+from tristage.inputs import model_fingerprints, named_models, source_fingerprints
 from tristage.launch import adopt_rank_of_mpirun, decode
 from tristage.metrics import RunLog
 from tristage.models import (
@@ -59,6 +63,9 @@ PACKAGES = (
 )
 
 
+T = TypeVar("T")
+
+
 class Preempted(Exception):
     """A signal ended the run after a step, its checkpoint written."""
 
@@ -74,7 +81,10 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
     adopt_rank_of_mpirun()
     with watchdog.listening():
         try:
-            main(sys.argv[1:])
+            try:
+                main(sys.argv[1:])
+            finally:
+                lock.release()
         except UserError as error:
             watchdog.leave("failed")
             if dist.rank() != 0:
@@ -263,16 +273,18 @@ def train_loader(settings: TrainSettings, lengths: Sequence[int] | np.ndarray, p
 
 
 def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, Checkpoint | None]:
-    """Join the process group, find the checkpoint to continue from, seed, and make the run's folder with config.yaml
+    """Join the process group, lock the run's folder, find the checkpoint to continue from, seed, and write config.yaml
     and environment.json: (this rank's device, the checkpoint or None).
 
     Raises:
-        UserError: ranks that hold other versions or data than rank 0, as when a node has an older copy of a file;
-            checkpoints that are not whole, or of another run.
+        UserError: another run writes to the folder; ranks that hold other versions or data than rank 0, as when a node
+            has an older copy of a file; a model of a run that has not finished; checkpoints that are not whole, or of
+            another run.
     """
     patience = watchdog.LONG * settings.watchdog_seconds
     device = dist.init(settings.device, patience + 60 if patience else 1800)  # the watchdog, which says more, is first
     preflight.check(settings, device)
+    on_main(lambda: _take_lock(settings))
     others = dist.gather_objects((platform.node(), data_fingerprint))
     for rank, (node, found) in enumerate(others):
         if found != others[0][1]:
@@ -280,7 +292,8 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
                 f"{settings.file}: rank {rank} on {node} has other data than rank 0 on {others[0][0]}; "
                 "give all nodes the same files and library versions"
             )
-    found = find_checkpoint(settings, data_fingerprint)
+    inputs = on_main(lambda: _inputs(settings, data_fingerprint))
+    found = find_checkpoint(settings, data_fingerprint, inputs["models"])
     random.seed(settings.seed)
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed)
@@ -288,22 +301,70 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+    on_main(lambda: _write_start(settings, _environment(device) | inputs | trusted_code(settings)))
+    logs = Path(settings.output) / "logs"
+    with explain_disk_errors(logs):
+        logs.mkdir(parents=True, exist_ok=True)  # on a node that has another disk
+        watchdog.watch(logs, settings.watchdog_seconds, dist.rank(), dist.world_size())
+    return device, found
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank. A collective. Raises its UserError on every rank."""
+    result, problem = None, None
     if dist.is_main():
-        output = Path(settings.output)
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+    result, problem = dist.gather_objects((result, problem))[0]
+    if problem is not None:
+        raise UserError(problem)
+    return result  # type: ignore[return-value]
+
+
+def _take_lock(settings: RunSettings) -> None:
+    with explain_disk_errors(Path(settings.output) / lock.NAME):
+        lock.take(Path(settings.output))
+
+
+def _inputs(settings: RunSettings, data_fingerprint: str) -> dict[str, Any]:
+    """Fingerprints of what the run reads: its rows, its models, the files that the rows come from."""
+    for key, path in named_models(settings).items():
+        require_finished(path, settings, key)
+    return {
+        "data": data_fingerprint,
+        "models": model_fingerprints(settings),
+        "sources": source_fingerprints(settings),
+    }
+
+
+def _write_start(settings: RunSettings, environment: dict[str, Any]) -> None:
+    """config.yaml and environment.json; what an earlier run left and is not true of this one goes."""
+    output = Path(settings.output)
+    with explain_disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
+        clear_finished(output)
         origin = f"# What {settings.file} came to with its overrides; relative deepspeed paths start from its folder.\n"
         values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         (output / "config.yaml").write_text(origin + values)
-        environment = _environment(device) | {"data": data_fingerprint} | trusted_code(settings)
         (output / "environment.json").write_text(json.dumps(environment, indent=2))
         (output / "logs").mkdir(exist_ok=True)
         for old in (output / "logs").glob("rank_*.json"):  # an earlier run's, of ranks that may not come back
             old.unlink()
-    dist.barrier()
-    logs = Path(settings.output) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)  # on a node that has another disk
-    watchdog.watch(logs, settings.watchdog_seconds, dist.rank(), dist.world_size())
-    return device, found
+
+
+def finish(settings: RunSettings, exported: Sequence[Path]) -> None:
+    """The last thing that a run does: finished.json, with the folders that save_model wrote on rank 0.
+
+    Raises:
+        UserError: on rank 0, it cannot be written.
+    """
+    if dist.is_main():
+        output = Path(settings.output)
+        with explain_disk_errors(output / FINISHED):
+            environment = json.loads((output / "environment.json").read_text())
+            write_finished(settings, {name: environment[name] for name in ("data", "models", "sources")}, exported)
 
 
 def _environment(device: torch.device) -> dict[str, object]:

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tristage import lock
 from tristage.processes import ProcessId, has_ended, own_id
 
 EXIT_STALLED = 70  # EX_SOFTWARE: a rank stood still or was lost
@@ -192,6 +193,8 @@ class Watchdog(threading.Thread):
                     self.signalled(number)
             if self.launcher is not None and os.getppid() != self.launcher:
                 self.end("the launcher is gone", EXIT_STALLED)
+            if not lock.beat():
+                self.end("another run has taken over the output folder", EXIT_STALLED)
             if self.seconds:
                 self.beat()
                 self.check()
@@ -217,6 +220,7 @@ class Watchdog(threading.Thread):
             print(f"rank {rank} on {platform.node()} ends: {why}", file=sys.stderr, flush=True)
         if code == EXIT_PREEMPTED:
             tell_launcher()
+        lock.release()
         os._exit(code)
 
     # -- the other ranks -------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ if [[ $# -lt 2 || "$1" == -* || "$2" == -* ]]; then
     exit 2
 fi
 folder="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck disable=SC1091
+source "$folder/../common.sh"
 export TRISTAGE="${TRISTAGE:-$(cd "$folder/../.." && pwd)}"
 configs="$1" out="$2"
 shift 2
@@ -15,11 +17,12 @@ for word in "$@"; do
     if [[ "$word" == -* ]]; then options+=("$word"); else settings+=("$word"); fi
 done
 
-# submit STEP [key=value ...]: after the job before, if there is one.
+# submit STEP [key=value ...]: after the job before, if there is one. A finished step is left out unless one before it
+# runs again: it then checks in its job that what it read is as it was.
 submit() {
     local step="$1" dependency=()
     shift
-    if [[ -e "$out/$step/final/config.json" ]]; then
+    if [[ -z "$after" ]] && is_finished "$step.train" "$configs/$step.yaml" "$out/$step" "$@" "${settings[@]}"; then
         echo "$step: already finished ($out/$step/final)"
         return
     fi

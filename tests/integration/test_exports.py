@@ -21,10 +21,13 @@ import step2_reward_model.train
 import step3_ppo.train
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
+from tests.helpers.saves import synced_before_rename
 from tristage import dist
 from tristage.config import BatchPlan
 from tristage.engine import engine_config, frozen_engine, generation_mode
 from tristage.errors import UserError
+from tristage.finished import read_finished
+from tristage.inputs import model_fingerprint
 from tristage.models import load_causal_lm, load_reward_model, load_tokenizer, save_model
 
 IDS = torch.arange(4, 28).reshape(2, 12)
@@ -58,13 +61,15 @@ def run_all(rank: int, base: str) -> None:
         MAINS[step].main(["--config", str(folder / f"{step}.yaml"), f"output={folder}", *overrides])
 
 
-def save_and_ask(shard_size: str, engine: Any, tokenizer: Any, folder: Path) -> None:
+def save_and_ask(shard_size: str, engine: Any, tokenizer: Any, folder: Path) -> list[Path]:
     """save_model, and beside the folder what the engine says of IDS."""
-    save_model(engine, tokenizer, folder, shard_size)
+    assert not (folder.parent / "finished.json").exists()  # which is written after the last export
+    written = save_model(engine, tokenizer, folder, shard_size)
     with generation_mode(engine), torch.no_grad():
         logits = engine.module.model(IDS).logits
     if dist.is_main():
         torch.save(logits, folder.with_suffix(".logits"))
+    return written
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +115,14 @@ def test_plain_transformers_gives_the_engine_s_own_numbers(name: str, base: Path
     start = AutoModelForSequenceClassification if is_scorer(name) else AutoModelForCausalLM
     before = start.from_pretrained(base / ("scorer" if is_scorer(name) else "actor"))(IDS).logits
     assert (found - before).abs().max() > 1e-3  # it was trained
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_run_says_that_it_has_finished_and_what_it_exported(name: str, base: Path) -> None:
+    folders = read_finished(base / name)["folders"]
+    found = [path for path in (base / name).iterdir() if path.name.startswith("final") and path.is_dir()]
+    assert folders == {path.name: model_fingerprint(path) for path in found}
+    assert set(RUNS[name][3]) <= folders.keys()
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -228,6 +241,13 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_the_new_one_or_none(exports:
     assert calls[: calls.index("rename")].count("fsync") > 10  # every file before any is renamed
     print(found)
     assert found == sorted(found, key=["old", "none", "new"].index) and found.count("none") == 1
+
+
+def test_every_file_is_synced_before_the_folder_has_its_name(exports: Exports) -> None:
+    exports.save("old")
+    with synced_before_rename() as unsynced:
+        exports.save("new")
+    assert unsynced == {exports.folder: []}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ The stand-in `deepspeed` writes its arguments down, one a line, a blank line aft
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -12,13 +13,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from step1_sft.config import SFTConfig
 from tests.helpers.faults import wait_until
 from tests.helpers.tiny import ppo_config, reward_model_config, sft_config
+from tristage.config import RunSettings, load_config
+from tristage.finished import write_finished
+from tristage.inputs import model_fingerprints, source_fingerprints
 from tristage.launch import decode
 from tristage.processes import process_id
 
@@ -43,7 +48,7 @@ exit "${DEEPSPEED_EXIT:-0}"
 PYTHON = rf"""#!/usr/bin/env bash
 case "$*" in
     *tristage.gpu*) exit "${{NO_GPU:-1}}" ;;
-    *tristage.launch*|*tristage.dry_run*) exec "{sys.executable}" "$@" ;;
+    *tristage.launch*|*tristage.dry_run*|*tristage.finished*) exec "{sys.executable}" "$@" ;;
     *tristage.check_config*) if [[ -n "${{CHECK:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
 esac
 """
@@ -468,9 +473,38 @@ def test_a_folder_for_the_op_that_cannot_be_written_is_one_sentence(launch, tmp_
 # -- the pipeline ------------------------------------------------------------------------------------------
 
 
-def finish(folder: Path) -> None:
-    (folder / "final").mkdir(parents=True)
-    (folder / "final/config.json").write_text("{}")
+def write_recipe(folder: Path, recipe: str = "recipe") -> dict[str, RunSettings]:
+    """The configs of a recipe, and the settings that the pipeline makes of them, by step."""
+    write = {"step1_sft": sft_config, "step2_reward_model": reward_model_config}
+    settings = {name: make(folder / name, "m/m", "r/r") for name, make in write.items()}
+    settings["step3_ppo"] = ppo_config(folder / "step3_ppo", "m/m", "m/m", "r/r")
+    (folder / recipe).mkdir(exist_ok=True)
+    for name, values in settings.items():
+        (folder / recipe / f"{name}.yaml").write_text(Path(values.file).read_text())
+    return settings
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    yield
+    os.chdir(before)
+
+
+def finish(folder: Path, step: str, *overrides: str) -> None:
+    """As a run of the pipeline leaves out/STEP, with a folder that stands for its model."""
+    settings = write_recipe(folder)[step]
+    words = [f"output=out/{step}", *overrides]
+    if step == "step3_ppo":
+        words += ["actor.model=out/step1_sft/final", "reward.model=out/step2_reward_model/final"]
+    settings = load_config(type(settings), ["--config", f"{folder}/recipe/{step}.yaml", *words])
+    final = folder / settings.output / "final"
+    final.mkdir(parents=True)
+    (final / "config.json").write_text("{}")
+    with inside(folder):
+        inputs = {"models": model_fingerprints(settings), "sources": source_fingerprints(settings)}
+        write_finished(settings, inputs, [final])
 
 
 def test_the_pipeline_hands_each_step_the_folders_of_those_before(launch, tmp_path):
@@ -496,8 +530,9 @@ def test_the_pipeline_hands_each_step_the_folders_of_those_before(launch, tmp_pa
     ],
 )
 def test_the_pipeline_skips_a_finished_step_and_says_so(launch, tmp_path, finished, left):
+    write_recipe(tmp_path)
     for step in finished:
-        finish(tmp_path / "out" / step)
+        finish(tmp_path, step)
     ended = launch("launch/pipeline.sh", "recipe", "out")
     assert [call[call.index("--module") + 1] for call in calls(tmp_path)] == left
     assert [line for line in ended.stdout.splitlines() if "already finished" in line] == [
@@ -505,11 +540,36 @@ def test_the_pipeline_skips_a_finished_step_and_says_so(launch, tmp_path, finish
     ]
 
 
-def test_the_pipeline_runs_a_step_whose_export_is_not_whole(launch, tmp_path):
-    finish(tmp_path / "out/step1_sft")
-    (tmp_path / "out/step2_reward_model/final.partial").mkdir(parents=True)
+def test_the_pipeline_runs_a_step_that_was_killed_while_it_exported(launch, tmp_path):
+    """Of step 3 it has final/, and no final_critic/ yet."""
+    for step in ("step1_sft", "step2_reward_model", "step3_ppo"):
+        finish(tmp_path, step)
+    (tmp_path / "out/step3_ppo/finished.json").unlink()
     launch("launch/pipeline.sh", "recipe", "out")
-    assert "step2_reward_model.train" in calls(tmp_path)[0]
+    assert [call[call.index("--module") + 1] for call in calls(tmp_path)] == ["step3_ppo.train"]
+
+
+def test_the_pipeline_does_not_take_another_run_for_this_one(launch, tmp_path):
+    finish(tmp_path, "step1_sft")
+    finish(tmp_path, "step2_reward_model", "seed=3")
+    ended = launch("launch/pipeline.sh", "recipe", "out")
+    assert (ended.returncode, calls(tmp_path)) == (2, [])
+    told = "error: out/step2_reward_model: has finished as another run: seed: 3 -> 0; put that back, train again with "
+    assert ended.stderr.startswith(told) and ended.stderr.count("\n") == 1
+    assert launch("launch/pipeline.sh", "recipe", "out", "resume=never", "--num_gpus", "2").returncode == 0
+    assert len(calls(tmp_path)) == 3  # all train again
+
+
+def test_the_pipeline_sees_that_a_step_was_trained_again_under_a_later_one(launch, tmp_path):
+    for step in ("step1_sft", "step2_reward_model", "step3_ppo"):
+        finish(tmp_path, step)
+    (tmp_path / "out/step1_sft/final/config.json").write_text('{"other": 1}')
+    settings = load_config(SFTConfig, ["--config", f"{tmp_path}/recipe/step1_sft.yaml", "output=out/step1_sft"])
+    with inside(tmp_path):
+        write_finished(settings, {"models": {}, "sources": {}}, [Path("out/step1_sft/final")])
+    ended = launch("launch/pipeline.sh", "recipe", "out")
+    assert (ended.returncode, calls(tmp_path)) == (2, [])
+    assert "run: actor.model (out/step1_sft/final): its content is not the same; put that back" in ended.stderr
 
 
 def test_the_pipeline_stops_at_a_step_that_fails(launch, tmp_path):

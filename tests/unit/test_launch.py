@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from tests.helpers.tiny import ppo_config, sft_config
-from tristage import dry_run, launch
+from tristage import dry_run, finished, launch
 from tristage.errors import UserError
 
 HOSTS = "# two of us\nnode-a slots=2\n\nnode-b slots=4 # bigger\n"
@@ -286,7 +286,11 @@ def test_the_summary_says_what_each_step_reached(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "step1_sft/final").mkdir()
-    (tmp_path / "step1_sft/final/config.json").touch()
+    finished.write_finished(
+        sft_config(tmp_path, "m", "r", 0, f"output={tmp_path}/step1_sft"),
+        {"data": "d", "models": {}, "sources": {}},
+        [tmp_path / "step1_sft/final"],
+    )
     assert dry_run.summary(tmp_path).splitlines() == [
         "step1_sft: finished at step 3, held out: loss 1.25",
         "step3_ppo: not finished at step 4: score 2",

@@ -35,27 +35,32 @@ SHARD_SIZE = "5GB"  # of one file of weights; a larger model has several, and an
 
 def save_model(
     engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, shard_size: str = SHARD_SIZE
-) -> None:
+) -> list[Path]:
     """Write an engine's model (a CausalLM or RewardModel wrapper) as safetensors with config and tokenizer.
 
     A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter; those
     beside quantised weights are merged into the base model that they were quantised from. With a value head trunk and
     head are written as a critic, in FOLDER_critic. Each folder appears whole or not at all, and is on the disk then.
 
+    Returns:
+        The folders that were written, on rank 0; [] on other ranks.
+
     Raises:
         UserError: on rank 0, the disk is full; what was there is as it was.
     """
     with watchdog.phase("save"):
-        state = full_state_dict(engine)
+        state, written = full_state_dict(engine), []
         if dist.is_main():
-            _write(engine.module.model, state, tokenizer, folder, shard_size)
+            written = _write(engine.module.model, state, tokenizer, folder, shard_size)
         dist.barrier()
+    return written
 
 
 def _write(
     model: Any, whole: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path, shard_size: str
-) -> None:
-    """The folders of save_model from the wrapper's state `whole`, which is empty afterwards."""
+) -> list[Path]:
+    """Write the folders of save_model from the wrapper's state `whole`, which is empty afterwards; those folders."""
+    written = [folder]
     value_head = whole.pop("value_head.weight", None)
     state = {name.removeprefix("model."): whole.pop(name) for name in list(whole)}
     adapter = folder.with_name(folder.name + "_adapter")
@@ -63,6 +68,7 @@ def _write(
         with _whole(adapter) as beside:
             save_adapter(model, state, beside)
             tokenizer.save_pretrained(beside)
+        written.append(adapter)
     if is_quantized(model):
         trust_remote_code = type(model).__module__.startswith("transformers_modules")  # it was loaded with it
         _write_merged(base_path(model), str(adapter), folder, model.dtype, shard_size, trust_remote_code)
@@ -72,9 +78,12 @@ def _write(
             model.save_pretrained(beside, state_dict=dict(state), max_shard_size=shard_size)
             tokenizer.save_pretrained(beside)
     if value_head is not None:
-        with _whole(folder.with_name(folder.name + "_critic")) as beside:
+        critic = folder.with_name(folder.name + "_critic")
+        with _whole(critic) as beside:
             _save_critic(model, state, value_head, beside, shard_size)
             tokenizer.save_pretrained(beside)
+        written.append(critic)
+    return written
 
 
 def _save_critic(
