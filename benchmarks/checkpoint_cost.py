@@ -22,13 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import tristage.run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import step1_sft.train as sft
-import tristage.run
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
-from tristage.models import load_tokenizer
+from tristage.models.tokenizer import load_tokenizer
 
 
 def write_network(folder: Path) -> int:

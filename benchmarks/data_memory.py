@@ -26,7 +26,7 @@ from tristage.config import BatchPlan
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import Loader
 from tristage.data.sets import load_sets
-from tristage.models import load_tokenizer
+from tristage.models.tokenizer import load_tokenizer
 from tristage.quickstart import task
 
 GLOBAL_BATCH = 64

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
-from tristage.memory import GIB, Machine, total
-from tristage.models import load_tokenizer
-from tristage.plan import Plan, engines_of, make_plan
+from tristage.models.tokenizer import load_tokenizer
+from tristage.planning.formulas import GIB, Machine, total
+from tristage.planning.plan import Plan, engines_of, make_plan
 
 RANKS = 2
 CASES = [f"{step}-zero{stage}" for step in ("sft", "ppo") for stage in (0, 2, 3)]

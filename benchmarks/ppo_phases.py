@@ -35,10 +35,12 @@ from step3_ppo.update import ppo_update
 from tristage import dist
 from tristage.data.sets import load_sets
 from tristage.engine import frozen_engine
-from tristage.metrics import Stopwatch
-from tristage.models import load_reward_model, load_tokenizer, save_model
+from tristage.models.reward_model import load_reward_model
+from tristage.models.saving import save_model
+from tristage.models.tokenizer import load_tokenizer
 from tristage.quickstart import prepare
 from tristage.rollout import PaddedRollout
+from tristage.training.metrics import Stopwatch
 
 ROOT = Path(__file__).parents[1]
 REPETITIONS = 5

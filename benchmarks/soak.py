@@ -35,7 +35,7 @@ from typing import Any
 import psutil
 
 from tests.helpers import tiny
-from tristage.metrics import read_metrics
+from tristage.training.metrics import read_metrics
 
 MARK = "TRISTAGE_SOAK"  # in the environment of all that a run starts: what has it and outlives the launcher was leaked
 AFTER_START = 10  # iterations after a start at which starts are compared

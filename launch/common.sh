@@ -56,7 +56,7 @@ build_cpu_op() {
 has_gpu() {
     if [[ -z "${HAS_GPU:-}" ]]; then
         HAS_GPU=no
-        if [[ "${DS_ACCELERATOR:-}" != cpu ]] && python -m tristage.gpu; then
+        if [[ "${DS_ACCELERATOR:-}" != cpu ]] && python -m tristage.dist.gpu; then
             HAS_GPU=yes
         fi
     fi
@@ -140,7 +140,7 @@ run_deepspeed() {
     RUN_MARK="$(mktemp -d "${TMPDIR:-/tmp}/tristage.XXXXXX")"
     STOPPED_BY="" PORT_TAKEN=no
     # The name starts with PYTHON because DeepSpeed hands such variables on to other nodes.
-    if ! PYTHON_TRISTAGE_RUN="$RUN_MARK" python -m tristage.launch "$RUN_MARK" "$@"; then
+    if ! PYTHON_TRISTAGE_RUN="$RUN_MARK" python -m tristage.launch.prepare "$RUN_MARK" "$@"; then
         rm -rf "$RUN_MARK"
         return 2
     fi
@@ -245,7 +245,7 @@ launch_step() {
     local leave_out=()
     if [[ -n "${CHECK_ONLY:-}" ]]; then leave_out=(--models-later); fi
     if [[ "$dry" == yes ]]; then leave_out=(--elsewhere); fi
-    python -m tristage.check_config "${leave_out[@]}" "$module" "$config" "${settings[@]}" -- "${options[@]}" || exit 2
+    python -m tristage.launch.check_config "${leave_out[@]}" "$module" "$config" "${settings[@]}" -- "${options[@]}" || exit 2
     if [[ -n "${CHECK_ONLY:-}" ]]; then return; fi
     local given=" ${options[*]-} "
     if ! has_gpu; then
@@ -254,7 +254,7 @@ launch_step() {
         [[ "$given" =~ \ (--(num_gpus|num_accelerators|hostfile|include|exclude)|-[Hie]\ ) ]] || options+=(--num_gpus 2)
     fi
     if [[ "$dry" == yes ]]; then
-        python -m tristage.dry_run "$module" "$config" "${settings[@]}" -- "${options[@]}"
+        python -m tristage.launch.dry_run "$module" "$config" "${settings[@]}" -- "${options[@]}"
         return
     fi
     local status restart=0 pick=1
@@ -281,7 +281,7 @@ is_finished() {
     shift 3
     [[ -e "$out/finished.json" ]] || return 1
     if [[ -n "${CHECK_ONLY:-}" ]]; then later=(--models-later); fi
-    python -m tristage.finished "${later[@]}" "$module" "$config" "output=$out" "$@" || status=$?
+    python -m tristage.runs.finished "${later[@]}" "$module" "$config" "output=$out" "$@" || status=$?
     case "$status" in 0) return 0 ;; 3) return 1 ;; *) exit 2 ;; esac
 }
 

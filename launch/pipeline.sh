@@ -18,4 +18,4 @@ steps() {
 }
 CHECK_ONLY=yes steps "$@" # a mistake in step 3's config is told before step 1 trains
 steps "$@"
-python -m tristage.dry_run summary "$out"
+python -m tristage.launch.dry_run summary "$out"

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from step1_sft.config import SFTConfig
-from tristage import dist, run
+from tristage import dist
 from tristage.config import load_config
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
 from tristage.engine import frozen_engine
-from tristage.metrics import Averages
-from tristage.models import load_causal_lm
+from tristage.models.causal_lm import load_causal_lm
+from tristage.training import run, setup
+from tristage.training.metrics import Averages
 
 
 @torch.no_grad()
@@ -37,10 +38,10 @@ def evaluate(engine: Any, rows: Rows, micro_batch: int, tokenizer: Any, device: 
 
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
-    _, config, tokenizer = run.check_training(settings)
+    _, config, tokenizer = setup.check_training(settings)
     heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
-    model = load_causal_lm(settings.model, tokenizer, engine_config=config, **run.loading(settings))
+    model = load_causal_lm(settings.model, tokenizer, engine_config=config, **setup.loading(settings))
     metrics = evaluate(frozen_engine(model, config), heldout, settings.micro_batch, tokenizer, device)
     for name, value in metrics.items():
         dist.print0(f"{name} {value:.4f}")

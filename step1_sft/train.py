@@ -15,7 +15,7 @@ import torch
 
 from step1_sft.config import SFTConfig
 from step1_sft.evaluate import evaluate
-from tristage import dist, run
+from tristage import dist
 from tristage.batches import SFTBatch
 from tristage.checkpoint import load_checkpoint
 from tristage.config import BatchPlan, load_config
@@ -26,16 +26,19 @@ from tristage.data.store import Rows
 from tristage.data.tokenize import Example
 from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine
 from tristage.errors import UserError
-from tristage.health import Health, row_ids
-from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import check_packable, load_causal_lm, save_model
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.loading import check_packable
+from tristage.models.saving import save_model
+from tristage.training import run, setup
+from tristage.training.health import Health, row_ids
+from tristage.training.metrics import Averages, RunLog, Stopwatch
 
 SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
 
 
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
-    plan, config, tokenizer = run.check_training(settings)
+    plan, config, tokenizer = setup.check_training(settings)
     if settings.packing:
         check_packable(settings.model, settings.attention, settings.micro_batch, settings.trust_remote_code)
     sets = load_sets(settings, tokenizer)
@@ -49,10 +52,10 @@ def train(
     device, found = run.start(settings, fingerprint([rows, heldout]))
     output = Path(settings.output)
     dist.print0(f"step 1, supervised fine-tuning: {plan}")
-    model = run.load_trained(load_causal_lm, settings, config, tokenizer)
+    model = setup.load_trained(load_causal_lm, settings, config, tokenizer)
     collate: Any = collate_packed if settings.packing else collate_sft
     trained = PackedRows(rows, settings.max_tokens, settings.seed) if settings.packing else rows
-    loader = run.train_loader(settings, trained.lengths, plan)
+    loader = setup.train_loader(settings, trained.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     if settings.packing:
         check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)

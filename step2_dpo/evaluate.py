@@ -11,7 +11,7 @@ import torch
 
 from step2_dpo.config import DPOConfig
 from step2_dpo.reference import Reference, answer_logprobs, ask_reference, check_reference, no_reference
-from tristage import dist, run
+from tristage import dist
 from tristage.algo.losses import dpo_loss, mean_by_prompt, ranking_pairs, simpo_loss
 from tristage.batches import PreferenceBatch
 from tristage.config import load_config
@@ -21,8 +21,9 @@ from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
 from tristage.engine import frozen_engine
 from tristage.errors import UserError
-from tristage.metrics import Averages
-from tristage.models import load_causal_lm
+from tristage.models.causal_lm import load_causal_lm
+from tristage.training import run, setup
+from tristage.training.metrics import Averages
 
 MEANS = ("ipo", "simpo")  # losses that compare means per token
 
@@ -122,7 +123,7 @@ def _wins(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
 
 def main(argv: list[str]) -> None:
     settings = load_config(DPOConfig, argv)
-    plan, config, tokenizer = run.check_training(settings)
+    plan, config, tokenizer = setup.check_training(settings)
     if settings.reference is not None and settings.reference_path == settings.model:
         raise UserError(
             f"{settings.file}: key `reference.model`: is `model` itself, so all margins would be 0; "
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> None:
     heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     reference = no_reference if reference_config is None else ask_reference(settings, reference_config, tokenizer)
-    model = load_causal_lm(settings.model, tokenizer, engine_config=config, **run.loading(settings))
+    model = load_causal_lm(settings.model, tokenizer, engine_config=config, **setup.loading(settings))
     metrics = evaluate(frozen_engine(model, config), reference, heldout, settings, tokenizer, device)
     for name, value in metrics.items():
         dist.print0(f"{name} {value:.4f}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from step2_dpo.config import DPOConfig
-from tristage import dist, run
+from tristage import dist
 from tristage.batches import PreferenceBatch
 from tristage.config import BatchPlan, require_folder_or_hub_id
 from tristage.data.collate import collate_ranking, pick
@@ -23,16 +23,14 @@ from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint
 from tristage.data.store import Rows
 from tristage.data.template import read_template
-from tristage.durable import explain_disk_errors
 from tristage.engine import frozen_engine
-from tristage.models import (
-    check_kernels,
-    check_model,
-    check_vocabulary,
-    load_causal_lm,
-    load_tokenizer,
-    require_same_tokenizer,
-)
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.kernels import check_kernels
+from tristage.models.loading import check_model
+from tristage.models.opening import check_vocabulary
+from tristage.models.tokenizer import load_tokenizer, require_same_tokenizer
+from tristage.storage.durable import explain_disk_errors
+from tristage.training import setup
 
 MicroBatch = Sequence[int | None]
 Reference = Callable[[MicroBatch, PreferenceBatch], torch.Tensor | None]
@@ -55,7 +53,7 @@ def check_reference(settings: DPOConfig, plan: BatchPlan, tokenizer: Any) -> dic
     """
     if settings.reference is None:
         return None
-    config = run.frozen_config(settings, settings.reference.deepspeed, "reference.deepspeed", plan)
+    config = setup.frozen_config(settings, settings.reference.deepspeed, "reference.deepspeed", plan)
     path = settings.reference_path
     require_folder_or_hub_id(path, settings, "reference.model")
     trust: Any = {"trust_remote_code": settings.trust_remote_code}
@@ -106,7 +104,7 @@ def make_references(
 
 def ask_reference(settings: DPOConfig, config: dict[str, Any], tokenizer: Any) -> Asked:
     """Load the reference model into an engine of its own."""
-    options = run.loading(settings, settings.lora) | {"max_tokens": settings.max_tokens}
+    options = setup.loading(settings, settings.lora) | {"max_tokens": settings.max_tokens}
     model = load_causal_lm(settings.reference_path, tokenizer, engine_config=config, **options)
     return Asked(frozen_engine(model, config))
 

@@ -16,7 +16,7 @@ import torch
 from step2_dpo.config import DPOConfig
 from step2_dpo.evaluate import answer_lengths, evaluate, pair_metrics, prompt_losses
 from step2_dpo.reference import MicroBatch, Reference, answer_logprobs, check_reference, make_references
-from tristage import dist, run
+from tristage import dist
 from tristage.batches import PreferenceBatch
 from tristage.checkpoint import load_checkpoint
 from tristage.config import BatchPlan, load_config
@@ -24,9 +24,11 @@ from tristage.data.collate import collate_ranking, pick
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine
-from tristage.health import Health, row_ids
-from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import load_causal_lm, save_model
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.saving import save_model
+from tristage.training import run, setup
+from tristage.training.health import Health, row_ids
+from tristage.training.metrics import Averages, RunLog, Stopwatch
 
 NAMES = {"sigmoid": "DPO", "ipo": "IPO", "ipo_sum": "IPO", "simpo": "SimPO"}
 SHOWN = {
@@ -39,10 +41,10 @@ SHOWN = {
 
 def main(argv: list[str]) -> None:
     settings = load_config(DPOConfig, argv)
-    plan, config, tokenizer = run.check_training(settings)
+    plan, config, tokenizer = setup.check_training(settings)
     reference_config = check_reference(settings, plan, tokenizer)
     if reference_config is not None:
-        run.check_one_hpz(settings, {"deepspeed": config, "reference.deepspeed": reference_config})
+        setup.check_one_hpz(settings, {"deepspeed": config, "reference.deepspeed": reference_config})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, reference_config, tokenizer, *sets)
 
@@ -61,8 +63,8 @@ def train(
     output = Path(settings.output)
     dist.print0(f"step 2, {NAMES[settings.loss]}: {plan}")
     references = make_references(settings, reference_config, tokenizer, rows, heldout, device)
-    model = run.load_trained(load_causal_lm, settings, config, tokenizer)
-    loader = run.train_loader(settings, rows.lengths, plan)
+    model = setup.load_trained(load_causal_lm, settings, config, tokenizer)
+    loader = setup.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch = Stopwatch(device)

@@ -18,7 +18,7 @@ from step2_reward_model.config import RewardModelConfig
 from step2_reward_model.interactive import check_alone, score_typed
 from step2_reward_model.measures import Measurements, length_warning
 from step2_reward_model.report import tables
-from tristage import dist, run
+from tristage import dist
 from tristage.algo.losses import ranking_loss, ranking_pairs, token_ranking_loss
 from tristage.batches import PreferenceBatch
 from tristage.config import load_config
@@ -27,8 +27,9 @@ from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
 from tristage.engine import frozen_engine
-from tristage.metrics import Averages
-from tristage.models import last_token_scores, load_reward_model
+from tristage.models.reward_model import last_token_scores, load_reward_model
+from tristage.training import run, setup
+from tristage.training.metrics import Averages
 
 
 @torch.no_grad()
@@ -105,12 +106,12 @@ def pair_metrics(averages: Averages, scores: torch.Tensor, batch: PreferenceBatc
 def main(argv: list[str]) -> None:
     interactive = "--interactive" in argv
     settings = load_config(RewardModelConfig, [word for word in argv if word != "--interactive"])
-    _, config, tokenizer = run.check_training(settings)
+    _, config, tokenizer = setup.check_training(settings)
     heldout = None if interactive else load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     if interactive:
         check_alone()
-    model = load_reward_model(settings.model, tokenizer, engine_config=config, **run.loading(settings))
+    model = load_reward_model(settings.model, tokenizer, engine_config=config, **setup.loading(settings))
     engine = frozen_engine(model, config)
     if heldout is None:
         score_typed(engine, settings, tokenizer, device, iter(sys.stdin))

@@ -13,7 +13,7 @@ from tristage.data.collate import collate_sft
 from tristage.data.rows import RankingRow, Unusable
 from tristage.data.tokenize import Policy, encode
 from tristage.errors import UserError
-from tristage.models import last_token_scores
+from tristage.models.reward_model import last_token_scores
 
 
 def score_typed(

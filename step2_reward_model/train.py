@@ -18,7 +18,7 @@ import torch
 from step2_reward_model.config import RewardModelConfig
 from step2_reward_model.evaluate import evaluate, pair_metrics, pair_options, prompt_losses
 from step2_reward_model.measures import length_warning
-from tristage import dist, run
+from tristage import dist
 from tristage.batches import PreferenceBatch
 from tristage.checkpoint import load_checkpoint
 from tristage.config import BatchPlan, load_config
@@ -28,9 +28,12 @@ from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
 from tristage.engine import backward_mean, optimizer_step, train_engine
-from tristage.health import Health, row_ids
-from tristage.metrics import Averages, RunLog, Stopwatch
-from tristage.models import is_reward_model, last_token_scores, load_reward_model, save_model
+from tristage.models.loading import is_reward_model
+from tristage.models.reward_model import last_token_scores, load_reward_model
+from tristage.models.saving import save_model
+from tristage.training import run, setup
+from tristage.training.health import Health, row_ids
+from tristage.training.metrics import Averages, RunLog, Stopwatch
 
 SHOWN = {
     "reward_model/loss": "loss",
@@ -42,7 +45,7 @@ SHOWN = {
 
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
-    plan, config, tokenizer = run.check_training(settings)
+    plan, config, tokenizer = setup.check_training(settings)
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, tokenizer, *sets)
 
@@ -61,8 +64,8 @@ def train(
     dist.print0(f"step 2, reward model: {plan}")
     if not is_reward_model(settings.model, settings.trust_remote_code):
         dist.print0(f"{settings.model} has no scalar head, a new one is drawn")
-    model = run.load_trained(load_reward_model, settings, config, tokenizer, new_head_seed=settings.seed)
-    loader = run.train_loader(settings, rows.lengths, plan)
+    model = setup.load_trained(load_reward_model, settings, config, tokenizer, new_head_seed=settings.seed)
+    loader = setup.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch = Stopwatch(device)

@@ -5,25 +5,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from step3_ppo.config import PPOConfig
-from tristage import dist, run
+from tristage import dist
 from tristage.config import BatchPlan, LoraSettings, require_folder_or_hub_id
 from tristage.data.template import read_template
 from tristage.engine import frozen_engine, train_engine
 from tristage.errors import UserError
-from tristage.models import (
-    SAME_TOKENIZER,
-    Holds,
-    check_kernels,
-    check_lora,
-    check_model,
-    check_quantized,
-    check_vocabulary,
-    is_reward_model,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-    require_same_tokenizer,
-)
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.kernels import check_kernels, check_quantized
+from tristage.models.loading import Holds, check_model, is_reward_model
+from tristage.models.lora import check_lora
+from tristage.models.opening import check_vocabulary
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_same_tokenizer
+from tristage.training import setup
 
 
 class Engines(NamedTuple):
@@ -50,10 +44,10 @@ def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, 
     for name in _paths(settings):
         engine, key = getattr(settings, name), f"{name}.deepspeed"
         if name in ("reference", "reward"):
-            found[name] = run.frozen_config(settings, engine.deepspeed, key, plan)
+            found[name] = setup.frozen_config(settings, engine.deepspeed, key, plan)
         else:
-            found[name] = run.trained_config(settings, engine.deepspeed, key, plan, engine.optimizer.clip_norm)
-    run.check_one_hpz(settings, {f"{name}.deepspeed": config for name, config in found.items()})
+            found[name] = setup.trained_config(settings, engine.deepspeed, key, plan, engine.optimizer.clip_norm)
+    setup.check_one_hpz(settings, {f"{name}.deepspeed": config for name, config in found.items()})
     return found
 
 
@@ -134,7 +128,7 @@ def build_engines(
             return None
         spec, config = getattr(settings, name), configs[name]
         own = reward_tokenizer if name == "reward" and reward_tokenizer is not None else tokenizer
-        options |= run.loading(settings, lora if train else None) | {"max_tokens": _max_tokens(settings, name)}
+        options |= setup.loading(settings, lora if train else None) | {"max_tokens": _max_tokens(settings, name)}
         options["trust_remote_code"] = settings.trusts(name)
         if name in ("reference", "reward") or not train:
             return frozen_engine(load(path, own, engine_config=config, **options), config)

@@ -14,7 +14,7 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
 from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, decode, load_grader, load_reward_terms, score_texts
 from step3_ppo.rollout import collect, make_rollouts, response_metrics, rows_of_all_ranks
-from tristage import dist, run
+from tristage import dist
 from tristage.batches import PromptBatch
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_prompts
@@ -22,8 +22,9 @@ from tristage.data.loader import evaluation_rows
 from tristage.data.sets import load_heldout
 from tristage.data.store import Rows
 from tristage.errors import UserError
-from tristage.metrics import Stopwatch
 from tristage.rollout import PaddedRollout
+from tristage.training import run
+from tristage.training.metrics import Stopwatch
 
 EVALUATION_DRAW = 0  # iterations count from 1; every evaluation samples with the same numbers
 

@@ -12,15 +12,17 @@ import torch
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
-from tristage import watchdog
 from tristage.algo.masking import masked_mean
 from tristage.batches import PromptBatch, Sequences
 from tristage.data.collate import collate_sft, pick
 from tristage.data.rows import SFTRow
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, Policy, encode, encode_sampled
+from tristage.dist import progress
 from tristage.errors import UserError
-from tristage.models import last_token_scores, load_tokenizer, max_positions
+from tristage.models.loading import max_positions
+from tristage.models.reward_model import last_token_scores
+from tristage.models.tokenizer import load_tokenizer
 
 TextScorer = Callable[[list[str], list[str]], list[float]]  # (prompts, responses) -> scores
 TAKEN = ("model", "std", "clipfrac")  # objective/score_<name> is the reward model's score, or of all scores
@@ -82,7 +84,7 @@ def score_texts(
         UserError: it fails, or does not give one finite number for each response.
     """
     try:
-        with watchdog.doing(name):
+        with progress.doing(name):
             scores = [float(score) for score in function(list(prompts), list(responses))]
     except KeyboardInterrupt:
         raise

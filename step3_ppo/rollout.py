@@ -27,9 +27,10 @@ from tristage.algo.ppo import (
     shaped_rewards,
 )
 from tristage.batches import Experience, PromptBatch, Sequences
-from tristage.metrics import Stopwatch
-from tristage.models import adapters_off, last_token_scores
+from tristage.models.lora import adapters_off
+from tristage.models.reward_model import last_token_scores
 from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
+from tristage.training.metrics import Stopwatch
 
 
 class NotFiniteError(Exception):

@@ -18,7 +18,7 @@ from step3_ppo.evaluate import evaluate, prompt_batch
 from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, load_grader, load_reward_terms
 from step3_ppo.rollout import Control, NotFiniteError, make_experience, make_rollouts
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
-from tristage import dist, run
+from tristage import dist
 from tristage.batches import PromptBatch, SFTBatch
 from tristage.checkpoint import Checkpoint, load_checkpoint
 from tristage.config import BatchPlan, load_config, world_size_from_environment
@@ -27,12 +27,14 @@ from tristage.data.loader import Loader, MicroBatch, deal
 from tristage.data.packing import Blocks
 from tristage.data.sets import fingerprint, load_sets, load_text_blocks
 from tristage.data.store import Rows
-from tristage.ema import WeightAverage
 from tristage.engine import StepReport
+from tristage.engine.average import WeightAverage
 from tristage.errors import UserError
-from tristage.health import Health
-from tristage.metrics import RunLog, Stopwatch
-from tristage.models import generation_stop_ids, save_model
+from tristage.models.saving import save_model
+from tristage.models.tokenizer import generation_stop_ids
+from tristage.training import run
+from tristage.training.health import Health
+from tristage.training.metrics import RunLog, Stopwatch
 
 TRAINED: tuple[str, ...] = ("actor", "critic")
 SHOWN = {

@@ -21,7 +21,7 @@ from tristage.batches import Experience, SFTBatch
 from tristage.config import BatchPlan
 from tristage.data.loader import MicroBatch, deal
 from tristage.engine import FORWARD_TOLERANCE, StepReport, backward_mean, optimizer_steps
-from tristage.metrics import Averages
+from tristage.training.metrics import Averages
 
 
 @dataclass

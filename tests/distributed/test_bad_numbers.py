@@ -24,8 +24,9 @@ from tristage.config import BatchPlan, OptimizerSettings
 from tristage.data.collate import collate_sft
 from tristage.engine import DTYPES, backward_mean, engine_config, full_state_dict, optimizer_steps, train_engine
 from tristage.errors import UserError
-from tristage.metrics import read_metrics
-from tristage.models import load_causal_lm, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.tokenizer import load_tokenizer
+from tristage.training.metrics import read_metrics
 
 FP16_RUNS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 STAGES = (0, 1, 2, 3)

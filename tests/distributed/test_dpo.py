@@ -41,8 +41,9 @@ from tristage import dist, engine
 from tristage.config import BatchPlan
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import deal
-from tristage.metrics import read_metrics
-from tristage.models import load_causal_lm, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.tokenizer import load_tokenizer
+from tristage.training.metrics import read_metrics
 
 BETA, SMOOTHING, GAMMA = 0.1, 0.2, 1.0
 LOSSES = {

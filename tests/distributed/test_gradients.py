@@ -31,7 +31,9 @@ from tristage.batches import Experience, Sequences
 from tristage.config import BatchPlan, OptimizerSettings
 from tristage.data.collate import collate_prompts, collate_ranking, collate_sft, pick
 from tristage.data.loader import deal
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 
 RATE = 2.0**14
 ROWS = 8

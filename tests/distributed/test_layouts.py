@@ -17,10 +17,11 @@ from tristage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, OptimizerSettings
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import deal
-from tristage.ema import WeightAverage
 from tristage.engine import DTYPES, engine_config, train_engine
-from tristage.models import load_causal_lm, load_tokenizer
-from tristage.pieces import PieceReader
+from tristage.engine.average import WeightAverage
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.tokenizer import load_tokenizer
+from tristage.storage.pieces import PieceReader
 
 CPU = torch.device("cpu")
 Layout = tuple[int, int, str]  # ranks, ZeRO stage, precision

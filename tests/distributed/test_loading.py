@@ -18,7 +18,9 @@ from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage import dist, engine
 from tristage.config import BatchPlan
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 
 LOADS: dict[str, Any] = {"policy": load_causal_lm, "reward": load_reward_model, "granite": load_reward_model}
 

@@ -39,7 +39,9 @@ from tristage import dist, engine
 from tristage.config import BatchPlan, LoraSettings
 from tristage.data.collate import collate_ranking, collate_sft, pick
 from tristage.data.loader import deal
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 
 # case: kind, model, adapters, gradient checkpointing
 CASES: dict[str, tuple[str, str, LoraSettings, bool]] = {

@@ -31,9 +31,11 @@ from tristage.batches import Experience, SFTBatch
 from tristage.config import BatchPlan, OptimizerSettings
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import deal
-from tristage.ema import WeightAverage
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
-from tristage.pieces import PieceReader, write_pieces
+from tristage.engine.average import WeightAverage
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
+from tristage.storage.pieces import PieceReader, write_pieces
 
 paths = gradients.paths  # the fixture
 

@@ -13,11 +13,13 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import one_rank, sft_config, write_model
-from tristage import dist, free_space, preflight
+from tristage import dist
+from tristage.arrival import free_port
 from tristage.errors import UserError
-from tristage.launch import free_port
-from tristage.memory import GIB, Machine
-from tristage.plan import SHIPPED, engines_of, make_plan
+from tristage.planning.formulas import GIB, Machine
+from tristage.planning.plan import SHIPPED, engines_of, make_plan
+from tristage.storage import free_space
+from tristage.training import preflight
 
 NAMES = ("python", "torch", "deepspeed", "transformers", "code of tristage", "device")
 

@@ -16,7 +16,8 @@ from tristage import dist
 from tristage.config import BatchPlan
 from tristage.data.collate import collate_prompts
 from tristage.engine import engine_config, frozen_engine
-from tristage.models import load_causal_lm, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.tokenizer import load_tokenizer
 from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest
 
 TOKENS = 6  # of a response at most

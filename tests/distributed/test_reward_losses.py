@@ -37,7 +37,8 @@ from tristage.config import BatchPlan
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.loader import deal
 from tristage.data.tokenize import Example
-from tristage.models import load_reward_model, load_tokenizer
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 
 OPTIONS = {"margin": 0.3, "label_smoothing": 0.1, "centering": 0.05}
 CASES: dict[str, tuple[str, dict[str, float]]] = {

@@ -16,7 +16,9 @@ from tests.helpers.ranks import run_ranks
 from tristage import dist
 from tristage.config import BatchPlan, LoraSettings, OptimizerSettings
 from tristage.engine import engine_config, train_engine
-from tristage.models import load_causal_lm, load_tokenizer, save_model
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.saving import save_model
+from tristage.models.tokenizer import load_tokenizer
 
 CASES: dict[str, LoraSettings | None] = {"whole": None, "lora": LoraSettings(rank=4, alpha=8)}
 MIB = 2**20

@@ -20,7 +20,7 @@ import step2_reward_model.train
 import step3_ppo.train
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
-from tristage.metrics import read_metrics
+from tristage.training.metrics import read_metrics
 
 STEPS = ("sft", "reward", "ppo")
 MAINS = {"sft": step1_sft.train.main, "reward": step2_reward_model.train.main, "ppo": step3_ppo.train.main}

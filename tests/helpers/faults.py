@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 
 from tests.helpers.ranks import process_context
 from tests.helpers.tiny import REPO
-from tristage import run
-from tristage.launch import free_port
-from tristage.metrics import RunLog, read_metrics
+from tristage.arrival import free_port
+from tristage.training import run
+from tristage.training.metrics import RunLog, read_metrics
 
 PATIENCE = 240.0  # seconds until a test gives up: machines are slow
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from tristage.models import load_tokenizer
+from tristage.models.tokenizer import load_tokenizer
 
 OPT = {"vocab_size": 50272, "max_position_embeddings": 2048}
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tristage import durable
+from tristage.storage import durable
 
 KILLED = 9
 NEED_ROOM = ("fsync", "rename", "replace", "mkdir")

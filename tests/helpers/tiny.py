@@ -24,7 +24,9 @@ from tristage.config import load_config
 from tristage.data.collate import collate_sft
 from tristage.data.sets import load_sets
 from tristage.data.tokenize import Example
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 from tristage.quickstart import task
 from tristage.quickstart.network import make_network, make_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
-from tristage.metrics import read_metrics
+from tristage.training.metrics import read_metrics
 
 CASES = [
     *[("opt", False, 2), ("gpt2", True, 2), ("opt", True, 3), ("gpt2", False, 3), ("llama", True, 3)],

@@ -20,9 +20,9 @@ from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.saves import before_each_operation, killed_at
 from tests.integration.test_resume import Killed, kill_at, untimed
-from tristage import run
 from tristage.checkpoint import find_checkpoint
 from tristage.errors import UserError
+from tristage.training import run
 
 STEPS = {"sft": step1_sft.train, "ppo": step3_ppo.train}
 SAVES = {"sft": ["max_steps=6", "save_every=2"], "ppo": ["iterations=3", "save_every=1"]}

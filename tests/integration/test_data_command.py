@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import tiny
-from tristage import cli
+from tristage.cli import main as cli
 
 PROMPT = "Name two animals."
 GOOD = [{"prompt": f"Name two animals {'please ' * i}.", "response": "fox, lion."} for i in range(12)]

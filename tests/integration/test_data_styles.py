@@ -11,9 +11,9 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage.data.sets import fingerprint, load_sets
-from tristage.metrics import read_metrics
-from tristage.models import load_tokenizer
+from tristage.models.tokenizer import load_tokenizer
 from tristage.quickstart import task
+from tristage.training.metrics import read_metrics
 
 NUM_ROWS = 96
 # style -> settings of each step; %s is the folder of the files

@@ -25,13 +25,13 @@ from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tests.integration.test_resume import Killed, kill_at, untimed
 from tests.integration.test_wrong_input import one_sentence
-from tristage import run
 from tristage.data.sets import load_sets
 from tristage.errors import UserError
-from tristage.metrics import read_metrics
-from tristage.models import Kernels
+from tristage.models.kernels import Kernels
 from tristage.quickstart import task
 from tristage.quickstart.network import make_tokenizer
+from tristage.training import run, setup
+from tristage.training.metrics import read_metrics
 
 SIMPO = ["loss=simpo", "beta=2.0", "gamma=1.0"]
 PRECOMPUTE = "precompute_reference=true"
@@ -176,7 +176,7 @@ def test_what_the_reference_said_is_its_log_probability_of_every_answer(folder: 
     (file,) = (folder / "precomputed/dpo/reference").iterdir()
     settings = tiny.dpo_config(folder / "again", str(folder / "model"), str(folder / "short/ranking.jsonl"))
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
-    _, _, tokenizer = run.check_training(settings)
+    _, _, tokenizer = setup.check_training(settings)
     with np.load(file) as stored:
         for side, rows in zip(("train", "heldout"), load_sets(settings, tokenizer), strict=True):
             expected = []
@@ -202,7 +202,7 @@ def make(folder: Path, name: str, stage: int, *words: str) -> list[torch.nn.Modu
     rows = str(folder / "short/ranking.jsonl")
     settings = tiny.dpo_config(folder / name, str(folder / "model"), rows, stage, PRECOMPUTE, *words)
     with tiny.one_rank() as device, mock.patch.object(reference, "load_causal_lm", recording):
-        plan, _, tokenizer = run.check_training(settings)
+        plan, _, tokenizer = setup.check_training(settings)
         config = reference.check_reference(settings, plan, tokenizer)
         reference.make_references(settings, config, tokenizer, *load_sets(settings, tokenizer), device)
     return loaded

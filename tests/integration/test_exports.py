@@ -26,9 +26,12 @@ from tristage import dist
 from tristage.config import BatchPlan
 from tristage.engine import engine_config, frozen_engine, generation_mode
 from tristage.errors import UserError
-from tristage.finished import read_finished
-from tristage.inputs import model_fingerprint
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer, save_model
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.reward_model import load_reward_model
+from tristage.models.saving import save_model
+from tristage.models.tokenizer import load_tokenizer
+from tristage.runs.finished import read_finished
+from tristage.runs.inputs import model_fingerprint
 
 IDS = torch.arange(4, 28).reshape(2, 12)
 SHORT = ("max_steps=2", "optimizer.learning_rate=3e-3", "optimizer.warmup_steps=0")

@@ -21,11 +21,11 @@ import pytest
 from step1_sft.config import SFTConfig
 from tests.helpers.faults import wait_until
 from tests.helpers.tiny import ppo_config, reward_model_config, sft_config
+from tristage.arrival import decode
 from tristage.config import RunSettings, load_config
-from tristage.finished import write_finished
-from tristage.inputs import model_fingerprints, source_fingerprints
-from tristage.launch import decode
 from tristage.processes import process_id
+from tristage.runs.finished import write_finished
+from tristage.runs.inputs import model_fingerprints, source_fingerprints
 
 REPO = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -47,9 +47,9 @@ exit "${DEEPSPEED_EXIT:-0}"
 # the CPU op) is done at once.
 PYTHON = rf"""#!/usr/bin/env bash
 case "$*" in
-    *tristage.gpu*) exit "${{NO_GPU:-1}}" ;;
-    *tristage.launch*|*tristage.dry_run*|*tristage.finished*) exec "{sys.executable}" "$@" ;;
-    *tristage.check_config*) if [[ -n "${{CHECK:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
+    *tristage.dist.gpu*) exit "${{NO_GPU:-1}}" ;;
+    *tristage.launch*|*tristage.launch.dry_run*|*tristage.runs.finished*) exec "{sys.executable}" "$@" ;;
+    *tristage.launch.check_config*) if [[ -n "${{CHECK:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
 esac
 """
 SSH = """#!/bin/sh
@@ -129,7 +129,7 @@ def test_with_gpus_deepspeed_takes_all_of_them(launch, tmp_path):
 def test_a_gpu_that_torch_cannot_use_is_asked_of_the_module_that_says_so(launch, tmp_path):
     """Its line reaches the terminal, and the run goes to the CPU. It is not asked where the user chose the CPU."""
     python = tmp_path / "bin/python"
-    python.write_text(python.read_text().replace("*tristage.gpu*)", '*tristage.gpu*) echo "warning: a GPU" >&2;'))
+    python.write_text(python.read_text().replace("*tristage.dist.gpu*)", '*tristage.dist.gpu*) echo "warning: a GPU" >&2;'))
     assert launch(SFT, "a.yaml").stderr == "warning: a GPU\n"
     for words, variables in ((["--cpu", "2"], {}), ([], {"DS_ACCELERATOR": "cpu"})):
         assert launch(SFT, "a.yaml", *words, **variables).stderr == ""

@@ -25,9 +25,9 @@ import step3_ppo.train
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tests.integration.test_resume import Killed, kill_at, untimed
-from tristage import cli
+from tristage.cli import main as cli
 from tristage.errors import UserError
-from tristage.metrics import read_metrics
+from tristage.training.metrics import read_metrics
 
 STAGES = (2, 3)
 MAINS = {"sft": step1_sft.train.main, "reward": step2_reward_model.train.main, "ppo": step3_ppo.train.main}

@@ -23,7 +23,7 @@ from tristage import dist
 from tristage.batches import Experience
 from tristage.config import load_config
 from tristage.data.sets import load_sets
-from tristage.metrics import Stopwatch
+from tristage.training.metrics import Stopwatch
 
 CPU = torch.device("cpu")
 RESPONSE = 12

@@ -14,7 +14,7 @@ import step3_ppo.train
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage.errors import UserError
-from tristage.metrics import read_metrics
+from tristage.training.metrics import read_metrics
 
 COUNT = "tests.helpers.rewards:count_commas"
 BY_RULE = [f"reward={{functions: [{{function: {COUNT}}}]}}", f"grader={COUNT}", "ppo.kl_coef=0", "ppo.reward_clip=null"]

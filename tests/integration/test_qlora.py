@@ -21,9 +21,12 @@ import step3_ppo.train
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tests.integration.test_resume import Killed, kill_at, untimed
-from tristage import cli
+from tristage.cli import main as cli
 from tristage.config import LoraSettings
-from tristage.models import Kernels, load_causal_lm, load_reward_model, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.kernels import Kernels
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.helpers.tiny import REPO
-from tristage.metrics import read_metrics
+from tristage.training.metrics import read_metrics
 
 TINY = {
     "step1_sft": {"epochs": 12, "evaluate_every": 0, "save_every": 0},

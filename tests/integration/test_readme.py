@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.published import write_config
 from tests.helpers.tiny import REPO
-from tristage import cli
+from tristage.cli import main as cli
 from tristage.quickstart import prepare
 
 BLOCKS = re.findall(r"```bash\n(?!#!)(.*?)```", (REPO / "README.md").read_text(), flags=re.S)  # not a job's script

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import tiny
 from tests.helpers.tiny import REPO
-from tristage import cli
+from tristage.cli import main as cli
 from tristage.config import SourceSettings
 from tristage.data.packing import PackedRows
 from tristage.data.sets import load_sets, load_text_blocks
-from tristage.models import load_tokenizer
+from tristage.models.tokenizer import load_tokenizer
 
 DATA = REPO.parent / "shared" / "data"
 HH, SHAKESPEARE = DATA / "hh_helpful/helpful-base-test.jsonl.gz", DATA / "ptx/tinyshakespeare.txt"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.helpers import smollm2
 from tests.helpers.tiny import REPO
-from tristage.metrics import read_metrics
+from tristage.training.metrics import read_metrics
 
 HH = REPO.parent / "shared" / "data" / "hh_helpful" / "helpful-base-test.jsonl.gz"
 # On a user's machine the configs name the hub set; here the same rows are read in place. Few, short and float32:

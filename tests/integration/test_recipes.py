@@ -18,11 +18,12 @@ from tests.architecture.test_settings import STEP_YAMLS, name_of, ranks_of
 from tests.helpers import tiny
 from tests.helpers.published import MILLIONS, PUBLISHED, shrunk, write_config
 from tests.helpers.ranks import run_ranks
-from tristage import cli
+from tristage.cli import main as cli
 from tristage.config import load_config
-from tristage.metrics import read_metrics
-from tristage.models import load_tokenizer, model_shape
-from tristage.plan import start_of
+from tristage.models.sizes import model_shape
+from tristage.models.tokenizer import load_tokenizer
+from tristage.planning.plan import start_of
+from tristage.training.metrics import read_metrics
 
 RECIPES = {file.parent.name: file.parent for file in STEP_YAMLS}
 PLANNED = [file for file in STEP_YAMLS if file.parent.name != "quickstart"]  # whose network it makes itself

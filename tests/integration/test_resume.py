@@ -23,7 +23,7 @@ import step3_ppo.train
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage import dist
-from tristage.metrics import RunLog, read_metrics
+from tristage.training.metrics import RunLog, read_metrics
 
 STEPS = {"sft": step1_sft.train, "reward": step2_reward_model.train, "ppo": step3_ppo.train}
 UPDATES = {"sft": "sft_step", "reward": "reward_model_step", "ppo": "ppo_update"}

@@ -20,9 +20,9 @@ from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tests.integration.test_ppo_invariants import ODD, RESPONSE, Run
 from tristage.errors import UserError
-from tristage.metrics import read_metrics
 from tristage.quickstart import task
 from tristage.quickstart.network import make_network, make_tokenizer
+from tristage.training.metrics import read_metrics
 
 OTHER_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[' + m['content'] + ']' }}"

@@ -20,12 +20,13 @@ from step2_reward_model.evaluate import evaluate
 from step2_reward_model.train import best_answer, main, normalize_scores
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
-from tristage import dist, run
+from tristage import dist
 from tristage.data.sets import load_sets
 from tristage.engine import frozen_engine
-from tristage.metrics import read_metrics
-from tristage.models import last_token_scores, load_reward_model, load_tokenizer
-from tristage.models.reward_model import RewardModel
+from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
+from tristage.models.tokenizer import load_tokenizer
+from tristage.training import setup
+from tristage.training.metrics import read_metrics
 
 # What trains: (loss and its options, ZeRO stage).
 RUNS = {
@@ -58,7 +59,7 @@ def measured(rank: int, folder: str) -> dict[str, Any]:
     """Scale and offset of "tokens" when normalised again over few rows, and what an evaluation measures."""
     here = Path(folder)
     settings = config(here, f"measured{rank}", str(here / "tokens/reward/final"), f"normalize_rows={SAMPLE}")
-    _, engine_config, tokenizer = run.check_training(settings)
+    _, engine_config, tokenizer = setup.check_training(settings)
     rows, heldout = load_sets(settings, tokenizer)
     device = dist.init("cpu")
     engine = frozen_engine(load_reward_model(settings.model, tokenizer, dtype=torch.float32), engine_config)

@@ -11,7 +11,7 @@ import step1_sft.train
 import step3_ppo.train
 from tests.helpers import tiny
 from tristage.data.store import cache_folder
-from tristage.run import without_secret
+from tristage.training.run import without_secret
 
 PLANTED = {
     "HF_TOKEN": "hf_PLANTEDaaaaaaaaaaaaaaaaaaaaaaaaaaa",

@@ -34,10 +34,11 @@ from tests.helpers.tiny import (
     write_reward_model,
     write_rows,
 )
-from tristage import dist, run
+from tristage import dist
 from tristage.errors import UserError
-from tristage.models import Kernels
+from tristage.models.kernels import Kernels
 from tristage.quickstart.network import make_tokenizer
+from tristage.training import run
 
 STEP1, STEP2, STEP3 = step1_sft.train, step2_reward_model.train, step3_ppo.train
 

@@ -31,8 +31,10 @@ from tristage.algo.ppo import shaped_rewards
 from tristage.batches import Experience, PromptBatch
 from tristage.config import load_config, read_deepspeed_json
 from tristage.data.sources import resolve_preset
-from tristage.metrics import Stopwatch
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
+from tristage.training.metrics import Stopwatch
 
 PRESET = tiny.REPO / "configs/presets/deepspeed_chat_ppo.yaml"
 B, P, R = 6, 5, 7

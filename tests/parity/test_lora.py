@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.helpers import oracles, tiny
 from tristage.config import BatchPlan, LoraSettings, OptimizerSettings
 from tristage.engine import engine_config, train_engine
-from tristage.models import load_causal_lm, load_reward_model, load_tokenizer, save_model
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.reward_model import load_reward_model
+from tristage.models.saving import save_model
+from tristage.models.tokenizer import load_tokenizer
 
 FAMILIES = ["gpt2", "llama_untied", "opt", "qwen2", "gpt_neox", "gemma2"]
 LORA = LoraSettings(rank=3, alpha=6)

@@ -18,14 +18,9 @@ from tristage.batches import MicroBatch, Sequences
 from tristage.data.collate import collate_prompts, collate_sft
 from tristage.data.tokenize import Example
 from tristage.errors import UserError
-from tristage.models import (
-    CausalLM,
-    RewardModel,
-    last_token_scores,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-)
+from tristage.models.causal_lm import CausalLM, load_causal_lm
+from tristage.models.reward_model import RewardModel, last_token_scores, load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 
 QUICKSTART = ("llama", "opt", "gpt2")
 FAMILIES = (*QUICKSTART, *tiny.FAMILIES)

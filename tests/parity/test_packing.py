@@ -17,7 +17,10 @@ from tristage.batches import SFTBatch
 from tristage.data.collate import collate_packed, collate_sft
 from tristage.data.tokenize import Example
 from tristage.errors import UserError
-from tristage.models import CausalLM, check_packable, load_causal_lm, load_tokenizer, loading
+from tristage.models import loading
+from tristage.models.causal_lm import CausalLM, load_causal_lm
+from tristage.models.loading import check_packable
+from tristage.models.tokenizer import load_tokenizer
 
 PACKABLE = ("llama", "gpt2", "opt", "llama_untied", "qwen2", "gpt_neox", "gemma2")
 LENGTHS = [(9, 4), (3, 1), (1, 30), (14, 9), (0, 6), (5, 6)]  # prompt, answer; no prompt: a block of text

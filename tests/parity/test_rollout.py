@@ -18,7 +18,8 @@ from tristage.batches import PromptBatch, Sequences
 from tristage.config import BatchPlan, OptimizerSettings
 from tristage.data.collate import collate_prompts, collate_sft
 from tristage.data.tokenize import Example
-from tristage.models import load_causal_lm, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.tokenizer import load_tokenizer
 from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
 from tristage.rollout import padded as padded_module
 from tristage.rollout.sampling import InverseTransformSampler

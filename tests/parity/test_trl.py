@@ -22,7 +22,8 @@ from tests.helpers import tiny
 from tristage.algo.losses import dpo_loss, lm_loss, simpo_loss
 from tristage.batches import PreferenceBatch, SFTBatch
 from tristage.data.collate import collate_sft
-from tristage.models import load_causal_lm, load_tokenizer
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.tokenizer import load_tokenizer
 
 pytest.importorskip("trl", reason="trl is not installed, so there is nothing to compare with (pip install trl)")
 cpo_trainer = pytest.importorskip("trl.experimental.cpo.cpo_trainer", reason="this trl has no CPOTrainer")

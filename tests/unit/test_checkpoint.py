@@ -25,12 +25,12 @@ from tests.helpers.saves import (
     synced_before_rename,
 )
 from tests.helpers.tiny import sft_config
-from tristage import durable
 from tristage.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from tristage.config import RunSettings
-from tristage.engine_state import engine_pieces
+from tristage.engine.state import engine_pieces
 from tristage.errors import UserError
-from tristage.pieces import Piece, PieceReader, write_pieces
+from tristage.storage import durable
+from tristage.storage.pieces import Piece, PieceReader, write_pieces
 
 
 @pytest.fixture

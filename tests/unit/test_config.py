@@ -17,7 +17,7 @@ from step1_sft.config import SFTConfig
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.tiny import ppo_values, write_yaml
-from tristage import dist, engine, run
+from tristage import dist, engine
 from tristage.config import (
     OWNED_BY_YAML,
     BatchPlan,
@@ -27,8 +27,9 @@ from tristage.config import (
     require_folder_or_hub_id,
     world_size_from_environment,
 )
-from tristage.engine import schedule_factor
+from tristage.engine import engines, schedule_factor
 from tristage.errors import UserError
+from tristage.training import setup
 
 SFT: dict[str, Any] = {
     "model": "some/model",
@@ -319,11 +320,11 @@ def json_error(path: Path, settings: SFTConfig) -> str:
 def test_offloading_to_nvme_which_no_checkpoint_holds_is_for_frozen_models(tmp_path, sft_yaml, part, monkeypatch):
     nvme = {"stage": 3, part: {"device": "nvme", "nvme_path": "/a"}}
     file, plan = write_json(tmp_path / "zero.json", {"zero_optimization": nvme}), BatchPlan.make(1, 1, 1)
-    monkeypatch.setattr(engine, "_reads_disks", lambda: True)
+    monkeypatch.setattr(engines, "_reads_disks", lambda: True)
     settings = load_sft(sft_yaml)
     with pytest.raises(UserError, match=f"{part} to nvme is for frozen models alone: checkpoints don't hold"):
-        run.trained_config(settings, str(file), "deepspeed", plan)
-    assert run.frozen_config(settings, str(file), "reward.deepspeed", plan)["zero_optimization"][part] == nvme[part]
+        setup.trained_config(settings, str(file), "deepspeed", plan)
+    assert setup.frozen_config(settings, str(file), "reward.deepspeed", plan)["zero_optimization"][part] == nvme[part]
 
 
 def test_a_json_is_looked_up_here_and_then_beside_the_yaml(tmp_path, monkeypatch):
@@ -415,10 +416,10 @@ def test_quantised_communication_wants_a_gpu(name):
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
 def test_offload_to_disk_wants_libaio(name, monkeypatch):
     zero = {name: {"device": "nvme", "nvme_path": "/a"}}
-    monkeypatch.setattr(engine, "_reads_disks", lambda: False)
+    monkeypatch.setattr(engines, "_reads_disks", lambda: False)
     where = f"a.yaml: key `deepspeed`: zero_optimization.{name} to nvme needs the library libaio"
     assert support_error(zero, has_gpu=True).startswith(where)
-    monkeypatch.setattr(engine, "_reads_disks", lambda: True)
+    monkeypatch.setattr(engines, "_reads_disks", lambda: True)
     engine.check_zero_support({"zero_optimization": zero}, False, "")
     engine.check_zero_support({"zero_optimization": {name: {"device": "cpu"}}}, False, "")
 

@@ -14,10 +14,10 @@ from step2_dpo.config import DPOConfig
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.tiny import ppo_values, write_yaml
-from tristage import check_config
 from tristage.config import RunSettings, load_config
-from tristage.config_errors import OTHER_TOOLS, all_keys, explain, guess
+from tristage.config.problems import OTHER_TOOLS, all_keys, explain, guess
 from tristage.errors import UserError
+from tristage.launch import check_config
 
 STEPS: tuple[type[RunSettings], ...] = (SFTConfig, RewardModelConfig, DPOConfig, PPOConfig)
 

@@ -12,7 +12,7 @@ from step2_dpo.config import DPOConfig
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
 from tristage.config import load_config
-from tristage.config_errors import all_keys
+from tristage.config.problems import all_keys
 
 REPO = Path(__file__).parents[2]
 MAP = (REPO / "configs/README.md").read_text()

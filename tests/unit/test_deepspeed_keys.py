@@ -13,7 +13,7 @@ from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZE
 from step1_sft.config import SFTConfig
 from tests.helpers.tiny import write_yaml
 from tristage.config import load_config, read_deepspeed_json
-from tristage.deepspeed_keys import REFUSED, REMOVED, check_keys
+from tristage.config.deepspeed_keys import REFUSED, REMOVED, check_keys
 from tristage.errors import UserError
 
 ZERO = "zero_optimization"

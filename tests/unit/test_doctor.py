@@ -9,9 +9,11 @@ import time
 import pytest
 
 from tests.helpers.tiny import sft_config, write_model, write_rows
-from tristage import cli, doctor, free_space
-from tristage.memory import GIB, Machine
-from tristage.plan import engines_of, make_plan
+from tristage.cli import doctor
+from tristage.cli import main as cli
+from tristage.planning.formulas import GIB, Machine
+from tristage.planning.plan import engines_of, make_plan
+from tristage.storage import free_space
 
 CPU = Machine(2, 2, GIB, GIB, cpu=True)
 

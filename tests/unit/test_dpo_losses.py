@@ -19,7 +19,7 @@ from tristage.batches import PreferenceBatch
 from tristage.config import DataSettings, OptimizerSettings
 from tristage.data.collate import collate_ranking
 from tristage.data.tokenize import Example
-from tristage.metrics import Averages
+from tristage.training.metrics import Averages
 
 LN3 = math.log(3)
 NOTHING = torch.zeros(1)

@@ -13,10 +13,12 @@ import pytest
 
 from step1_sft.config import SFTConfig
 from tests.helpers.tiny import REPO, dpo_config, sft_config, write_model
-from tristage import check_config, dry_run, finished, run
 from tristage.errors import UserError
-from tristage.finished import clear_finished, has_finished, is_finished, require_finished
-from tristage.inputs import model_fingerprints, source_fingerprints
+from tristage.launch import check_config, dry_run
+from tristage.runs import finished
+from tristage.runs.finished import clear_finished, has_finished, is_finished, require_finished
+from tristage.runs.inputs import model_fingerprints, source_fingerprints
+from tristage.training import run
 
 
 class Run:

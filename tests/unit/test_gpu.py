@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tristage import gpu
+from tristage.dist import gpu
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny import dpo_config, ppo_config, sft_config, write_model
-from tristage.inputs import HEAD, model_fingerprint, model_fingerprints, source_fingerprints
+from tristage.runs.inputs import HEAD, model_fingerprint, model_fingerprints, source_fingerprints
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_weights_of_other_kinds_and_damaged_ones_are_read_whole(tmp_path):
 
 
 def test_of_a_hub_id_it_is_the_commit_in_the_local_cache(monkeypatch):
-    monkeypatch.setattr("tristage.inputs.try_to_load_from_cache", lambda *_: "/cache/snapshots/abc123/config.json")
+    monkeypatch.setattr("tristage.runs.inputs.try_to_load_from_cache", lambda *_: "/cache/snapshots/abc123/config.json")
     assert model_fingerprint("owner/name") == "abc123"
     monkeypatch.undo()
     assert model_fingerprint("nobody/nothing") == "" == model_fingerprint("/no/such/folder")

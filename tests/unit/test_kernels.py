@@ -16,21 +16,17 @@ import torch
 import step1_sft.train
 from step3_ppo.engines import build_engines, check_models, engine_configs
 from tests.helpers import tiny
-from tristage import dist, run
+from tristage import dist
 from tristage.config import LoraSettings
 from tristage.data.collate import collate_packed, collate_sft
 from tristage.errors import UserError
-from tristage.models import (
-    Kernels,
-    check_kernels,
-    check_model,
-    check_packable,
-    check_quantized,
-    kernels,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-)
+from tristage.models import kernels
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.kernels import Kernels, check_kernels, check_quantized
+from tristage.models.loading import check_model, check_packable
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
+from tristage.training import setup
 
 FAMILIES = ("llama", "gpt2", "opt", "qwen2", "gpt_neox")
 
@@ -92,7 +88,7 @@ def test_attention_that_is_not_there_is_one_sentence_before_anything_is_read(
 ) -> None:
     settings = tiny.sft_config(tmp_path, folders[family], "unused.jsonl", 0, *words)
     with pytest.raises(UserError) as error:
-        run.check_training(settings)
+        setup.check_training(settings)
     assert str(error.value).startswith(f"{settings.file}: key `attention`: ") and sentence in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError):

@@ -13,8 +13,11 @@ from unittest import mock
 import pytest
 
 from tests.helpers.tiny import ppo_config, sft_config
-from tristage import dry_run, finished, launch
+from tristage import arrival
 from tristage.errors import UserError
+from tristage.launch import dry_run, nodes, prepare, remote
+from tristage.launch import options as options_of
+from tristage.runs import finished
 
 HOSTS = "# two of us\nnode-a slots=2\n\nnode-b slots=4 # bigger\n"
 ODD = ["two words", "it's", '"q"', "a;touch x", "$(touch x)", "`x`", "$HOME", "back\\slash", "line\nbreak", "ü", "%h"]
@@ -43,11 +46,11 @@ def hostfile(tmp_path: Path) -> str:
     ],
 )
 def test_the_nodes_are_those_that_deepspeed_would_take(hostfile, options, nodes):
-    assert launch.read_nodes(["--hostfile", hostfile, *options]) == nodes
+    assert nodes.read_nodes(["--hostfile", hostfile, *options]) == nodes
 
 
 def test_without_a_hostfile_there_are_no_nodes():
-    assert launch.read_nodes(["--num_gpus", "2"]) == {}
+    assert nodes.read_nodes(["--num_gpus", "2"]) == {}
 
 
 @pytest.mark.parametrize(
@@ -63,19 +66,19 @@ def test_without_a_hostfile_there_are_no_nodes():
 def test_a_bad_hostfile_is_one_sentence(tmp_path, text, words):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError) as caught:
-        launch.read_nodes(["-H", str(tmp_path / "hosts")])
+        nodes.read_nodes(["-H", str(tmp_path / "hosts")])
     assert words in str(caught.value) and str(tmp_path / "hosts") in str(caught.value)
 
 
 def test_a_missing_hostfile_does_not_mean_this_machine_alone(tmp_path):
     with pytest.raises(UserError, match="no such hostfile"):
-        launch.read_nodes([f"--hostfile={tmp_path}/none"])
+        nodes.read_nodes([f"--hostfile={tmp_path}/none"])
 
 
 @pytest.mark.parametrize("choice", ["node-c", "node-a:7", "node-a:x"])
 def test_a_choice_of_what_is_not_there_is_refused(hostfile, choice):
     with pytest.raises(UserError, match=choice):
-        launch.read_nodes(["--hostfile", hostfile, "--include", choice])
+        nodes.read_nodes(["--hostfile", hostfile, "--include", choice])
 
 
 def test_every_node_is_asked_and_the_one_that_fails_is_named(tmp_path, monkeypatch):
@@ -84,9 +87,9 @@ def test_every_node_is_asked_and_the_one_that_fails_is_named(tmp_path, monkeypat
     )
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    launch.check_reachable(["node-a", "node-c"], "hosts", "2222")
+    nodes.check_reachable(["node-a", "node-c"], "hosts", "2222")
     with pytest.raises(UserError, match=r"hosts: node node-b does not answer to ssh \(no route\).*--exclude"):
-        launch.check_reachable(["node-a", "node-b", "node-c"], "hosts", None)
+        nodes.check_reachable(["node-a", "node-b", "node-c"], "hosts", None)
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == 5 and all("BatchMode=yes" in line for line in asked)
     assert sum("-p 2222" in line for line in asked) == 2
@@ -101,10 +104,10 @@ def test_ranks_meet_at_the_address_of_the_hostfile_where_the_first_node_has_it(t
     for node, address in cases.items():
         (tmp_path / "hosts").write_text(f"{node} slots=1\n10.0.0.8 slots=1\n")
         words = ["step1_sft.train", "--config", "a.yaml"]
-        launch.prepare(tmp_path, words, ["--hostfile", str(tmp_path / "hosts")])
+        prepare.prepare(tmp_path, words, ["--hostfile", str(tmp_path / "hosts")])
         options = (tmp_path / "command").read_text().split("\0")
-        assert launch.option(options, "--master_addr") == address
-    launch.prepare(tmp_path, words, ["--hostfile", str(tmp_path / "hosts"), "--master_addr=10.9.9.9"])
+        assert options_of.option(options, "--master_addr") == address
+    prepare.prepare(tmp_path, words, ["--hostfile", str(tmp_path / "hosts"), "--master_addr=10.9.9.9"])
     assert (tmp_path / "command").read_text().count("--master_addr") == 1
 
 
@@ -113,15 +116,15 @@ def test_ranks_meet_at_the_address_of_the_hostfile_where_the_first_node_has_it(t
 
 @pytest.mark.parametrize("word", [*ODD, "--config", "seed=1", "a/b-c.yaml", "base64:seed", "betas=[0.9, 0.95]"])
 def test_a_word_comes_back_and_no_shell_reads_it_otherwise(word):
-    sent = launch.encode(word)
-    assert launch.decode(sent) == word
+    sent = arrival.encode(word)
+    assert arrival.decode(sent) == word
     echoed = subprocess.run(["sh", "-c", f"printf %s {sent}"], capture_output=True, text=True, cwd="/")
     assert echoed.stdout == sent and "%h" not in sent
 
 
 def test_plain_words_stay_readable():
     for word in ("--config", "my/step1.yaml", "optimizer.learning_rate=1e-5", "step1_sft.train"):
-        assert launch.encode(word) == word
+        assert arrival.encode(word) == word
 
 
 def add_export(value: str) -> str:
@@ -137,7 +140,7 @@ def add_export(value: str) -> str:
 @pytest.mark.parametrize("value", [value for value in ODD if "\n" not in value])
 def test_a_variable_survives_deepspeed_and_a_shell(value, tmp_path):
     (line,) = (
-        line for line in launch.environment_file({"NCCL_ODD": value}).splitlines() if line.startswith("NCCL_ODD=")
+        line for line in remote.environment_file({"NCCL_ODD": value}).splitlines() if line.startswith("NCCL_ODD=")
     )
     exported = add_export(line.partition("=")[2] + "\n")
     shell = ["sh", "-c", f'export X={exported}; printf %s "$X"']
@@ -148,7 +151,7 @@ def test_a_variable_survives_deepspeed_and_a_shell(value, tmp_path):
 @pytest.mark.parametrize("value", ["two\nlines", " blank before", "after "])
 def test_a_variable_that_cannot_travel_is_named(value):
     with pytest.raises(UserError, match="NCCL_ODD"):
-        launch.environment_file({"NCCL_ODD": value})
+        remote.environment_file({"NCCL_ODD": value})
 
 
 def test_what_ranks_need_travels_and_what_is_none_of_theirs_does_not():
@@ -163,7 +166,7 @@ def test_what_ranks_need_travels_and_what_is_none_of_theirs_does_not():
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    lines = launch.environment_file(given | {"CUDA_VISIBLE_DEVICES": "0", "EDITOR": "x", "RANK": "0"}).splitlines()
+    lines = remote.environment_file(given | {"CUDA_VISIBLE_DEVICES": "0", "EDITOR": "x", "RANK": "0"}).splitlines()
     names = {line.partition("=")[0] for line in lines}
     assert names == {*given, "PATH", "PYTHONPATH"}
     assert [line for line in lines if line.startswith("PATH=")][0].endswith(":$PATH")
@@ -173,46 +176,46 @@ def test_secrets_stay_unless_the_users_own_file_names_them(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     secrets = {"HF_TOKEN": "hf_1", "https_proxy": "http://me:word@proxy:1", "TRISTAGE_API_KEY": "key_3"}
-    text = launch.environment_file(secrets)
+    text = remote.environment_file(secrets)
     assert not any(value in text for value in secrets.values())
     (tmp_path / ".deepspeed_env").write_text("# mine\n\nHF_TOKEN=hf_1\n")
-    assert launch.environment_file(secrets).splitlines()[-1] == "HF_TOKEN=hf_1"
+    assert remote.environment_file(secrets).splitlines()[-1] == "HF_TOKEN=hf_1"
     (tmp_path / ".deepspeed_env").write_text("nonsense\n")
     with pytest.raises(UserError, match=r"\.deepspeed_env:1: not NAME=VALUE"):
-        launch.environment_file({})
+        remote.environment_file({})
 
 
 def test_the_file_of_variables_is_for_the_user_alone(tmp_path, hostfile, monkeypatch):
-    monkeypatch.setattr(launch, "check_reachable", lambda *_: None)
+    monkeypatch.setattr(prepare, "check_reachable", lambda *_: None)
     words = ["step1_sft.train", "--config", "my a.yaml", "seed=1"]
-    launch.prepare(tmp_path, words, ["--hostfile", hostfile])
+    prepare.prepare(tmp_path, words, ["--hostfile", hostfile])
     assert stat.S_IMODE((tmp_path / "env").stat().st_mode) == 0o600
     command = (tmp_path / "command").read_text().split("\0")[:-1]
     assert command[:3] == ["--hostfile", hostfile, "--module"]
-    assert command[3] == "step1_sft.train" and [launch.decode(word) for word in command[3:]] == words
+    assert command[3] == "step1_sft.train" and [arrival.decode(word) for word in command[3:]] == words
     assert not (tmp_path / "port").exists()
 
 
 def test_mpirun_gets_whole_values_or_none(tmp_path, hostfile, monkeypatch):
-    monkeypatch.setattr(launch, "check_reachable", lambda *_: None)
+    monkeypatch.setattr(prepare, "check_reachable", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/bin")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     options = ["--hostfile", hostfile, "--launcher", "openmpi"]
-    launch.prepare(tmp_path, ["step1_sft.train", "--config", "a.yaml"], options)
+    prepare.prepare(tmp_path, ["step1_sft.train", "--config", "a.yaml"], options)
     lines = (tmp_path / "env").read_text().splitlines()
-    node = next(iter(launch.read_nodes(options)))
+    node = next(iter(nodes.read_nodes(options)))
     assert lines[:3] == [f"MASTER_ADDR={node}", "MASTER_PORT=29500", f"PATH={Path(sys.executable).parent}:/bin"]
     assert f"PYTHONPATH={tmp_path}" in lines
     monkeypatch.setenv("NCCL_ODD", "two words")
     with pytest.raises(UserError, match="variable NCCL_ODD is 'two words': over mpirun"):
-        launch.prepare(tmp_path, ["step1_sft.train", "--config", "a.yaml"], options)
+        prepare.prepare(tmp_path, ["step1_sft.train", "--config", "a.yaml"], options)
 
 
 @pytest.mark.parametrize("words, why", [(["slurm"], "launch/slurm/"), (["openmpi", "--num_nodes", "1"], "--num_nodes")])
 def test_a_way_to_other_nodes_that_deepspeed_cannot_go_is_refused(words, why):
     with pytest.raises(UserError, match=why):
-        launch.check_launcher(["--launcher", *words])
+        remote.check_launcher(["--launcher", *words])
 
 
 def test_a_rank_of_mpirun_takes_its_place(monkeypatch):
@@ -221,10 +224,10 @@ def test_a_rank_of_mpirun_takes_its_place(monkeypatch):
     for name, value in {"RANK": "3", "LOCAL_RANK": "1", "SIZE": "4", "LOCAL_SIZE": "2"}.items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     with mock.patch.dict(os.environ):
-        launch.adopt_rank_of_mpirun()
+        arrival.adopt_rank_of_mpirun()
         assert "RANK" not in os.environ  # a shell that some mpirun started, and no run of several ranks
         os.environ["MASTER_ADDR"] = "node-a"
-        launch.adopt_rank_of_mpirun()
+        arrival.adopt_rank_of_mpirun()
         assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")] == ["3", "1", "4", "2"]
 
 
@@ -232,15 +235,15 @@ def test_a_working_folder_that_shells_would_change_is_refused(tmp_path, monkeypa
     (tmp_path / "my runs").mkdir()
     monkeypatch.chdir(tmp_path / "my runs")
     with pytest.raises(UserError, match="working folder is .*my runs"):
-        launch.check_paths([])
+        remote.check_paths([])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--master_addr"):
-        launch.check_paths(["--master_addr", "$(touch x)"])
+        remote.check_paths(["--master_addr", "$(touch x)"])
 
 
 def test_on_this_machine_words_stay_as_they_are_and_a_port_is_chosen(tmp_path):
     words = ["step1_sft.train", "--config", "a.yaml", *(f"data.train={value}" for value in ODD)]
-    launch.prepare(tmp_path, words, ["--num_gpus", "2"])
+    prepare.prepare(tmp_path, words, ["--num_gpus", "2"])
     command = (tmp_path / "command").read_text().split("\0")[:-1]
     assert command[:2] == ["--num_gpus", "2"] and command[command.index("--module") + 1 :] == words
     assert (tmp_path / "port").read_text() == command[command.index("--master_port") + 1]
@@ -253,10 +256,10 @@ def test_on_this_machine_words_stay_as_they_are_and_a_port_is_chosen(tmp_path):
 def test_the_log_lies_in_the_output_folder(tmp_path):
     (tmp_path / "a.yaml").write_text("output: here\n")
     config = str(tmp_path / "a.yaml")
-    assert launch.output_of([config]) == Path("here")
-    assert launch.output_of([config, "seed=1", "output=a b"]) == Path("a b")
+    assert prepare.output_of([config]) == Path("here")
+    assert prepare.output_of([config, "seed=1", "output=a b"]) == Path("a b")
     for words in ([str(tmp_path / "none.yaml")], [config, "output=[1"], [config, "output=1"]):
-        assert launch.output_of(words) is None
+        assert prepare.output_of(words) is None
 
 
 def test_a_dry_run_says_what_would_run(tmp_path, hostfile, capsys):
@@ -300,4 +303,4 @@ def test_the_summary_says_what_each_step_reached(tmp_path):
 @pytest.mark.parametrize("options", [["--num_nodes=two"], ["--num_gpus", "-1"]])
 def test_a_count_that_is_none_is_refused(hostfile, options):
     with pytest.raises(UserError, match="is not a number of nodes or ranks"):
-        launch.read_nodes(["--hostfile", hostfile, *options])
+        nodes.read_nodes(["--hostfile", hostfile, *options])

@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import tiny
-from tristage import run
 from tristage.config import BatchPlan
 from tristage.data.loader import WINDOW_STEPS, Loader, evaluation_rows
 from tristage.errors import UserError
+from tristage.training import setup
 
 LENGTHS = [(i * 37) % 101 + 1 for i in range(50)]
 LAYOUTS = [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (4, 1)]  # ranks, micro-batch: all divide 8
@@ -235,5 +235,5 @@ def test_evaluation_takes_every_row_once_in_equal_rounds(num_rows, world_size, m
 def test_the_limit_that_ends_a_run_is_printed_at_its_start(tmp_path, capsys, epochs, max_steps, sentence, steps):
     config = tiny.sft_config(tmp_path, "model", "rows.jsonl")
     config = config.model_copy(update={"epochs": epochs, "max_steps": max_steps})
-    loader = run.train_loader(config, LENGTHS, BatchPlan.make(8, 2, 1))
+    loader = setup.train_loader(config, LENGTHS, BatchPlan.make(8, 2, 1))
     assert (capsys.readouterr().out, loader.total_steps) == (f"{sentence}\n", steps)

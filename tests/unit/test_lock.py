@@ -19,9 +19,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tiny import REPO
-from tristage import lock, run, watchdog
+from tristage.dist import watchdog
 from tristage.errors import UserError
 from tristage.processes import machine, process_id
+from tristage.storage import lock
+from tristage.training import run
 
 HOLD = "import sys, time; from pathlib import Path; from tristage import lock; lock.take(Path(sys.argv[1])); "
 

@@ -12,8 +12,10 @@ from torch import nn
 from tests.helpers import tiny
 from tristage.config import LoraSettings
 from tristage.errors import UserError
-from tristage.models import check_lora, load_causal_lm, load_reward_model, load_tokenizer
-from tristage.models.lora import adapters_off, add_adapters, merge_state
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.lora import adapters_off, add_adapters, check_lora, merge_state
+from tristage.models.reward_model import load_reward_model
+from tristage.models.tokenizer import load_tokenizer
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -16,10 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers.saves import small_disk
 from tests.helpers.tiny import sft_config
-from tristage import dist, metrics
+from tristage import dist
 from tristage.errors import UserError
-from tristage.health import Health
-from tristage.metrics import Averages, RunLog, Stopwatch, read_metrics
+from tristage.training import metrics
+from tristage.training.health import Health
+from tristage.training.metrics import Averages, RunLog, Stopwatch, read_metrics
 
 CPU = torch.device("cpu")
 

@@ -29,21 +29,21 @@ import step3_ppo.train
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import check_models
 from tests.helpers import tiny
-from tristage import check_config, cli, doctor, hub, run
+from tristage.cli import doctor
+from tristage.cli import main as cli
 from tristage.config import LoraSettings, SourceSettings, load_config
+from tristage.data import hub
 from tristage.data.sources import open_source
 from tristage.errors import UserError
-from tristage.models import (
-    check_lora,
-    check_model,
-    check_packable,
-    is_reward_model,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-    merge_adapter,
-    model_shape,
-)
+from tristage.launch import check_config
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.loading import check_model, check_packable, is_reward_model
+from tristage.models.lora import check_lora
+from tristage.models.reward_model import load_reward_model
+from tristage.models.saving import merge_adapter
+from tristage.models.sizes import model_shape
+from tristage.models.tokenizer import load_tokenizer
+from tristage.training import run, setup
 
 WEIGHTS = "model.safetensors"
 
@@ -335,7 +335,7 @@ def test_doctor_says_what_a_folder_lacks(own: Own, base: dict[str, str]) -> None
 def test_a_setting_lets_the_code_run_and_is_written_down(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny.sft_config(own.folder, own.model, tiny.write_rows(own.folder / "rows")["sft"]).file
     settings = load_config(step1_sft.train.SFTConfig, ["--config", config, "trust_remote_code=true"])
-    run.check_training(settings)
+    setup.check_training(settings)
     assert own.marker.exists()
     model = policy(own.model, **{"trust_remote_code": settings.trust_remote_code})
     assert type(model.model).__name__ == "OwnModel"

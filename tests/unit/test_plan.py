@@ -13,11 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import tiny
 from tests.helpers.published import write_config
-from tristage import cli, memory, plan
+from tristage.cli import main as cli
 from tristage.config import LoraSettings
 from tristage.errors import UserError
-from tristage.memory import GIB, Engine, Machine, Zero, total
-from tristage.models import CausalLM, ModelShape, model_shape
+from tristage.models.causal_lm import CausalLM
+from tristage.models.sizes import ModelShape, model_shape
+from tristage.planning import formulas as memory
+from tristage.planning import plan
+from tristage.planning.formulas import GIB, Engine, Machine, Zero, total
 
 SHAPE = ModelShape(
     **{"parameters": 1000, "linear": 800, "adapters": 0, "head": 100, "largest": 100, "layers": 2, "hidden": 10},

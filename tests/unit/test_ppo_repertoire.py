@@ -33,7 +33,7 @@ from tristage.algo.ppo import (
 )
 from tristage.config import load_config
 from tristage.errors import UserError
-from tristage.models import load_tokenizer
+from tristage.models.tokenizer import load_tokenizer
 
 CLIPS = [(0.2, None, None), (0.2, 0.35, None), (0.2, None, 1.3), (0.1, 0.5, 3.0), (0.3, 0.1, 1.01)]
 

@@ -26,9 +26,9 @@ from step2_reward_model.measures import (
 )
 from step2_reward_model.report import tables
 from tests.helpers import oracles, tiny
-from tristage.config import UserError
 from tristage.data.sets import load_sets
-from tristage.models import load_tokenizer
+from tristage.errors import UserError
+from tristage.models.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 

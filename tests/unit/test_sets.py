@@ -14,12 +14,13 @@ import torch
 from step1_sft.config import SFTConfig
 from tests.helpers import tiny
 from tests.unit.test_template import default as byte_default
-from tristage import dist, preflight, run
+from tristage import dist
 from tristage.config import RunSettings, SourceSettings, load_config
 from tristage.data.sets import fingerprint, load_heldout, load_sets
 from tristage.data.store import Rows
 from tristage.errors import UserError
-from tristage.models import load_tokenizer
+from tristage.models.tokenizer import load_tokenizer
+from tristage.training import preflight, run
 
 LONG = "fig " * 60  # over the 64 tokens of tiny's settings
 BAD = '{"prompt": "no answer"}'

@@ -14,9 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tristage import hub
 from tristage.config import RunSettings, SourceSettings
-from tristage.data import sources
+from tristage.data import hub, sources
 from tristage.data.rows import read_row
 from tristage.data.sources import load_json, open_source, resolve_preset
 from tristage.errors import UserError

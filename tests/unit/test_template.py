@@ -15,7 +15,7 @@ from tristage.data import trial
 from tristage.data.rows import _dialogue_turns
 from tristage.data.template import earlier_answers, ensure_template, read_template, render, template_fingerprint
 from tristage.errors import UserError
-from tristage.models import load_tokenizer
+from tristage.models.tokenizer import load_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
 DIALOGUE = [

@@ -12,9 +12,9 @@ from unittest import mock
 import psutil
 import pytest
 
-from tristage import watchdog
+from tristage.dist import progress, watchdog
+from tristage.dist.watchdog import EXIT_STALLED, Watchdog
 from tristage.processes import own_id
-from tristage.watchdog import EXIT_STALLED, Watchdog
 
 SECONDS = 100.0  # the interval is then 1 s: something is noticed 98 s after it was last seen
 
@@ -33,7 +33,7 @@ class World:
         self.dog = Watchdog(-1)
         with self.clock():
             self.dog.watch(folder, SECONDS, rank, ranks)
-        watchdog.progress.step = 4
+        progress.current.step = 4
         own = own_id()._asdict() | {"host": "a"}
         for peer in self.dog.peers:
             self.signs[peer] = own | {"step": 4, "phase": "step", "place": 10, "moves": 20, "beat": 1}
@@ -64,9 +64,9 @@ def world(tmp_path: Path) -> Iterator[World]:
         mock.patch.object(watchdog.os, "_exit", exit_now),
         mock.patch.object(watchdog.os, "kill"),
         mock.patch.object(watchdog.time, "sleep"),
-        mock.patch.object(watchdog, "progress", watchdog.Progress()),
+        mock.patch.object(progress, "current", progress.Progress()),
     ):
-        watchdog.progress.place = 10
+        progress.current.place = 10
         yield World(tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_where_no_rank_is_behind_all_are_listed(world, capsys):
 
 
 def test_this_rank_can_be_the_one_that_is_behind(world, capsys):
-    watchdog.progress.place = 5
+    progress.current.place = 5
     assert ending(world, capsys).startswith("error: rank 0 on ")
 
 
@@ -182,8 +182,8 @@ def test_the_verdict_of_rank_0_ends_the_others_which_write_their_stacks(tmp_path
 
 def test_a_sign_of_life_is_always_as_long(world):
     for place in (1, 10**9):
-        watchdog.progress.place = place
-        watchdog.progress.phase = "a reward function of a long name " * place if place < 10 else "\u00e4\u4e2d" * 500
+        progress.current.place = place
+        progress.current.phase = "a reward function of a long name " * place if place < 10 else "\u00e4\u4e2d" * 500
         world.dog.verdict = "\u4e2d" * 400
         world.dog.beat()
         assert world.dog.file.stat().st_size == watchdog.SIGN_OF_LIFE

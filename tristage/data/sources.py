@@ -26,9 +26,9 @@ import pyarrow.parquet
 import yaml
 from pydantic import ValidationError
 
-from tristage import hub
 from tristage.config import MAX_ROW_BYTES, RunSettings, SourceSettings, find_file
-from tristage.config_errors import explain
+from tristage.config.problems import explain
+from tristage.data import hub
 from tristage.errors import UserError
 
 # A JSON line, a row that its format has already decoded, or why there is none.

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
-from tristage import hub
 from tristage.algo import masking
 from tristage.config import NOT_A_POLICY, SCORER
+from tristage.data import hub
 from tristage.errors import UserError
 from tristage.models.kernels import Kernels
 from tristage.models.opening import cannot_open, check_vocabulary, check_weights

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tristage import hub
+from tristage.data import hub
 from tristage.errors import UserError
 from tristage.models.scalar_head import register_scalar_head
 

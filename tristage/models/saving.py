@@ -9,7 +9,6 @@ import contextlib
 import copy
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from tristage import dist, watchdog
-from tristage.durable import sync
+from tristage import dist
+from tristage.dist import progress
 from tristage.engine import full_state_dict
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
@@ -29,6 +28,7 @@ from tristage.models.lora import base_path, has_adapters, load_adapter, merge_st
 from tristage.models.reward_model import load_reward_model
 from tristage.models.scalar_head import register_scalar_head
 from tristage.models.tokenizer import load_tokenizer
+from tristage.storage.durable import remove_tree, sync
 
 SHARD_SIZE = "5GB"  # of one file of weights; a larger model has several, and an index
 
@@ -48,7 +48,7 @@ def save_model(
     Raises:
         UserError: on rank 0, the disk is full; what was there is as it was.
     """
-    with watchdog.phase("save"):
+    with progress.phase("save"):
         state, written = full_state_dict(engine), []
         if dist.is_main():
             written = _write(engine.module.model, state, tokenizer, folder, shard_size)
@@ -169,8 +169,3 @@ def _is_full(error: Exception) -> bool:
     """safetensors has an exception of its own, which keeps the system's words only."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
-
-
-def remove_tree(folder: Path) -> None:
-    """Delete a folder if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,8 @@ import functools
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from tristage import dist, hub
+from tristage import dist
+from tristage.data import hub
 from tristage.data.template import ensure_template, render, template_fingerprint
 from tristage.data.trial import refuse_endless
 from tristage.errors import UserError

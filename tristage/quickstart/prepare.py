@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from tristage.models.saving import remove_tree
 from tristage.quickstart.network import make_network, make_tokenizer
 from tristage.quickstart.task import SIZES, make_data
+from tristage.storage.durable import remove_tree
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tristage.metrics import read_metrics
+from tristage.training.metrics import read_metrics
 
 STEPS = {"step1_sft": "1 fine-tuning", "step2_reward_model": "2 reward model", "step3_ppo": "3 PPO"}
 # (step, metric, what it is)

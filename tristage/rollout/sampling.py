@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tristage import watchdog
+from tristage.dist import progress
 
 
 def row_uniforms(seed: int, iteration: int, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -38,7 +38,7 @@ class InverseTransformSampler(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        watchdog.moved()
+        progress.moved()
         scores = scores.float()
         for warp in self.warpers:
             scores = warp(input_ids, scores)

@@ -1,0 +1,234 @@
+"""`tristage doctor [CONFIG]`: what this machine, and a config on it, lack for a run, and what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import psutil
+import torch
+
+from tristage import dist
+from tristage.config import RunSettings, SourceSettings
+from tristage.data.sources import check_there, resolve_preset
+from tristage.data.store import cache_folder
+from tristage.dist import gpu
+from tristage.errors import UserError
+from tristage.launch.check_config import check_path
+from tristage.launch.dry_run import batch_table
+from tristage.models.loading import Holds, check_model
+from tristage.planning.formulas import GIB
+from tristage.runs.inputs import named_paths
+from tristage.storage.free_space import free_for_rank, free_on_disk, free_on_host, next_existing
+from tristage.training.preflight import installed, memory_problem
+
+ROOT = Path(__file__).parents[2]
+MAIN_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "pydantic", "safetensors")
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Finding(NamedTuple):
+    """One line: how bad it is ("stop": a run would not start or not end well), what is there, what to do."""
+
+    level: Literal["ok", "note", "stop"]
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<4}  {self.what}" + (f": {self.fix}" if self.fix else "")
+
+
+def examine(settings: RunSettings | None, ranks: int) -> Iterator[Finding]:
+    """All findings, in the order in which a run would meet them; `ranks`: how many this machine would get."""
+    yield from packages()
+    yield from devices()
+    yield from compiled_op(extensions_folder())
+    yield from locks(extensions_folder())
+    yield from shared_memory(SHARED_MEMORY, ranks)
+    yield from several_nodes()
+    yield room("memory", free_on_host(), 2 * GIB, "end what uses it")
+    yield disk("tokenised data", cache_folder(settings.data.cache if settings else None))
+    if settings is not None:
+        yield from config(settings, ranks)
+
+
+def packages(constraints: Path = ROOT / "constraints.txt") -> Iterator[Finding]:
+    """Python and the packages that matter, beside the versions that the tests passed with."""
+    yield Finding("ok", f"python {platform.python_version()} ({sys.executable})")
+    tested = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", constraints.read_text(), re.M)) if constraints.is_file() else {}
+    for package in MAIN_PACKAGES:
+        found, wanted = installed(package), tested.get(package)
+        if found == "not installed":
+            yield Finding("stop", f"{package} is not installed", "pip install -c constraints.txt -e .")
+        elif wanted and found.partition("+")[0] != wanted:
+            yield Finding("note", f"{package} {found}", f"the tests passed with {wanted}")
+        else:
+            yield Finding("ok", f"{package} {found}")
+
+
+def devices() -> Iterator[Finding]:
+    """What ranks compute on, what they send with, and which attention kernels are there."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        yield Finding("ok", f"{psutil.cpu_count(logical=False)} CPU cores, no GPU; ranks send with gloo")
+        if os.environ.get("DS_ACCELERATOR") != "cpu" and (problem := gpu.problem()):
+            yield Finding("note", problem)
+        return
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if len(set(names)) > 1:
+        yield Finding("note", f"GPUs of several kinds: {', '.join(names)}", "the slowest sets the pace; see --include")
+    version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    yield Finding("ok", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}, NCCL {version}")
+    flash = torch.backends.cuda.is_flash_attention_available()
+    yield Finding("ok" if flash else "note", "attention: torch's " + ("flash kernel" if flash else "slow kernels"))
+
+
+def default_ranks() -> int:
+    """One a GPU; two where there is none, as the launchers have it."""
+    return torch.cuda.device_count() if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else 2
+
+
+def extensions_folder() -> Path:
+    """Where DeepSpeed's compiled ops go: as in launch/common.sh."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", ROOT / ".torch_extensions"))
+
+
+def compiled_op(folder: Path) -> Iterator[Finding]:
+    """Whether the ops that DeepSpeed compiles on first use are there, or can be."""
+    missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool, path=_path())]
+    if torch.cuda.is_available():
+        if missing or not shutil.which("nvcc"):
+            yield Finding("note", f"no {', '.join([*missing, 'nvcc'])}", "needed for optimizer offload alone")
+        return
+    if missing:
+        fix = "apt-get install g++" if "g++" in missing else "pip install ninja"
+        yield Finding("stop", f"DeepSpeed's CPU op cannot be compiled or loaded without {', '.join(missing)}", fix)
+    elif not list(folder.rglob("deepspeed_shm_comm.so")):
+        yield Finding("note", f"DeepSpeed's CPU op is not in {folder}", "the first launch compiles it, in a minute")
+    else:
+        probe = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)"
+        variables = os.environ | {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder), "PATH": _path()}
+        try:
+            done = subprocess.run([sys.executable, "-c", probe], env=variables, capture_output=True, timeout=120)
+            loads = done.returncode == 0
+        except subprocess.TimeoutExpired:
+            loads = False
+        fix = "" if loads else f"remove {folder}; the next launch compiles it again"
+        yield Finding("ok" if loads else "stop", f"DeepSpeed's CPU op {'loads' if loads else 'does not load'}", fix)
+
+
+def _path() -> str:
+    return os.path.dirname(sys.executable) + ":" + os.environ.get("PATH", "")
+
+
+def locks(folder: Path, minutes: float = 5) -> Iterator[Finding]:
+    """Locks that a killed build left, for which every later run waits for ever."""
+    for lock in sorted(folder.rglob("lock")) if folder.is_dir() else []:
+        if time.time() - lock.stat().st_mtime > 60 * minutes:
+            yield Finding("stop", f"{lock} is left of a build that was killed", f"rm {lock}, or start any launcher")
+
+
+def shared_memory(folder: Path, ranks: int) -> Iterator[Finding]:
+    """Room for what ranks of one node exchange, and what killed runs left there."""
+    if not folder.is_dir():
+        return
+    in_use = {path for process in psutil.process_iter() for path in _mapped(process, folder)}
+    left = [path for path in sorted(folder.glob("deepspeed_allreduce_buffer_*")) if str(path) not in in_use]
+    if left:
+        size = sum(path.stat().st_size for path in left) / 2**20
+        fix = f"rm {folder}/deepspeed_allreduce_buffer_* when nothing runs"
+        yield Finding("note", f"{len(left)} buffers of killed runs in {folder}, {size:.0f} MiB", fix)
+    need = (66 * ranks + 64) * 2**20  # DeepSpeed's buffer of a rank on CPUs; NCCL takes less
+    yield room(f"shared memory ({folder})", shutil.disk_usage(folder).free, need, "docker: --shm-size=16g")
+
+
+def _mapped(process: psutil.Process, folder: Path) -> list[str]:
+    try:
+        return [item.path for item in process.memory_maps(grouped=True) if item.path.startswith(str(folder))]
+    except (psutil.Error, OSError):
+        return []
+
+
+def several_nodes() -> Iterator[Finding]:
+    """What --hostfile needs here."""
+    missing = [tool for tool in ("ssh", "pdsh") if not shutil.which(tool)]
+    if missing:
+        fix = "needed for --hostfile alone: apt-get install pdsh openssh-client"
+        yield Finding("note", f"no {', '.join(missing)}", fix)
+
+
+def room(what: str, free: int, need: int, fix: str) -> Finding:
+    """A finding about `free` bytes where `need` bytes must be."""
+    told = f"{what}: {free / GIB:.1f} GiB free"
+    return Finding("ok", told) if free >= need else Finding("stop", f"{told}, {need / GIB:.1f} needed", fix)
+
+
+def disk(what: str, folder: Path) -> Finding:
+    """A finding about the disk that will hold `folder`, which need not be there yet."""
+    there = next_existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return Finding("stop", f"{what}: {folder} cannot be written", "choose another folder")
+    return room(f"disk for {what} ({folder})", free_on_disk(there), GIB, "make room or choose another folder")
+
+
+def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
+    """What a config names: batches, DeepSpeed JSONs, models, data, output."""
+    try:
+        batches = batch_table(settings, ranks).splitlines()[-1].split()
+        yield Finding("ok", f"batches on {ranks} ranks, micro x accumulation x ranks: {' '.join(batches)} rows a step")
+    except UserError as error:
+        yield Finding("stop", str(error))
+    for key, value in named_paths(settings):
+        try:
+            check_path(settings, key, value)
+            if key.endswith("model") and Path(value).is_dir():
+                _check_folder(settings, key, value)
+            yield Finding("ok", f"{key}: {value}")
+        except UserError as error:
+            yield Finding("stop", str(error))
+    for source in (*settings.data.train, *settings.data.heldout):
+        yield _source(source, settings)
+    yield disk("the run", Path(settings.output))
+    yield from memory(settings, ranks)
+
+
+def _check_folder(settings: RunSettings, key: str, path: str) -> None:
+    """A model folder must hold the weights of what its key is for. Raises UserError."""
+    scores: Holds = "reward_model" if key == "reward.model" else "new_reward_model"
+    check_model(path, 1, "policy" if key in settings.policies else scores, settings.trusts(key.partition(".")[0]))
+
+
+def memory(settings: RunSettings, ranks: int) -> Iterator[Finding]:
+    """What the run's plan needs beside what is free here; nothing where its models are not there to be read."""
+    device = torch.device("cuda" if dist.uses_gpu(settings.device) else "cpu")
+    here = min(ranks, torch.cuda.device_count()) if device.type == "cuda" else ranks
+    free = free_for_rank(device, here)
+    fact = {"node": platform.node(), "ranks here": here, "memory": (free, free_on_host())}
+    with contextlib.suppress(UserError, AttributeError):
+        problem = memory_problem(settings, device, [fact] * ranks)
+        if problem is None:
+            yield Finding("ok", f"memory: {free / GIB:.1f} GiB free for each rank, enough by the plan")
+        else:
+            yield Finding("stop" if problem.stops else "note", problem.sentence)
+
+
+def _source(source: SourceSettings, settings: RunSettings) -> Finding:
+    try:
+        source = resolve_preset(source, settings)
+        check_there(source)
+    except UserError as error:
+        return Finding("stop", f"data: {error}")
+    path = str(source.path)
+    if os.path.exists(path):
+        if os.access(path, os.R_OK):
+            return Finding("ok", f"data: {path}")
+        return Finding("stop", f"data: {path} cannot be read", "give its reader the right to")
+    return Finding("note", f"data: {path} is taken for a hub id", "`tristage data check` reads it")

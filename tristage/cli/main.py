@@ -1,0 +1,159 @@
+"""The `tristage` command.
+
+    tristage data show CONFIG [key=value ...] [--rows 3] [--heldout]      rows as the step will see them
+    tristage data check CONFIG [key=value ...]                            everything that is wrong with the data
+    tristage plan CONFIG [key=value ...] [--gpus 8] [--gpu-memory 80]     the memory that it needs, and what fits
+    tristage merge BASE ADAPTER OUT                                       a LoRA adapter into the model it is for
+    tristage doctor [CONFIG] [key=value ...] [--ranks N]                  what this machine lacks for a run
+
+CONFIG is a step's YAML; its name or --step says which step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from rich.console import Console
+
+from tristage.config import load_config
+from tristage.config.steps import STEPS, settings_class
+from tristage.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 1 for something to fix, or a plan that does not fit; 2 for what must be corrected before that."""
+    parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
+    subcommands = parser.add_subparsers(required=True, dest="subcommand")
+    _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))
+    _data_arguments(subcommands.add_parser("data", help="look at what a step will train on"))
+    _plan_arguments(subcommands.add_parser("plan", help="the memory that a step needs, before it is started"))
+    _doctor_arguments(subcommands.add_parser("doctor", help="what this machine lacks for a run, and what to do"))
+    arguments, rest = parser.parse_known_args(argv)
+    takes_settings = hasattr(arguments, "settings")
+    if unknown := [word for word in rest if not takes_settings or "=" not in word or word.startswith("-")]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if takes_settings:
+        arguments.settings += rest
+    run = {"data": _data, "plan": _plan, "merge": _merge, "doctor": _doctor}[arguments.subcommand]
+    try:
+        return run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _merge_arguments(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("base", help="folder or id of the model that the adapter was trained on")
+    merge.add_argument("adapter", help="folder of the adapter, such as OUT/final_adapter")
+    merge.add_argument("out", help="folder to write: weights, config, tokenizer")
+
+
+def _data_arguments(data: argparse.ArgumentParser) -> None:
+    commands = data.add_subparsers(required=True, dest="command")
+    helps = {"show": "print rows as the step will see them", "check": "read everything, say what is wrong"}
+    for name, does in helps.items():
+        command = commands.add_parser(name, help=does)
+        _config_arguments(command)
+        if name == "show":
+            command.add_argument("--rows", type=int, default=3, help="how many")
+            command.add_argument("--heldout", action="store_true", help="rows of the held-out set")
+
+
+def _config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="a step's YAML")
+    command.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
+    command.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
+
+
+def _plan_arguments(plan: argparse.ArgumentParser) -> None:
+    _config_arguments(plan)
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of all nodes together (8)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="at most so many on one node (8)")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GiB", help="of one GPU (80)")
+    plan.add_argument("--host-memory", type=float, metavar="GiB", help="of one node; not judged unless given")
+
+
+def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("config", nargs="?", help="a step's YAML, to look at what it names as well")
+    doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
+    doctor.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
+    doctor.add_argument("--ranks", type=int, help="ranks of the run; default: this machine's GPUs, or 2")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    settings = None
+    if arguments.config is not None:
+        words = ["--config", arguments.config, *arguments.settings]
+        settings = load_config(settings_class(arguments.config, arguments.step), words)
+    from tristage.cli import doctor  # late, as in _data
+
+    findings = []
+    for finding in doctor.examine(settings, arguments.ranks or doctor.default_ranks()):
+        print(finding, flush=True)
+        findings.append(finding)
+    stops = sum(finding.level == "stop" for finding in findings)
+    print(f"{stops} to fix before a run" if stops else "nothing would stop a run")
+    return int(stops > 0)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from tristage.models.saving import merge_adapter  # late, as in _data
+
+    merge_adapter(arguments.base, arguments.adapter, arguments.out)
+    print(f"{arguments.base} with {arguments.adapter} is in {arguments.out}")
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    words = ["--config", arguments.config, *arguments.settings]
+    settings = load_config(settings_class(arguments.config, arguments.step), words)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would announce its choice
+    # Imported late: transformers takes seconds, and a wrong config should say so at once.
+    from tristage.cli import inspect_data as inspect
+    from tristage.data.template import read_template
+    from tristage.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(settings.tokenizer_path, read_template(settings), settings.trust_remote_code)
+    console = _console()
+    if arguments.command == "show":
+        inspect.show(settings, tokenizer, arguments.rows, arguments.heldout, console)
+        return 0
+    problems = inspect.check(settings, tokenizer, console)
+    for problem in problems:
+        console.print(f"to fix: {problem}", style="bold red")
+    if not problems:
+        console.print("nothing to fix")
+    return int(bool(problems))
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    words = ["--config", arguments.config, *arguments.settings]
+    settings = load_config(settings_class(arguments.config, arguments.step), words)
+    for name in ("gpus", "gpus_per_node", "gpu_memory", "host_memory"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from tristage.planning import formulas as memory  # late, as in _data
+    from tristage.planning import report
+
+    machine = memory.Machine(
+        arguments.gpus,
+        arguments.gpus_per_node,
+        arguments.gpu_memory * memory.GIB,
+        None if arguments.host_memory is None else arguments.host_memory * memory.GIB,
+        cpu=settings.device == "cpu",
+    )
+    return 0 if report.report(settings, machine, _console()) else 1
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width, and 80 columns would cut file names
+    return Console(markup=False, highlight=False, soft_wrap=True, width=width)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

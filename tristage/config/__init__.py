@@ -1,0 +1,52 @@
+"""Settings: checked pydantic models from YAML and overrides, DeepSpeed JSON, paths. Never imports torch."""
+
+from tristage.config.deepspeed_json import NEEDS_STAGE, OWNED_BY_YAML, read_deepspeed_json, world_size_from_environment
+from tristage.config.paths import NOT_A_POLICY, SCORER, require_folder_or_hub_id
+from tristage.config.reading import find_file, load_config
+from tristage.config.settings import (
+    MAX_ROW_BYTES,
+    Attention,
+    BatchPlan,
+    CleanRule,
+    DataSettings,
+    KeepBest,
+    Kind,
+    LoraSettings,
+    OptimizerSettings,
+    Precision,
+    RunSettings,
+    Settings,
+    Sources,
+    SourceSettings,
+    TrainSettings,
+)
+from tristage.config.steps import STEPS, settings_class
+
+__all__ = [
+    "Attention",
+    "BatchPlan",
+    "CleanRule",
+    "DataSettings",
+    "KeepBest",
+    "Kind",
+    "LoraSettings",
+    "MAX_ROW_BYTES",
+    "NEEDS_STAGE",
+    "NOT_A_POLICY",
+    "OWNED_BY_YAML",
+    "OptimizerSettings",
+    "Precision",
+    "RunSettings",
+    "SCORER",
+    "STEPS",
+    "Settings",
+    "SourceSettings",
+    "Sources",
+    "TrainSettings",
+    "find_file",
+    "load_config",
+    "read_deepspeed_json",
+    "require_folder_or_hub_id",
+    "settings_class",
+    "world_size_from_environment",
+]

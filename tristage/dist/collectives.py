@@ -1,0 +1,109 @@
+"""Who this rank is, and what ranks tell each other: reductions, gathers, barriers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+import torch
+import torch.distributed as torch_dist
+from tristage.dist import watchdog, progress
+
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _waiting(collective: F) -> F:
+    """The watchdog sees that a rank in here has come further than one that is not."""
+
+    @functools.wraps(collective)
+    def noted(*arguments: Any, **named: Any) -> Any:
+        with progress.phase(f"{collective.__name__}, waiting for the others"):
+            return collective(*arguments, **named)
+
+    return cast(F, noted)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def of_this_node() -> str:
+    """" (rank 3 on HOST)" where ranks run on several nodes and this is not the first; else nothing."""
+    several = int(os.environ.get("LOCAL_SIZE", "1")) < int(os.environ.get("WORLD_SIZE", "1"))
+    return f" (rank {rank()} on {platform.node()})" if several and rank() != 0 and "LOCAL_SIZE" in os.environ else ""
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def print0(*words: object) -> None:
+    """Print on rank 0 only, at once."""
+    if is_main():
+        print(*words, flush=True)
+
+
+@_waiting
+def sum_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum of each named number over ranks, in float64. Every rank must give the same names."""
+    return _reduce_named(values, device, torch_dist.ReduceOp.SUM)
+
+
+@_waiting
+def max_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Largest of each named number over ranks; as sum_over_ranks."""
+    return _reduce_named(values, device, torch_dist.ReduceOp.MAX)
+
+
+def _reduce_named(values: Mapping[str, float], device: torch.device, operation: Any) -> dict[str, float]:
+    names = sorted(values)
+    numbers = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=device)
+    if world_size() > 1:
+        torch_dist.all_reduce(numbers, operation)
+    return dict(zip(names, numbers.tolist(), strict=True))
+
+
+@_waiting
+def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """[b, ...] on each rank -> [ranks * b, ...] on every rank, in rank order. b must agree."""
+    if world_size() == 1:
+        return x
+    wire = x.to(torch.uint8) if x.dtype == torch.bool else x
+    parts = [torch.empty_like(wire) for _ in range(world_size())]
+    torch_dist.all_gather(parts, wire.contiguous())
+    return torch.cat(parts).to(x.dtype)
+
+
+@_waiting
+def gather_objects(item: Any) -> list[Any]:
+    """Every rank's small Python object, in rank order, on every rank."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(items, item)
+    return items
+
+
+@_waiting
+def broadcast(x: torch.Tensor, source: int) -> None:
+    """Overwrite x on every rank with that of rank `source`."""
+    if world_size() > 1:
+        torch_dist.broadcast(x, source)
+
+
+@_waiting
+def barrier() -> None:
+    if world_size() > 1:
+        torch_dist.barrier()

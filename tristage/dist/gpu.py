@@ -1,0 +1,55 @@
+"""Whether torch can use a GPU of this machine; launch/common.sh calls `python -m tristage.dist.gpu` (exit code 0: yes).
+
+Where there is an NVIDIA GPU and torch cannot use it, one line on standard error reports why: otherwise a run would go
+to the CPU unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+
+def problem(root: Path = Path("/")) -> str:
+    """Why torch cannot use the NVIDIA GPU of this machine; nothing if it can, there is none, or the user hid it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's warning would repeat it, in several lines
+        if torch.cuda.is_available():
+            return ""
+        if not has_nvidia_gpu(root) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+            return ""
+        return f"this machine has an NVIDIA GPU that torch cannot use: {_reason()}"
+
+
+def has_nvidia_gpu(root: Path) -> bool:
+    """Whether the driver shows one, or the PCI bus does (class 0x03: display controllers)."""
+    if any(root.glob("dev/nvidia[0-9]*")):
+        return True
+    cards = [card for card in root.glob("sys/bus/pci/devices/*") if _read(card / "vendor") == "0x10de"]
+    return any(_read(card / "class").startswith("0x03") for card in cards)
+
+
+def _read(file: Path) -> str:
+    return file.read_text().strip() if file.is_file() else ""
+
+
+def _reason() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a build with it"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return f"{first}; see `nvidia-smi`" + (f" and CUDA_VISIBLE_DEVICES={visible}" if visible else "")
+    return "no reason given; see `nvidia-smi`"
+
+
+if __name__ == "__main__":
+    if found := problem():
+        print(f"warning: {found}; ranks run on the CPU (--cpu N if that is intended)", file=sys.stderr)
+    sys.exit(not torch.cuda.is_available())

@@ -1,0 +1,1 @@
+"""Everything before the ranks: options, nodes, checks, the `deepspeed` command. Never imports torch."""

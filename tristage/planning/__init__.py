@@ -1,0 +1,1 @@
+"""What a run needs in memory: formulas, the plan of a step, its report."""

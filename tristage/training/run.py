@@ -1,0 +1,261 @@
+"""How a step starts and ends: user errors to one sentence, the run's folder, random seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import yaml
+
+from tristage import dist
+from tristage.arrival import adopt_rank_of_mpirun, decode
+from tristage.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
+from tristage.config import RunSettings
+from tristage.dist import progress, watchdog
+from tristage.errors import UserError
+from tristage.runs.finished import NAME as FINISHED
+from tristage.runs.finished import clear_finished, require_finished, write_finished
+from tristage.runs.inputs import model_fingerprints, named_models, source_fingerprints
+from tristage.storage import lock
+from tristage.storage.durable import explain_disk_errors
+from tristage.storage.pieces import Piece
+from tristage.training import preflight
+from tristage.training.health import Health
+from tristage.training.metrics import RunLog
+
+EXIT_USER_ERROR = 2
+SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|(api|access|secret)[_-]?key)$", re.IGNORECASE)
+# torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+PACKAGES = (
+    *("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "numpy"),
+    *("bitsandbytes", "liger-kernel"),  # only where a setting asks for them
+)
+
+
+T = TypeVar("T")
+
+
+class Preempted(Exception):
+    """A signal ended the run after a step, its checkpoint written."""
+
+    def __init__(self, step: int) -> None:
+        where = f"after step {step}, its checkpoint written" if step else "before step 1"
+        super().__init__(f"stopped by a signal {where}; start again to go on")
+
+
+def entry_point(main: Callable[[list[str]], None]) -> None:
+    """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2, Preempted exit code 75."""
+    code = 0
+    sys.argv[1:] = map(decode, sys.argv[1:])
+    adopt_rank_of_mpirun()
+    with watchdog.listening():
+        try:
+            try:
+                main(sys.argv[1:])
+            finally:
+                lock.release()
+        except UserError as error:
+            watchdog.leave("failed")
+            if dist.rank() != 0:
+                # Rank 0 meets the same error and says it; the launcher then ends us. If rank 0 is still going
+                # after this, the mistake is of this rank alone and we say it.
+                time.sleep(8)
+            print(f"error: {error}{dist.of_this_node()}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_USER_ERROR)
+        except Preempted as stopped:
+            dist.print0(stopped)
+            watchdog.tell_launcher()
+            code = watchdog.EXIT_PREEMPTED
+        except Exception:
+            of_another = watchdog.died_of_another()
+            watchdog.leave("failed")
+            if not of_another:
+                raise
+            time.sleep(watchdog.FOR_THE_LAUNCHER)
+            os._exit(watchdog.EXIT_STALLED)  # leaving the process group of a lost rank may wait for ever
+        watchdog.leave("done")
+        dist.shutdown()  # not after an error: the others may sit in a collective, and the launcher ends them
+    if code:
+        sys.exit(code)
+
+
+@dataclass
+class Saver:
+    """Writes a run's checkpoints when they are due, and ends the run after one when a rank was asked to stop."""
+
+    settings: RunSettings
+    device: torch.device
+    engines: dict[str, Any]
+    health: Health
+    log: RunLog
+    own: Callable[[], list[Piece]] | None = None  # this rank's tensors beside the engines'
+
+    def __post_init__(self) -> None:
+        self.saved = self.log.first  # the newest checkpoint's step
+
+    def after(self, step: int, last: bool, control: dict[str, Any] | None = None) -> None:
+        """A checkpoint of `step` at its turn, after the last step, and when the run must stop. A collective.
+
+        Raises:
+            Preempted: on every rank, when one was asked to stop and this is not the last step.
+            UserError: on every rank, after too many steps in a row with numbers that are not finite.
+        """
+        if not last:
+            self.stop_if_asked(step, control)
+        every = self.settings.save_every
+        if last or self.health.must_stop or (every > 0 and step % every == 0):
+            self._save(step, control)
+        self.health.check(step)
+
+    def stop_if_asked(self, step: int, control: dict[str, Any] | None = None) -> None:
+        """If any rank was asked to stop: checkpoint `step`, unless it is there. A collective. Raises Preempted."""
+        if dist.max_over_ranks({"stop": float(watchdog.stop_asked())}, self.device)["stop"] == 0:
+            return
+        if step > self.saved:
+            self._save(step, control)
+        raise Preempted(step)
+
+    def _save(self, step: int, control: dict[str, Any] | None) -> None:
+        state = (control or {}) | {"health": self.health.state()}
+        with progress.phase("save"):
+            own = self.own() if self.own else None
+            save_checkpoint(self.settings, step, self.engines, state, own, self.log.heldout_of(step))
+        self.saved = step
+
+
+def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, Checkpoint | None]:
+    """Join the process group, lock the run's folder, find the checkpoint to continue from, seed, and write config.yaml
+    and environment.json: (this rank's device, the checkpoint or None).
+
+    Raises:
+        UserError: another run writes to the folder; ranks that hold other versions or data than rank 0, as when a node
+            has an older copy of a file; a model of a run that has not finished; checkpoints that are not whole, or of
+            another run.
+    """
+    patience = watchdog.LONG * settings.watchdog_seconds
+    device = dist.init(settings.device, patience + 60 if patience else 1800)  # the watchdog, which says more, is first
+    preflight.check(settings, device)
+    on_main(lambda: _take_lock(settings))
+    others = dist.gather_objects((platform.node(), data_fingerprint))
+    for rank, (node, found) in enumerate(others):
+        if found != others[0][1]:
+            raise UserError(
+                f"{settings.file}: rank {rank} on {node} has other data than rank 0 on {others[0][0]}; "
+                "give all nodes the same files and library versions"
+            )
+    inputs = on_main(lambda: _inputs(settings, data_fingerprint))
+    found = find_checkpoint(settings, data_fingerprint, inputs["models"])
+    random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    np.random.seed(settings.seed)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    on_main(lambda: _write_start(settings, _environment(device) | inputs | trusted_code(settings)))
+    logs = Path(settings.output) / "logs"
+    with explain_disk_errors(logs):
+        logs.mkdir(parents=True, exist_ok=True)  # on a node that has another disk
+        watchdog.watch(logs, settings.watchdog_seconds, dist.rank(), dist.world_size())
+    return device, found
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank. A collective. Raises its UserError on every rank."""
+    result, problem = None, None
+    if dist.is_main():
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+    result, problem = dist.gather_objects((result, problem))[0]
+    if problem is not None:
+        raise UserError(problem)
+    return result  # type: ignore[return-value]
+
+
+def _take_lock(settings: RunSettings) -> None:
+    with explain_disk_errors(Path(settings.output) / lock.NAME):
+        lock.take(Path(settings.output))
+
+
+def _inputs(settings: RunSettings, data_fingerprint: str) -> dict[str, Any]:
+    """Fingerprints of what the run reads: its rows, its models, the files that the rows come from."""
+    for key, path in named_models(settings).items():
+        require_finished(path, settings, key)
+    return {
+        "data": data_fingerprint,
+        "models": model_fingerprints(settings),
+        "sources": source_fingerprints(settings),
+    }
+
+
+def _write_start(settings: RunSettings, environment: dict[str, Any]) -> None:
+    """config.yaml and environment.json; what an earlier run left and is not true of this one goes."""
+    output = Path(settings.output)
+    with explain_disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        clear_finished(output)
+        origin = f"# What {settings.file} came to with its overrides; relative deepspeed paths start from its folder.\n"
+        values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        (output / "config.yaml").write_text(origin + values)
+        (output / "environment.json").write_text(json.dumps(environment, indent=2))
+        (output / "logs").mkdir(exist_ok=True)
+        for old in (output / "logs").glob("rank_*.json"):  # an earlier run's, of ranks that may not come back
+            old.unlink()
+
+
+def finish(settings: RunSettings, exported: Sequence[Path]) -> None:
+    """The last thing that a run does: finished.json, with the folders that save_model wrote on rank 0.
+
+    Raises:
+        UserError: on rank 0, it cannot be written.
+    """
+    if dist.is_main():
+        output = Path(settings.output)
+        with explain_disk_errors(output / FINISHED):
+            environment = json.loads((output / "environment.json").read_text())
+            write_finished(settings, {name: environment[name] for name in ("data", "models", "sources")}, exported)
+
+
+def _environment(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "command": [without_secret(word) for word in sys.argv],
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "ranks": dist.world_size(),
+        "device": f"{device.type} ({name})",
+        "python": platform.python_version(),
+        "versions": {package: preflight.installed(package) for package in PACKAGES},
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def trusted_code(settings: RunSettings) -> dict[str, bool]:
+    """Each key that lets code of a model folder run, and its value; printed where one does."""
+    found = {"trust_remote_code": settings.trust_remote_code}
+    if (reward := getattr(settings, "reward", None)) is not None:
+        found["reward.trust_remote_code"] = reward.trust_remote_code
+    for key in (key for key, value in found.items() if value):
+        dist.print0(f"warning: {key}: Python code from model folders runs with your rights")
+    return found
+
+
+def without_secret(word: str) -> str:
+    """A word of the command line; of `key=value` with a name such as hub_token or api_key, the name alone."""
+    name, equals, _ = word.partition("=")
+    return f"{name}=***" if equals and SECRET.search(name) else word
