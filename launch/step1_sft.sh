@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # bash launch/step1_sft.sh CONFIG [key=value ...] [--hostfile F | --num-gpus N | --cpu N] [--dry-run] [--max-restarts N]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-launch_step step1_sft.train "$@"
+exec python -m tristage.launch step1_sft.train "$@"

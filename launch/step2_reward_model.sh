@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # bash launch/step2_reward_model.sh CONFIG [key=value ...] [--hostfile F | --num-gpus N | --cpu N] [--dry-run] [--max-restarts N]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-launch_step step2_reward_model.train "$@"
+exec python -m tristage.launch step2_reward_model.train "$@"

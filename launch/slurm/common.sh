@@ -9,7 +9,7 @@ source "$SLURM_FOLDER/../common.sh"
 # slurm_step MODULE CONFIG [key=value ...]: one rank a task of this job. Exit code 75, after a signal that announces the
 # end of the job's time or a preemption, puts the job back into the queue; it then goes on from its checkpoint.
 slurm_step() {
-    local module="$1" status=0 second child
+    local module="$1" status=0 second child device
     shift
     if [[ $# -eq 0 || "$1" == -* ]]; then
         echo "usage: sbatch launch/slurm/NAME.sbatch CONFIG [key=value ...]" >&2
@@ -20,8 +20,9 @@ slurm_step() {
     MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
     # Jobs that share a node meet at different ports.
     export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
-    if ! has_gpu; then
-        build_cpu_op
+    python -m tristage.launch.check_config "$module" "$config" "$@" || exit 2
+    device="$(python -m tristage.launch.cpu_op)" || exit 2
+    if [[ "$device" == cpu ]]; then
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     fi
     # A rank that ends before the others is not the end of them: they see it themselves, and say what happened. After a

@@ -17,8 +17,8 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from tristage import dist
-from tristage.arrival import free_port
 from tristage.errors import UserError
+from tristage.machine.arrival import free_port
 
 REPO = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("tristage", "benchmarks", "step*_*") for path in REPO.glob(f"{folder}/**/*.py"))

@@ -14,8 +14,8 @@ import torch
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import one_rank, sft_config, write_model
 from tristage import dist
-from tristage.arrival import free_port
 from tristage.errors import UserError
+from tristage.machine.arrival import free_port
 from tristage.planning.formulas import GIB, Machine
 from tristage.planning.plan import SHIPPED, engines_of, make_plan
 from tristage.storage import free_space

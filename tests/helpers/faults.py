@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.ranks import process_context
 from tests.helpers.tiny import REPO
-from tristage.arrival import free_port
+from tristage.machine.arrival import free_port
 from tristage.training import run
 from tristage.training.metrics import RunLog, read_metrics
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tristage.arrival import free_port
+from tristage.machine.arrival import free_port
 
 STEPS = ("step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo")
 

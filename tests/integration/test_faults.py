@@ -26,8 +26,8 @@ from tests.helpers.faults import (
     untimed,
     wait_until,
 )
-from tristage.arrival import free_port
 from tristage.dist.watchdog import EXIT_PREEMPTED, EXIT_STALLED
+from tristage.machine.arrival import free_port
 
 SFT = "launch/step1_sft.sh"
 LONG = ["epochs=30", "save_every=25", "evaluate_every=70", "watchdog_seconds=60"]  # 192 steps

@@ -21,9 +21,9 @@ import pytest
 from step1_sft.config import SFTConfig
 from tests.helpers.faults import wait_until
 from tests.helpers.tiny import ppo_config, reward_model_config, sft_config
-from tristage.arrival import decode
 from tristage.config import RunSettings, load_config
-from tristage.processes import process_id
+from tristage.machine.arrival import decode
+from tristage.machine.processes import process_id
 from tristage.runs.finished import write_finished
 from tristage.runs.inputs import model_fingerprints, source_fingerprints
 

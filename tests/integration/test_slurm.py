@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny import REPO, ppo_config, reward_model_config, sft_config, write_model, write_rows
-from tristage.arrival import free_port
+from tristage.machine.arrival import free_port
 from tristage.training.metrics import read_metrics
 
 SBATCH = r"""#!/usr/bin/env bash

@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 
 from tests.helpers.tiny import ppo_config, sft_config
-from tristage import arrival
 from tristage.errors import UserError
 from tristage.launch import dry_run, nodes, prepare, remote
 from tristage.launch import options as options_of
+from tristage.machine import arrival
 from tristage.runs import finished
 
 HOSTS = "# two of us\nnode-a slots=2\n\nnode-b slots=4 # bigger\n"

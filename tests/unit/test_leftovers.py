@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from tristage.launch import leftovers
-from tristage.processes import ProcessId, own_id
+from tristage.machine.processes import ProcessId, own_id
 
 GONE = own_id()._replace(started=own_id().started - 1)  # its number has been given to another process: this one
 

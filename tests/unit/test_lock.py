@@ -21,7 +21,7 @@ import pytest
 from tests.helpers.tiny import REPO
 from tristage.dist import watchdog
 from tristage.errors import UserError
-from tristage.processes import machine, process_id
+from tristage.machine.processes import machine, process_id
 from tristage.storage import lock
 from tristage.training import run
 

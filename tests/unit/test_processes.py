@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from tests.helpers.faults import wait_until
-from tristage.processes import has_ended, own_id, process_id
+from tristage.machine.processes import has_ended, own_id, process_id
 
 
 def test_a_process_number_that_is_reused_is_another_process() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tristage.dist import progress, watchdog
 from tristage.dist.watchdog import EXIT_STALLED, Watchdog
-from tristage.processes import own_id
+from tristage.machine.processes import own_id
 
 SECONDS = 100.0  # the interval is then 1 s: something is noticed 98 s after it was last seen
 

@@ -18,16 +18,14 @@ import psutil
 import torch
 
 from tristage import dist
-from tristage.config import RunSettings, SourceSettings
+from tristage.config import RunSettings, SourceSettings, named_paths
 from tristage.data.sources import check_there, resolve_preset
 from tristage.data.store import cache_folder
 from tristage.dist import gpu
 from tristage.errors import UserError
 from tristage.launch.check_config import check_path
-from tristage.launch.dry_run import batch_table
 from tristage.models.loading import Holds, check_model
 from tristage.planning.formulas import GIB
-from tristage.runs.inputs import named_paths
 from tristage.storage.free_space import free_for_rank, free_on_disk, free_on_host, next_existing
 from tristage.training.preflight import installed, memory_problem
 
@@ -182,8 +180,7 @@ def disk(what: str, folder: Path) -> Finding:
 def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
     """What a config names: batches, DeepSpeed JSONs, models, data, output."""
     try:
-        batches = batch_table(settings, ranks).splitlines()[-1].split()
-        yield Finding("ok", f"batches on {ranks} ranks, micro x accumulation x ranks: {' '.join(batches)} rows a step")
+        yield Finding("ok", f"batches: {settings.plan(ranks)}")
     except UserError as error:
         yield Finding("stop", str(error))
     for key, value in named_paths(settings):

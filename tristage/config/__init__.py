@@ -1,7 +1,7 @@
 """Settings: checked pydantic models from YAML and overrides, DeepSpeed JSON, paths. Never imports torch."""
 
 from tristage.config.deepspeed_json import NEEDS_STAGE, OWNED_BY_YAML, read_deepspeed_json, world_size_from_environment
-from tristage.config.paths import NOT_A_POLICY, SCORER, require_folder_or_hub_id
+from tristage.config.paths import NOT_A_POLICY, SCORER, named_paths, require_folder_or_hub_id
 from tristage.config.reading import find_file, load_config
 from tristage.config.settings import (
     MAX_ROW_BYTES,
@@ -45,6 +45,7 @@ __all__ = [
     "TrainSettings",
     "find_file",
     "load_config",
+    "named_paths",
     "read_deepspeed_json",
     "require_folder_or_hub_id",
     "settings_class",

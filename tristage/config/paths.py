@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from tristage.config.settings import RunSettings
 from tristage.errors import UserError
@@ -36,3 +39,13 @@ def _architectures(path: str) -> list[str]:
         raise UserError(f"{file}: not valid JSON ({error}); copy the model folder again") from None
     except KeyError:
         return []
+
+
+def named_paths(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, value) of each `model` and `deepspeed` that is set, at any depth."""
+    for name in type(group).model_fields:
+        value = getattr(group, name)
+        if name in ("model", "deepspeed") and isinstance(value, str):
+            yield prefix + name, value
+        elif isinstance(value, BaseModel):
+            yield from named_paths(value, f"{prefix}{name}.")

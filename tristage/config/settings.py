@@ -222,6 +222,10 @@ class RunSettings(Settings):
         """Whether code in the folder of the model that the group `name` names may run."""
         return self.trust_remote_code
 
+    def plan(self, world_size: int) -> BatchPlan:
+        """Batches of the optimizer steps. Raises UserError when rows don't divide over ranks."""
+        raise NotImplementedError
+
     @property
     def row_tokens(self) -> int:
         """The longest row, in tokens, that the step takes."""
@@ -249,6 +253,10 @@ class TrainSettings(RunSettings):
     group_by_length: bool = Field(
         False, description="Steps of rows of like length: less padding, but rows of a step are then less mixed."
     )
+
+    def plan(self, world_size: int) -> BatchPlan:
+        keys = f"{self.file}: global_batch, micro_batch"
+        return BatchPlan.make(self.global_batch, self.micro_batch, world_size, keys)
 
     @property
     def row_tokens(self) -> int:
@@ -281,6 +289,13 @@ class BatchPlan:
                 f"ranks ({micro_batch} x {world_size} = {rows}); use for instance {fit} rows a step"
             )
         return cls(global_batch, micro_batch, world_size, global_batch // rows)
+
+    def table(self) -> str:
+        """Two lines: micro-batch x accumulation x ranks = rows per step."""
+        heads = ("micro-batch", "accumulation", "ranks", "rows per step")
+        row = (self.micro_batch, self.accumulation, self.world_size, self.global_batch)
+        cells = [f"{value:>{len(head)}}" for head, value in zip(heads, row, strict=True)]
+        return "\n".join(f"{a} x {b} x {c} = {d}" for a, b, c, d in (heads, cells))
 
     def __str__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""Whether torch can use a GPU of this machine; launch/common.sh calls `python -m tristage.dist.gpu` (exit code 0: yes).
+"""Whether torch can use a GPU of this machine; launchers call `python -m tristage.dist.gpu`, which prints how many.
 
 Where there is an NVIDIA GPU and torch cannot use it, one line on standard error reports why: otherwise a run would go
 to the CPU unnoticed.
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from tristage.machine.devices import has_nvidia_gpu
+
 
 def problem(root: Path = Path("/")) -> str:
     """Why torch cannot use the NVIDIA GPU of this machine; nothing if it can, there is none, or the user hid it."""
@@ -23,18 +25,6 @@ def problem(root: Path = Path("/")) -> str:
         if not has_nvidia_gpu(root) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
             return ""
         return f"this machine has an NVIDIA GPU that torch cannot use: {_reason()}"
-
-
-def has_nvidia_gpu(root: Path) -> bool:
-    """Whether the driver shows one, or the PCI bus does (class 0x03: display controllers)."""
-    if any(root.glob("dev/nvidia[0-9]*")):
-        return True
-    cards = [card for card in root.glob("sys/bus/pci/devices/*") if _read(card / "vendor") == "0x10de"]
-    return any(_read(card / "class").startswith("0x03") for card in cards)
-
-
-def _read(file: Path) -> str:
-    return file.read_text().strip() if file.is_file() else ""
 
 
 def _reason() -> str:
@@ -52,4 +42,4 @@ def _reason() -> str:
 if __name__ == "__main__":
     if found := problem():
         print(f"warning: {found}; ranks run on the CPU (--cpu N if that is intended)", file=sys.stderr)
-    sys.exit(not torch.cuda.is_available())
+    print(torch.cuda.device_count())

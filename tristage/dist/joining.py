@@ -17,7 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from tristage.errors import UserError
 from tristage.storage.free_space import ranks_here
-from tristage.arrival import free_port
+from tristage.machine.arrival import free_port
 from tristage.dist.collectives import is_main, local_rank, print0, rank
 
 

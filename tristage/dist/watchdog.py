@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 from tristage.storage import lock
-from tristage.processes import ProcessId, has_ended, own_id
+from tristage.machine.processes import ProcessId, has_ended, own_id
 from tristage.dist import progress
 
 

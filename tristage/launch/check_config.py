@@ -1,47 +1,68 @@
-"""What a config says wrong, told in the first second: before torch is imported, a GPU looked for or a rank started.
+"""Find mistakes in a config within a second, before torch is imported, a GPU is probed or a rank starts.
 
-    python -m tristage.launch.check_config [--models-later | --elsewhere] MODULE CONFIG [key=value ...] -- [options]
+    python -m tristage.launch.check_config [--models-later] MODULE CONFIG [key=value ...]
 
-`--models-later`: steps before this one will write the models that it names. `--elsewhere`: models and data need not be
-on this machine. Called by launch/; ranks look again, and at more.
+`--models-later`: steps before this one will write the models that it names.
+The launchers call `check_config`, jobs that start ranks another way call the command; the ranks repeat these checks and
+add others.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from tristage.config import RunSettings, load_config, read_deepspeed_json, require_folder_or_hub_id
-from tristage.config.steps import settings_class
+from tristage.config import (
+    RunSettings,
+    load_config,
+    named_paths,
+    read_deepspeed_json,
+    require_folder_or_hub_id,
+    settings_class,
+)
 from tristage.data.sources import check_there, resolve_preset
 from tristage.errors import UserError
-from tristage.launch.dry_run import batch_table
 from tristage.launch.nodes import read_nodes
-from tristage.launch.options import ranks_asked, split_words
+from tristage.launch.options import ranks_asked
 from tristage.runs.finished import require_finished
-from tristage.runs.inputs import named_paths
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 2 and one sentence for what a user must mend."""
-    flag = argv[0] if argv[0] in ("--models-later", "--elsewhere") else ""
-    module, config, *rest = argv[bool(flag) :]
-    words, options = split_words(rest)
+    """Exit code 2 and one sentence for what the user must fix."""
+    later = argv[0] == "--models-later"
+    module, config, *words = argv[later:]
     try:
-        settings = load_config(settings_class(config, module.removesuffix(".train")), ["--config", config, *words])
-        nodes = read_nodes(options)
-        here = flag != "--elsewhere" and not nodes  # the node that launches others needs neither
-        check(settings, models=here and not flag, data=here)
-        ranks = ranks_asked(nodes, options)
-        if ranks is not None:
-            batch_table(settings, ranks)
+        check_config([module, "--config", config, *words], [], models=not later)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def check(settings: RunSettings, models: bool, data: bool) -> None:
-    """Look at the DeepSpeed JSONs, and whether models and data are there. Raises UserError."""
+def check_config(words: Sequence[str], options: Sequence[str], models: bool = True, data: bool = True) -> RunSettings:
+    """The settings of MODULE --config CONFIG [key=value ...], once what they name exists and their batches divide.
+
+    A node that starts ranks on others need not hold their models and data.
+
+    Args:
+        options: of the launcher; with a hostfile or a count the batches are compared with the ranks.
+        models: False where steps before this one will write the models.
+
+    Raises:
+        UserError: what is wrong, with file, key and fix.
+    """
+    module, *rest = words
+    settings = load_config(settings_class(rest[1], module.removesuffix(".train")), rest)
+    nodes = read_nodes(options)
+    check_named(settings, models and not nodes, data and not nodes)
+    ranks = ranks_asked(nodes, options)
+    if ranks is not None:
+        settings.plan(ranks)
+    return settings
+
+
+def check_named(settings: RunSettings, models: bool, data: bool) -> None:
+    """Check the DeepSpeed JSONs, and that models and data exist. Raises UserError."""
     for key, value in named_paths(settings):
         if models or key.endswith("deepspeed"):
             check_path(settings, key, value)
@@ -52,7 +73,7 @@ def check(settings: RunSettings, models: bool, data: bool) -> None:
 
 
 def check_path(settings: RunSettings, key: str, value: str) -> None:
-    """Look at what one of `named_paths` names. Raises UserError."""
+    """Check what one of `named_paths` names. Raises UserError."""
     if key.endswith("deepspeed"):
         read_deepspeed_json(value, settings, key)
     else:

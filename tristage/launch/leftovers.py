@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tristage.processes import ProcessId, has_ended, process_id
+from tristage.machine.processes import ProcessId, has_ended, process_id
 
 SHARED_MEMORY = Path("/dev/shm")
 OWNER = "launcher"  # the file in a run's folder that names the process of its launcher

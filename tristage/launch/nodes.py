@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tristage.arrival import SAFE
 from tristage.errors import UserError
 from tristage.launch.options import count_of, option
+from tristage.machine.arrival import SAFE
 
 HOST_LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+#.*)?")
 DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's, taken where it is there

@@ -3,22 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tristage.errors import UserError
 
-VALUED = {"--hostfile": "-H", "--include": "-i", "--exclude": "-e", "--num_nodes": "", "--master_port": ""}
-VALUED |= {"--num_gpus": "", "--num_accelerators": "", "--master_addr": "", "--ssh_port": "", "--launcher": ""}
+# Options of the `deepspeed` launcher that are read here -> their short form.
+OPTIONS_WITH_VALUE = {"--hostfile": "-H", "--include": "-i", "--exclude": "-e", "--num_nodes": "", "--master_port": ""}
+OPTIONS_WITH_VALUE |= dict.fromkeys(
+    ("--num_gpus", "--num_accelerators", "--master_addr", "--ssh_port", "--launcher", "--node_rank"), ""
+)
+PLACES = ("--num_gpus", "--num_accelerators", "--hostfile", "--include", "--exclude")
 
 
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before the last `--` of a launcher's call, key=value ..., and what after it, options."""
-    end = len(words) - 1 - words[::-1].index("--")
-    return words[:end], words[end + 1 :]
+class Words(NamedTuple):
+    """The words after CONFIG, sorted."""
+
+    settings: list[str]
+    """key=value, and stray words, which the step refuses."""
+    options: list[str]
+    """For the `deepspeed` launcher."""
+    restarts: int
+    """--max-restarts N."""
+    dry_run: bool
+    cpu: bool
+    """--cpu N, which also stands in `options` as --num_gpus N."""
+
+
+def parse_words(words: Sequence[str]) -> Words:
+    """Sort the words after CONFIG; options may stand before, between and after settings.
+
+    A word after an option is its value unless it is another option or a key=value: the options of the `deepspeed`
+    launcher are not listed here.
+
+    Raises:
+        UserError: --max-restarts without a number.
+    """
+    settings: list[str] = []
+    options: list[str] = []
+    restarts: list[str] = []
+    dry_run = cpu = False
+    value_goes_to: list[str] | None = None  # the value of an option is the next word
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            (settings if value_goes_to is None or equals else value_goes_to).append(word)
+            value_goes_to = None
+        elif name == "--dry-run":
+            dry_run, value_goes_to = True, None
+        elif name == "--max-restarts":
+            restarts = [value] if equals else []
+            value_goes_to = None if equals else restarts
+        else:
+            cpu |= name == "--cpu"
+            options.append(("--num_gpus" if name in ("--cpu", "--num-gpus") else name) + equals + value)
+            value_goes_to = None if equals else options
+    if any(word.partition("=")[0] == "--max-restarts" for word in words) and not "".join(restarts).isdecimal():
+        raise UserError("--max-restarts needs a number")
+    return Words(settings, options, int("".join(restarts) or 0), dry_run, cpu)
 
 
 def option(options: Sequence[str], name: str) -> str | None:
     """The value of a launcher option, `--name value`, `--name=value` or its short form; None where it is not given."""
-    names = {name, VALUED[name]} - {""}
+    names = {name, OPTIONS_WITH_VALUE[name]} - {""}
     for place, word in enumerate(options):
         head, equals, value = word.partition("=")
         if head in names:

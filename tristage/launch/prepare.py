@@ -1,87 +1,76 @@
-"""What a launcher works out before it starts ranks; called by launch/common.sh.
+"""What is worked out before ranks start: their `deepspeed` command, the port where they meet, what other nodes need.
 
-    python -m tristage.launch.prepare FOLDER MODULE CONFIG [key=value ...] -- [deepspeed launcher options]
-
-writes the arguments of `deepspeed` (FOLDER/command, each ended by a NUL), the path of the log (FOLDER/log),
-the port where ranks on this machine alone will meet (FOLDER/port) and, for ranks on other nodes, the variables that
-they need (FOLDER/env, which DeepSpeed reads) and the nodes' names (FOLDER/nodes). FOLDER/launcher says whose it is, and
-what killed runs left is removed (leftovers). DeepSpeed hands arguments and
-variables to other nodes in the text of a shell command, through pdsh and ssh, with quotes around some of them: here
-arguments that a shell would change travel as base64 (`run.entry_point` restores them), and variables are escaped.
+DeepSpeed hands arguments and variables to other nodes in the text of a shell command, through pdsh and ssh, with quotes
+around some of them: arguments that a shell would change are sent as base64 (`arrival.decode` restores them), and
+variables are escaped.
 """
 
 from __future__ import annotations
 
-import os
 import socket
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-from tristage.arrival import encode, free_port
 from tristage.errors import UserError
-from tristage.launch import leftovers
 from tristage.launch.nodes import check_reachable, own_address_of, read_nodes
-from tristage.launch.options import option, split_words
+from tristage.launch.options import option
 from tristage.launch.remote import SHELL, check_launcher, check_paths, environment_file
+from tristage.machine.arrival import encode, free_port
 
 
-def main(argv: list[str]) -> int:
-    """Exit code 2 and one sentence for what a user must mend."""
-    folder, module, config, *rest = argv
-    settings, options = split_words(rest)
-    leftovers.sign(Path(folder), launcher=os.getppid())
-    leftovers.remove(Path(folder).parent)
-    try:
-        prepare(Path(folder), [module, "--config", config, *settings], options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+class Start(NamedTuple):
+    """One start of the ranks."""
+
+    arguments: list[str]
+    """Of `deepspeed`."""
+    log: Path | None
+    """Where rank output also goes; None where the config does not say its output, which the step will report."""
+    port: str | None = None
+    """Where ranks of this machine meet."""
+    picked: bool = False
+    """Whether the port was picked here, and may be picked again if another process takes it before the ranks meet."""
+    nodes: tuple[str, ...] = ()
+    """The nodes that `deepspeed` starts ranks on through ssh or mpirun."""
+    environment: str | None = None
+    """Lines NAME=VALUE that DeepSpeed sends to those nodes."""
 
 
-def prepare(folder: Path, words: list[str], options: list[str]) -> None:
-    """Write `folder`/command, /log and, for several nodes, /nodes and /env, else /port.
+def prepare(words: list[str], options: list[str], variables: Mapping[str, str]) -> Start:
+    """The start that MODULE --config CONFIG [key=value ...] and launcher options ask for.
 
-    `words`: MODULE --config CONFIG [key=value ...].
+    Args:
+        variables: the environment that the ranks are to have.
 
     Raises:
         UserError: a hostfile or filter that names no nodes, a node that ssh does not reach, a variable that cannot
-            travel, a port that is taken.
+            be sent, a port that is taken.
     """
-    nodes = read_nodes(options)
-    by_hand = "--no_ssh" in options  # on each node, with --node_rank
+    nodes, output = read_nodes(options), output_of(words[2:])
+    sent = [encode(word) for word in words] if nodes else words
+    log = output / "logs/launch.log" if output else None
+    by_hand = "--no_ssh" in options  # the user starts the launcher on each node, with --node_rank
     if nodes and not by_hand:
         check_reachable(nodes, option(options, "--hostfile"), option(options, "--ssh_port"))
-        launcher = check_launcher(options)
+        launcher, over_mpi = check_launcher(options), None
         check_paths(options)
-        (folder / "nodes").write_text("".join(f"{node}\n" for node in nodes))
-        (folder / "env").touch(mode=0o600)
-        first = next(iter(nodes))
-        address = option(options, "--master_addr") or own_address_of(first, option(options, "--ssh_port"))
-        if launcher in SHELL:
-            (folder / "env").write_text(environment_file(dict(os.environ)))
-            if address and option(options, "--master_addr") is None:
-                options = [*options, "--master_addr", address]  # else DeepSpeed takes the first that the node lists
-        else:
-            address = address or first
-            meeting = {"MASTER_ADDR": address, "MASTER_PORT": option(options, "--master_port") or "29500"}
-            (folder / "env").write_text(environment_file(dict(os.environ), meeting))
-    else:
-        if (port := option(options, "--master_port")) is None:
-            port = "29500" if by_hand else free_port()  # all nodes must know it
-            options = [*options, "--master_port", port]
-            if not by_hand:
-                (folder / "port_picked").touch()  # dist renames it to port_taken if it is, and common.sh starts again
-        if not by_hand:
-            check_port(port)
-        (folder / "port").write_text(port)
-    sent = [encode(word) for word in words] if nodes else words
-    (folder / "command").write_text("".join(f"{word}\0" for word in [*options, "--module", *sent]))
-    output = output_of(words[2:])
-    (folder / "log").write_text(str(output / "logs/launch.log") if output else "")
+        first, given = next(iter(nodes)), option(options, "--master_addr")
+        address = given or own_address_of(first, option(options, "--ssh_port"))
+        if launcher not in SHELL:
+            over_mpi = {"MASTER_ADDR": address or first, "MASTER_PORT": option(options, "--master_port") or "29500"}
+        elif address and not given:
+            options = [*options, "--master_addr", address]  # else DeepSpeed takes the first that the node lists
+        environment = environment_file(dict(variables), over_mpi)
+        return Start([*options, "--module", *sent], log, nodes=tuple(nodes), environment=environment)
+    picked = not by_hand and option(options, "--master_port") is None
+    if (port := option(options, "--master_port")) is None:
+        port = "29500" if by_hand else free_port()  # by hand, all nodes must know it
+        options = [*options, "--master_port", port]
+    if not by_hand:
+        check_port(port)
+    return Start([*options, "--module", *sent], log, port, picked)
 
 
 def check_port(port: str) -> None:
@@ -108,6 +97,3 @@ def output_of(words: Sequence[str]) -> Path | None:
         return None
     return Path(found) if isinstance(found, str) else None
 
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

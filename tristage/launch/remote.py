@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tristage.arrival import SAFE, decode
 from tristage.errors import UserError
 from tristage.launch.options import option
+from tristage.machine.arrival import SAFE, decode
 
 PASSED = re.compile(
     r"(NCCL|PYTHON|UCX|MV2)\w*|(GLOO|TORCH|HF|TRANSFORMERS|TRISTAGE|OMP|MKL|XDG_CACHE)_\w+|\w+_(proxy|PROXY)"

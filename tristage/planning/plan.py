@@ -195,9 +195,8 @@ def engines_of(settings: RunSettings, machine: Machine) -> tuple[Engine, ...]:
         )
 
     if hasattr(values, "actor"):
-        return tuple(_ppo_engines(values, engine, values.plan(machine.ranks)))
-    keys = f"{settings.file}: global_batch, micro_batch"
-    plan = BatchPlan.make(values.global_batch, values.micro_batch, machine.ranks, keys)
+        return tuple(_ppo_engines(values, engine, settings.plan(machine.ranks)))
+    plan = settings.plan(machine.ranks)
     ranking = settings.kind == "ranking"
     rows = values.micro_batch * (2 if ranking else 1)  # two answers a prompt
     sizes = {"rows": rows, "scored": values.max_tokens - 1, "accumulation": plan.accumulation}

@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel
 
-from tristage.config import RunSettings, SourceSettings, find_file
+from tristage.config import RunSettings, SourceSettings, find_file, named_paths
 from tristage.data.sources import content_on_disk, resolve_preset
 from tristage.storage.durable import checksum
 
@@ -29,16 +29,6 @@ MODEL_FILES = (
     *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
 )
-
-
-def named_paths(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, value) of each `model` and `deepspeed` that is set, at any depth."""
-    for name in type(group).model_fields:
-        value = getattr(group, name)
-        if name in ("model", "deepspeed") and isinstance(value, str):
-            yield prefix + name, value
-        elif isinstance(value, BaseModel):
-            yield from named_paths(value, f"{prefix}{name}.")
 
 
 def named_models(settings: RunSettings) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tristage.errors import UserError
-from tristage.processes import ProcessId, has_ended, machine, own_id
+from tristage.machine.processes import ProcessId, has_ended, machine, own_id
 
 NAME = "lock.json"
 SIZE = 4096  # bytes: always as many, so that a full disk has room for each heartbeat

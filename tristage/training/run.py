@@ -20,11 +20,11 @@ import torch
 import yaml
 
 from tristage import dist
-from tristage.arrival import adopt_rank_of_mpirun, decode
 from tristage.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from tristage.config import RunSettings
 from tristage.dist import progress, watchdog
 from tristage.errors import UserError
+from tristage.machine.arrival import adopt_rank_of_mpirun, decode
 from tristage.runs.finished import NAME as FINISHED
 from tristage.runs.finished import clear_finished, require_finished, write_finished
 from tristage.runs.inputs import model_fingerprints, named_models, source_fingerprints

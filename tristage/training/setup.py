@@ -36,8 +36,7 @@ def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], 
             tokenizer without EOS.
     """
     dist.check_device(settings.device, settings.file)
-    keys = f"{settings.file}: global_batch, micro_batch"
-    plan = BatchPlan.make(settings.global_batch, settings.micro_batch, world_size_from_environment(), keys)
+    plan = settings.plan(world_size_from_environment())
     config = trained_config(settings, settings.deepspeed, "deepspeed", plan, settings.optimizer.clip_norm)
     require_folder_or_hub_id(settings.model, settings, "model")
     trust: Any = {"trust_remote_code": settings.trust_remote_code}
