@@ -1,4 +1,4 @@
-"""What the launchers hand to `deepspeed`, seen by stand-ins for `deepspeed` and `python` first on PATH.
+"""What the launchers hand to `deepspeed`, seen by stand-ins for `deepspeed` and `ssh` first on PATH.
 
 The stand-in `deepspeed` writes its arguments down, one a line, a blank line after each call.
 """
@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -22,6 +24,8 @@ from step1_sft.config import SFTConfig
 from tests.helpers.faults import wait_until
 from tests.helpers.tiny import ppo_config, reward_model_config, sft_config
 from tristage.config import RunSettings, load_config
+from tristage.errors import UserError
+from tristage.launch import cpu_op, leftovers, main, pipeline
 from tristage.machine.arrival import decode
 from tristage.machine.processes import process_id
 from tristage.runs.finished import write_finished
@@ -34,7 +38,7 @@ LAUNCHERS = {
     "launch/step2_dpo.sh": "step2_dpo.train",
     "launch/step3_ppo.sh": "step3_ppo.train",
 }
-SFT = "launch/step1_sft.sh"
+SFT = "step1_sft.train"
 OPTIONS = "[--hostfile F | --num-gpus N | --cpu N] [--dry-run] [--max-restarts N] [deepspeed launcher options]"
 
 DEEPSPEED = r"""#!/usr/bin/env bash
@@ -43,47 +47,42 @@ echo >>"$CALLS"
 echo "$DS_ACCELERATOR $OMP_NUM_THREADS" >>"$CALLS.environment"
 exit "${DEEPSPEED_EXIT:-0}"
 """
-# Is there a GPU? What tristage works out is real, configs are looked at where CHECK is set. Everything else (building
-# the CPU op) is done at once.
-PYTHON = rf"""#!/usr/bin/env bash
-case "$*" in
-    *tristage.dist.gpu*) exit "${{NO_GPU:-1}}" ;;
-    *tristage.launch*|*tristage.launch.dry_run*|*tristage.runs.finished*) exec "{sys.executable}" "$@" ;;
-    *tristage.launch.check_config*) if [[ -n "${{CHECK:-}}" ]]; then exec "{sys.executable}" "$@"; fi ;;
-esac
-"""
 SSH = """#!/bin/sh
 case "$*" in *worker-9*) echo "no route to worker-9" >&2; exit 255 ;; esac
 """
 
-Launch = Callable[..., subprocess.CompletedProcess]
+Launch = Callable[..., SimpleNamespace]
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Launch:
-    """launch(script, *words, **environment) runs a launcher with the stand-ins; calls(tmp_path) has what it called."""
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Launch]:
+    """launch(module or "pipeline", *words, gpus=0, check=False, **environment) runs a launcher in this process.
+
+    Configs are checked where `check` says so; calls(tmp_path) has what it called.
+    """
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name, text in (("deepspeed", DEEPSPEED), ("python", PYTHON), ("ssh", SSH)):
+    for name, text in (("deepspeed", DEEPSPEED), ("ssh", SSH)):
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
     (tmp_path / "hosts").write_text("worker-0 slots=4\nworker-1 slots=4\n")
-    ours = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HAS_GPU")
-    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    monkeypatch.chdir(tmp_path)
+    check = main.check_config
 
-    def run(script: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
-        variables = {
-            "PATH": f"{bin_folder}:{os.environ['PATH']}",
-            "CALLS": str(tmp_path / "calls"),
-            "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
-        }
-        command = ["bash", str(REPO / script), *words]
-        return subprocess.run(
-            command, env=inherited | variables | environment, cwd=tmp_path, capture_output=True, text=True, timeout=60,
-            errors="replace",
-        )  # fmt: skip
+    def run(launcher: str, *words: str, gpus: int = 0, real_check: bool = False, **variables: str) -> SimpleNamespace:
+        checks = check if real_check else lambda *_, **__: None
+        for module in (main, pipeline):
+            monkeypatch.setattr(module, "check_config", checks)
+        monkeypatch.setattr(cpu_op, "num_gpus", lambda: 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else gpus)
+        monkeypatch.setattr(cpu_op, "build_cpu_op", lambda: None)
+        variables = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")} | variables
+        with mock.patch.dict(os.environ, variables):
+            for name in {"DS_ACCELERATOR", "OMP_NUM_THREADS"} - set(variables):
+                os.environ.pop(name, None)
+            code = pipeline.main([*words]) if launcher == "pipeline" else main.main([launcher, *words])
+        return SimpleNamespace(returncode=code, stdout=(told := capfd.readouterr()).out, stderr=told.err)
 
-    return run
+    yield run
 
 
 def calls(folder: Path) -> list[list[str]]:
@@ -102,9 +101,9 @@ def split_call(folder: Path) -> tuple[list[str], list[str]]:
 # -- one step ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script, module", LAUNCHERS.items())
-def test_a_launcher_starts_its_step_with_the_config_and_the_settings(launch, tmp_path, script, module):
-    assert launch(script, "a.yaml", "seed=1", "optimizer.learning_rate=1e-5").returncode == 0
+@pytest.mark.parametrize("module", LAUNCHERS.values())
+def test_a_launcher_starts_its_step_with_the_config_and_the_settings(launch, tmp_path, module):
+    assert launch(module, "a.yaml", "seed=1", "optimizer.learning_rate=1e-5").returncode == 0
     _, words = split_call(tmp_path)
     assert words == ["--module", module, "--config", "a.yaml", "seed=1", "optimizer.learning_rate=1e-5"]
 
@@ -120,24 +119,14 @@ def test_without_a_gpu_two_ranks_run_on_the_cpu(launch, tmp_path):
 
 
 def test_with_gpus_deepspeed_takes_all_of_them(launch, tmp_path):
-    launch(SFT, "a.yaml", NO_GPU="0")
+    launch(SFT, "a.yaml", gpus=8)
     options, _ = split_call(tmp_path)
     assert "--num_gpus" not in options
     assert (tmp_path / "calls.environment").read_text() == " \n"  # nothing forced
 
 
-def test_a_gpu_that_torch_cannot_use_is_asked_of_the_module_that_says_so(launch, tmp_path):
-    """Its line reaches the terminal, and the run goes to the CPU. It is not asked where the user chose the CPU."""
-    python = tmp_path / "bin/python"
-    python.write_text(python.read_text().replace("*tristage.dist.gpu*)", '*tristage.dist.gpu*) echo "warning: a GPU" >&2;'))
-    assert launch(SFT, "a.yaml").stderr == "warning: a GPU\n"
-    for words, variables in ((["--cpu", "2"], {}), ([], {"DS_ACCELERATOR": "cpu"})):
-        assert launch(SFT, "a.yaml", *words, **variables).stderr == ""
-    assert [call[call.index("--num_gpus") + 1] for call in calls(tmp_path)] == ["2"] * 3
-
-
 def test_the_cpu_can_be_forced_and_the_threads_of_a_rank_set(launch, tmp_path):
-    launch(SFT, "a.yaml", NO_GPU="0", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="3")
+    launch(SFT, "a.yaml", gpus=8, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="3")
     options, _ = split_call(tmp_path)
     assert options[options.index("--num_gpus") + 1] == "2"
     assert (tmp_path / "calls.environment").read_text() == "cpu 3\n"
@@ -268,15 +257,21 @@ def test_a_wrong_host_is_one_sentence_and_nothing_starts(launch, tmp_path, words
 def test_a_wrong_config_is_one_sentence_and_nothing_starts(launch, tmp_path, words, sentence):
     sft_config(tmp_path, "./m", "r")
     (tmp_path / "r").touch()
-    ended = launch(SFT, *words, CHECK="yes", NO_GPU="not asked")
+    ended = launch(SFT, *words, real_check=True)
     assert (ended.returncode, calls(tmp_path)) == (2, [])
     assert ended.stderr.startswith("error: ") and sentence in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_models_and_data_are_not_asked_of_the_node_that_launches_others_or_of_a_dry_run(launch, tmp_path):
+def test_models_and_data_need_not_be_on_the_node_that_launches_others(launch, tmp_path):
     sft_config(tmp_path, "./m", "r")
-    assert launch(SFT, "sft.yaml", "global_batch=16", "--hostfile", "hosts", CHECK="yes").returncode == 0
-    assert launch(SFT, "sft.yaml", "--dry-run", CHECK="yes").returncode == 0
+    assert launch(SFT, "sft.yaml", "global_batch=16", "--hostfile", "hosts", real_check=True).returncode == 0
+
+
+def test_a_dry_run_makes_the_checks_of_a_start(launch, tmp_path):
+    sft_config(tmp_path, "./m", "r")
+    ended = launch(SFT, "sft.yaml", "--dry-run", real_check=True)
+    assert (ended.returncode, calls(tmp_path)) == (2, [])
+    assert ended.stderr.startswith("error: sft.yaml: key `model`: there is no folder ./m;")
 
 
 def test_the_pipeline_looks_at_all_configs_before_its_first_step(launch, tmp_path):
@@ -289,7 +284,7 @@ def test_the_pipeline_looks_at_all_configs_before_its_first_step(launch, tmp_pat
         (tmp_path / f"{name}.yaml").rename(tmp_path / f"recipe/{step}.yaml")
     with (tmp_path / "recipe/step3_ppo.yaml").open("a") as file:
         file.write("iteratons: 3\n")
-    ended = launch("launch/pipeline.sh", "recipe", "out", CHECK="yes")
+    ended = launch("pipeline", "recipe", "out", real_check=True)
     assert (ended.returncode, calls(tmp_path)) == (2, [])
     assert ended.stderr.startswith("error: recipe/step3_ppo.yaml: unknown key `iteratons`; did you mean `iterations`?")
 
@@ -327,16 +322,16 @@ def test_a_port_that_was_taken_before_the_ranks_met_is_picked_again_but_not_the_
 
 
 def test_a_dry_run_starts_nothing(launch, tmp_path):
-    sft_config(tmp_path, "m", "r")
-    ended = launch(SFT, "sft.yaml", "--dry-run", "--cpu", "4", "seed=1")
+    sft_config(tmp_path, "a/b", "r")
+    (tmp_path / "r").touch()
+    ended = launch(SFT, "sft.yaml", "--dry-run", "--cpu", "4", "seed=1", real_check=True)
     assert (ended.returncode, ended.stderr, calls(tmp_path)) == (0, "", [])
     assert "--num_gpus 4" in ended.stdout and " ".join(ended.stdout.split("\n")[2].split()) == "2 x 1 x 4 = 8"
-    assert not (tmp_path / "extensions").exists() and not (tmp_path / "sft").exists()
-    assert launch(SFT, "none.yaml", "--dry-run").returncode == 2
+    assert not (tmp_path / "sft").exists()
 
 
 def test_ranks_on_the_cpu_of_a_machine_with_gpus(launch, tmp_path):
-    launch(SFT, "a.yaml", "--cpu", "3", NO_GPU="0")
+    launch(SFT, "a.yaml", "--cpu", "3", gpus=8)
     options, _ = split_call(tmp_path)
     assert options[options.index("--num_gpus") + 1] == "3"
     assert (tmp_path / "calls.environment").read_text() == "cpu 1\n"
@@ -346,7 +341,7 @@ def test_what_ranks_say_goes_to_the_terminal_and_to_the_log(launch, tmp_path):
     (tmp_path / "bin/deepspeed").write_text("#!/bin/sh\necho said\necho wrong >&2\nexit 9\n")
     (tmp_path / "a.yaml").write_text("output: my runs/out\n")
     for _ in range(2):
-        ended = launch(SFT, "a.yaml", "seed=a b", NO_GPU="0")
+        ended = launch(SFT, "a.yaml", "seed=a b", gpus=8)
         assert (ended.returncode, ended.stdout, ended.stderr) == (9, "said\n", "wrong\n")
     lines = (tmp_path / "my runs/out/logs/launch.log").read_text().splitlines()
     assert sorted(line.partition(" ")[0][:2] for line in lines) == ["20", "20", "sa", "sa", "wr", "wr"]
@@ -359,9 +354,9 @@ def test_deepspeed_reports_an_exit_code_only_where_the_ranks_have_not_explained_
     script = f'#!/bin/sh\nprintf "caf\\351\\n"\ncat <<E\n{line}\nE\nprintf end\nexit 3\n'
     (tmp_path / "bin/deepspeed").write_text(script)
     (tmp_path / "a.yaml").write_text("output: out\n")
-    ended = launch(SFT, "a.yaml", NO_GPU="0")
+    ended = launch(SFT, "a.yaml")
     assert ended.returncode == 3
-    assert ended.stdout == "caf\N{REPLACEMENT CHARACTER}\n" + f"{line}\n" * shown + "end\n"
+    assert ended.stdout == "caf\N{REPLACEMENT CHARACTER}\n" + f"{line}\n" * shown + "end"
     assert ("sigkill_handler" in (tmp_path / "out/logs/launch.log").read_text(errors="replace")) == shown
 
 
@@ -370,23 +365,26 @@ def test_the_config_path_may_hold_spaces(launch, tmp_path):
     assert split_call(tmp_path)[1][-2:] == ["--config", "my configs/a b.yaml"]
 
 
-@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize("script, module", LAUNCHERS.items())
 @pytest.mark.parametrize("words", [[], ["--num_gpus", "1"]])
-def test_without_a_config_a_launcher_says_its_usage_and_starts_nothing(launch, tmp_path, script, words):
-    ended = launch(script, *words)
-    assert ended.returncode == 2
-    assert ended.stderr == f"usage: bash {REPO / script} CONFIG [key=value ...] {OPTIONS}\n"
-    assert calls(tmp_path) == []
+def test_without_a_config_a_launcher_says_its_usage_and_starts_nothing(launch, tmp_path, script, module, words):
+    ended = launch(module, *words)
+    assert (ended.returncode, calls(tmp_path)) == (2, [])
+    assert ended.stderr == f"usage: bash {script} CONFIG [key=value ...] {OPTIONS}\n"
+
+
+@pytest.mark.parametrize("script, module", LAUNCHERS.items())
+def test_a_shell_launcher_calls_its_module_with_the_words_as_they_are(tmp_path, script, module):
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": "/theirs"}
+    command = ["bash", str(REPO / script), "a b.yaml", "seed=$HOME"]
+    told = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert told.splitlines() == [f"{REPO}:/theirs", "-m", "tristage.launch", module, "a b.yaml", "seed=$HOME"]
 
 
 def test_the_exit_code_is_that_of_deepspeed(launch):
     assert launch(SFT, "a.yaml", DEEPSPEED_EXIT="2").returncode == 2
-
-
-def test_a_launcher_finds_the_repository_from_anywhere(launch, tmp_path):
-    (tmp_path / "bin/deepspeed").write_text('#!/usr/bin/env bash\necho "$PYTHONPATH" >"$CALLS"\n')
-    launch(SFT, "a.yaml", PYTHONPATH="/theirs")
-    assert (tmp_path / "calls").read_text() == f"{REPO}:/theirs\n"
 
 
 @pytest.mark.parametrize("words", [["--max-restarts", "2"], ["--max-restarts=2"]])
@@ -422,61 +420,93 @@ exec sleep 600
 def test_a_start_removes_what_a_killed_run_left_but_not_while_a_rank_lives(launch, tmp_path):
     (tmp_path / "bin/deepspeed").write_text(HANGS)
     (tmp_path / "temporary").mkdir()
-    variables = {"TMPDIR": str(tmp_path / "temporary"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    command = ["bash", str(REPO / SFT), "a.yaml"]
-    shell = subprocess.Popen(command, env=os.environ | variables | {"PATH": path}, cwd=tmp_path)
-    wait_until(lambda: (tmp_path / "rank").exists() or shell.poll() is not None)
+    variables = {"TMPDIR": str(tmp_path / "temporary"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    start = "from tristage.launch.supervise import Supervisor; Supervisor().run(['m.train', '--config', 'a.yaml'], [])"
+    launcher = subprocess.Popen([sys.executable, "-c", start], env=os.environ | variables, cwd=tmp_path)
+    wait_until(lambda: (tmp_path / "rank").exists() or launcher.poll() is not None)
     (folder,) = (tmp_path / "temporary").iterdir()
     (buffer,) = Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{(folder / 'port').read_text()}_0")
-    shell.kill()
-    shell.wait()
-    (tmp_path / "bin/deepspeed").write_text(DEEPSPEED)
-    assert launch(SFT, "a.yaml", **variables).returncode == 0
+    launcher.kill()
+    launcher.wait()
+    leftovers.remove(tmp_path / "temporary")
     assert folder.exists() and buffer.exists()
-    os.kill(int((tmp_path / "rank").read_text()), signal.SIGKILL)
-    wait_until(lambda: process_id(int((tmp_path / "rank").read_text())) is None)
-    assert launch(SFT, "a.yaml", **variables).returncode == 0
+    rank = int((tmp_path / "rank").read_text())
+    os.kill(rank, signal.SIGKILL)
+    wait_until(lambda: process_id(rank) is None)
+    (tmp_path / "bin/deepspeed").write_text(DEEPSPEED)
+    assert subprocess.run([sys.executable, "-c", start], env=os.environ | variables | {"CALLS": "c"}, cwd=tmp_path)
     assert not folder.exists() and not buffer.exists()
 
 
 # -- the CPU op --------------------------------------------------------------------------------------------
 
 
-def test_a_killed_first_build_leaves_no_lock(launch, tmp_path):
+@pytest.fixture
+def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of compiled ops; a build is done at once, without an op."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(cpu_op, "BUILD", "")
     (tmp_path / "extensions/torch/op").mkdir(parents=True)
-    (tmp_path / "extensions/torch/op/lock").touch()
-    assert launch(SFT, "a.yaml").returncode == 0
-    assert not (tmp_path / "extensions/torch/op/lock").exists() and len(calls(tmp_path)) == 1
+    return tmp_path / "extensions"
 
 
-def test_only_an_old_lock_of_a_finished_op_is_removed(launch, tmp_path):
-    folder = tmp_path / "extensions/torch/op"
-    folder.mkdir(parents=True)
+def test_a_killed_first_build_leaves_no_lock(extensions):
+    lock = extensions / "torch/op/lock"
+    lock.touch()
+    cpu_op.build_cpu_op()
+    assert not lock.exists()
+
+
+def test_only_an_old_lock_of_a_finished_op_is_removed(extensions):
+    folder = extensions / "torch/op"
     (folder / "deepspeed_shm_comm.so").touch()
     for age in (60, 600):
         (folder / "lock").touch()
         then = time.time() - age
         os.utime(folder / "lock", (then, then))
-        launch(SFT, "a.yaml")
+        cpu_op.build_cpu_op()
         assert (folder / "lock").exists() == (age == 60)
 
 
-def test_a_folder_for_the_op_that_cannot_be_written_is_one_sentence(launch, tmp_path):
+def test_a_folder_for_the_op_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     folder = str(tmp_path / "file/extensions")
-    ended = launch(SFT, "a.yaml", TORCH_EXTENSIONS_DIR=folder)
-    assert (ended.returncode, calls(tmp_path)) == (2, [])
-    assert ended.stderr == f"error: {folder} cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can\n"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", folder)
+    with pytest.raises(UserError, match=f"^{folder} cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can$"):
+        cpu_op.build_cpu_op()
+
+
+def test_an_op_that_does_not_compile_names_the_compiler(extensions, monkeypatch, capfd):
+    monkeypatch.setattr(cpu_op, "BUILD", "raise SystemExit('no g++')")
+    with pytest.raises(UserError, match="install a C\\+\\+ compiler"):
+        cpu_op.build_cpu_op()
+    assert "no g++" in capfd.readouterr().err
+
+
+def test_torch_is_asked_for_gpus_only_where_a_machine_may_have_one(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[-1])
+        return SimpleNamespace(stdout="4\n")
+
+    monkeypatch.setattr(cpu_op.subprocess, "run", run)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for may_have, expected in ((False, 0), (True, 4)):
+        monkeypatch.setattr(cpu_op, "may_have_gpu", lambda may_have=may_have: may_have)
+        assert cpu_op.num_gpus() == expected
+    assert asked == ["tristage.dist.gpu"]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert cpu_op.num_gpus() == 0
 
 
 # -- the pipeline ------------------------------------------------------------------------------------------
 
 
 def write_recipe(folder: Path, recipe: str = "recipe") -> dict[str, RunSettings]:
-    """The configs of a recipe, and the settings that the pipeline makes of them, by step."""
+    """The configs of a recipe, and their settings, by step."""
     write = {"step1_sft": sft_config, "step2_reward_model": reward_model_config}
-    settings = {name: make(folder / name, "m/m", "r/r") for name, make in write.items()}
+    settings: dict[str, RunSettings] = {name: make(folder / name, "m/m", "r/r") for name, make in write.items()}
     settings["step3_ppo"] = ppo_config(folder / "step3_ppo", "m/m", "m/m", "r/r")
     (folder / recipe).mkdir(exist_ok=True)
     for name, values in settings.items():
@@ -508,7 +538,7 @@ def finish(folder: Path, step: str, *overrides: str) -> None:
 
 
 def test_the_pipeline_hands_each_step_the_folders_of_those_before(launch, tmp_path):
-    assert launch("launch/pipeline.sh", "recipe", "out", "seed=5", "--num_gpus", "4").returncode == 0
+    assert launch("pipeline", "recipe", "out", "seed=5", "--num_gpus", "4").returncode == 0
     step1, step2, step3 = calls(tmp_path)
     modules = [call[call.index("--module") + 1] for call in (step1, step2, step3)]
     configs = [call[call.index("--config") + 1] for call in (step1, step2, step3)]
@@ -533,7 +563,7 @@ def test_the_pipeline_skips_a_finished_step_and_says_so(launch, tmp_path, finish
     write_recipe(tmp_path)
     for step in finished:
         finish(tmp_path, step)
-    ended = launch("launch/pipeline.sh", "recipe", "out")
+    ended = launch("pipeline", "recipe", "out")
     assert [call[call.index("--module") + 1] for call in calls(tmp_path)] == left
     assert [line for line in ended.stdout.splitlines() if "already finished" in line] == [
         f"step {number}: already finished (out/{step}/final)" for number, step in enumerate(finished, start=1)
@@ -545,18 +575,18 @@ def test_the_pipeline_runs_a_step_that_was_killed_while_it_exported(launch, tmp_
     for step in ("step1_sft", "step2_reward_model", "step3_ppo"):
         finish(tmp_path, step)
     (tmp_path / "out/step3_ppo/finished.json").unlink()
-    launch("launch/pipeline.sh", "recipe", "out")
+    launch("pipeline", "recipe", "out")
     assert [call[call.index("--module") + 1] for call in calls(tmp_path)] == ["step3_ppo.train"]
 
 
 def test_the_pipeline_does_not_take_another_run_for_this_one(launch, tmp_path):
     finish(tmp_path, "step1_sft")
     finish(tmp_path, "step2_reward_model", "seed=3")
-    ended = launch("launch/pipeline.sh", "recipe", "out")
+    ended = launch("pipeline", "recipe", "out")
     assert (ended.returncode, calls(tmp_path)) == (2, [])
     told = "error: out/step2_reward_model: has finished as another run: seed: 3 -> 0; put that back, train again with "
     assert ended.stderr.startswith(told) and ended.stderr.count("\n") == 1
-    assert launch("launch/pipeline.sh", "recipe", "out", "resume=never", "--num_gpus", "2").returncode == 0
+    assert launch("pipeline", "recipe", "out", "resume=never", "--num_gpus", "2").returncode == 0
     assert len(calls(tmp_path)) == 3  # all train again
 
 
@@ -567,19 +597,19 @@ def test_the_pipeline_sees_that_a_step_was_trained_again_under_a_later_one(launc
     settings = load_config(SFTConfig, ["--config", f"{tmp_path}/recipe/step1_sft.yaml", "output=out/step1_sft"])
     with inside(tmp_path):
         write_finished(settings, {"models": {}, "sources": {}}, [Path("out/step1_sft/final")])
-    ended = launch("launch/pipeline.sh", "recipe", "out")
+    ended = launch("pipeline", "recipe", "out")
     assert (ended.returncode, calls(tmp_path)) == (2, [])
     assert "run: actor.model (out/step1_sft/final): its content is not the same; put that back" in ended.stderr
 
 
 def test_the_pipeline_stops_at_a_step_that_fails(launch, tmp_path):
-    assert launch("launch/pipeline.sh", "recipe", "out", DEEPSPEED_EXIT="2").returncode == 2
+    assert launch("pipeline", "recipe", "out", DEEPSPEED_EXIT="2").returncode == 2
     assert len(calls(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("words", [[], ["recipe"]])
 def test_the_pipeline_without_its_folders_says_its_usage(launch, tmp_path, words):
-    ended = launch("launch/pipeline.sh", *words)
+    ended = launch("pipeline", *words)
     assert ended.returncode == 2
     assert ended.stderr.startswith("usage: bash ") and "CONFIG_DIR OUT" in ended.stderr
     assert calls(tmp_path) == []

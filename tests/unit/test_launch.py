@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ def hostfile(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "options, nodes",
+    "options, expected",
     [
         ([], {"node-a": [0, 1], "node-b": [0, 1, 2, 3]}),
         (["--include", "node-b:0,2"], {"node-b": [0, 2]}),
@@ -45,8 +44,8 @@ def hostfile(tmp_path: Path) -> str:
         (["--num_gpus=1"], {"node-a": [0], "node-b": [0]}),
     ],
 )
-def test_the_nodes_are_those_that_deepspeed_would_take(hostfile, options, nodes):
-    assert nodes.read_nodes(["--hostfile", hostfile, *options]) == nodes
+def test_the_nodes_are_those_that_deepspeed_would_take(hostfile, options, expected):
+    assert nodes.read_nodes(["--hostfile", hostfile, *options]) == expected
 
 
 def test_without_a_hostfile_there_are_no_nodes():
@@ -104,11 +103,10 @@ def test_ranks_meet_at_the_address_of_the_hostfile_where_the_first_node_has_it(t
     for node, address in cases.items():
         (tmp_path / "hosts").write_text(f"{node} slots=1\n10.0.0.8 slots=1\n")
         words = ["step1_sft.train", "--config", "a.yaml"]
-        prepare.prepare(tmp_path, words, ["--hostfile", str(tmp_path / "hosts")])
-        options = (tmp_path / "command").read_text().split("\0")
-        assert options_of.option(options, "--master_addr") == address
-    prepare.prepare(tmp_path, words, ["--hostfile", str(tmp_path / "hosts"), "--master_addr=10.9.9.9"])
-    assert (tmp_path / "command").read_text().count("--master_addr") == 1
+        start = prepare.prepare(words, ["--hostfile", str(tmp_path / "hosts")], os.environ)
+        assert options_of.option(start.arguments, "--master_addr") == address
+    start = prepare.prepare(words, ["--hostfile", str(tmp_path / "hosts"), "--master_addr=10.9.9.9"], os.environ)
+    assert " ".join(start.arguments).count("--master_addr") == 1
 
 
 # -- what travels ------------------------------------------------------------------------------------------
@@ -185,31 +183,25 @@ def test_secrets_stay_unless_the_users_own_file_names_them(tmp_path, monkeypatch
         remote.environment_file({})
 
 
-def test_the_file_of_variables_is_for_the_user_alone(tmp_path, hostfile, monkeypatch):
+def test_words_for_other_nodes_are_encoded(hostfile, monkeypatch):
     monkeypatch.setattr(prepare, "check_reachable", lambda *_: None)
     words = ["step1_sft.train", "--config", "my a.yaml", "seed=1"]
-    prepare.prepare(tmp_path, words, ["--hostfile", hostfile])
-    assert stat.S_IMODE((tmp_path / "env").stat().st_mode) == 0o600
-    command = (tmp_path / "command").read_text().split("\0")[:-1]
-    assert command[:3] == ["--hostfile", hostfile, "--module"]
-    assert command[3] == "step1_sft.train" and [arrival.decode(word) for word in command[3:]] == words
-    assert not (tmp_path / "port").exists()
+    start = prepare.prepare(words, ["--hostfile", hostfile], os.environ)
+    assert start.arguments[:3] == ["--hostfile", hostfile, "--module"]
+    assert start.arguments[3] == "step1_sft.train" and list(map(arrival.decode, start.arguments[3:])) == words
+    assert start.nodes == ("node-a", "node-b") and start.port is None
 
 
 def test_mpirun_gets_whole_values_or_none(tmp_path, hostfile, monkeypatch):
     monkeypatch.setattr(prepare, "check_reachable", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", "/bin")
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    options = ["--hostfile", hostfile, "--launcher", "openmpi"]
-    prepare.prepare(tmp_path, ["step1_sft.train", "--config", "a.yaml"], options)
-    lines = (tmp_path / "env").read_text().splitlines()
+    options, words = ["--hostfile", hostfile, "--launcher", "openmpi"], ["step1_sft.train", "--config", "a.yaml"]
+    lines = str(prepare.prepare(words, options, {"PATH": "/bin"}).environment).splitlines()
     node = next(iter(nodes.read_nodes(options)))
     assert lines[:3] == [f"MASTER_ADDR={node}", "MASTER_PORT=29500", f"PATH={Path(sys.executable).parent}:/bin"]
     assert f"PYTHONPATH={tmp_path}" in lines
-    monkeypatch.setenv("NCCL_ODD", "two words")
     with pytest.raises(UserError, match="variable NCCL_ODD is 'two words': over mpirun"):
-        prepare.prepare(tmp_path, ["step1_sft.train", "--config", "a.yaml"], options)
+        prepare.prepare(words, options, {"PATH": "/bin", "NCCL_ODD": "two words"})
 
 
 @pytest.mark.parametrize("words, why", [(["slurm"], "launch/slurm/"), (["openmpi", "--num_nodes", "1"], "--num_nodes")])
@@ -241,13 +233,13 @@ def test_a_working_folder_that_shells_would_change_is_refused(tmp_path, monkeypa
         remote.check_paths(["--master_addr", "$(touch x)"])
 
 
-def test_on_this_machine_words_stay_as_they_are_and_a_port_is_chosen(tmp_path):
+def test_on_this_machine_words_stay_as_they_are_and_a_port_is_chosen():
     words = ["step1_sft.train", "--config", "a.yaml", *(f"data.train={value}" for value in ODD)]
-    prepare.prepare(tmp_path, words, ["--num_gpus", "2"])
-    command = (tmp_path / "command").read_text().split("\0")[:-1]
+    start = prepare.prepare(words, ["--num_gpus", "2"], os.environ)
+    command = start.arguments
     assert command[:2] == ["--num_gpus", "2"] and command[command.index("--module") + 1 :] == words
-    assert (tmp_path / "port").read_text() == command[command.index("--master_port") + 1]
-    assert not (tmp_path / "env").exists()
+    assert start.port == command[command.index("--master_port") + 1]
+    assert start.environment is None and start.nodes == ()
 
 
 # -- folders -----------------------------------------------------------------------------------------------
@@ -263,22 +255,22 @@ def test_the_log_lies_in_the_output_folder(tmp_path):
 
 
 def test_a_dry_run_says_what_would_run(tmp_path, hostfile, capsys):
-    sft_config(tmp_path, "m", "r")
-    config = ["step1_sft.train", "--config", str(tmp_path / "sft.yaml")]
-    dry_run.show([*config, "global_batch=24"], ["--hostfile", hostfile])
+    settings = sft_config(tmp_path, "m", "r", 0, "global_batch=24")
+    words = ["step1_sft.train", "--config", str(tmp_path / "sft.yaml"), "global_batch=24"]
+    dry_run.show(settings, words, ["--hostfile", hostfile])
     told = capsys.readouterr().out
-    assert "node node-b: 4 ranks" in told and "is new" in told and "global_batch=24" in told
+    assert "node node-b: 4 ranks" in told and "(new run)" in told and "global_batch=24" in told
     assert " ".join(told.splitlines()[4].split()) == "2 x 2 x 6 = 24"
-    with pytest.raises(UserError, match="8 rows don't divide"):
-        dry_run.show(config, ["--hostfile", hostfile])
     (tmp_path / "sft/checkpoints/step_000004").mkdir(parents=True)
-    dry_run.show(config, ["--num_gpus=2"])
-    assert "goes on from step_000004" in capsys.readouterr().out
+    dry_run.show(settings, words, ["--num_gpus=2"])
+    assert "resumes from step_000004" in capsys.readouterr().out
+    with pytest.raises(UserError, match="24 rows don't divide"):
+        dry_run.show(settings, words, ["--num_gpus=5"])
 
 
 def test_the_batches_of_ppo_are_those_of_its_updates(tmp_path):
     settings = ppo_config(tmp_path, "a", "b", "c")
-    assert " ".join(dry_run.batch_table(settings, 2).splitlines()[1].split()) == "2 x 2 x 2 = 8"
+    assert " ".join(settings.plan(2).table().splitlines()[1].split()) == "2 x 2 x 2 = 8"
 
 
 def test_the_summary_says_what_each_step_reached(tmp_path):
