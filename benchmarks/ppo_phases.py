@@ -29,8 +29,7 @@ import torch
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import build_engines, engine_configs
-from step3_ppo.evaluate import prompt_batch
-from step3_ppo.rollout import Control, collect, make_experience
+from step3_ppo.rollout import Control, collect, make_experience, prompt_batch
 from step3_ppo.update import ppo_update
 from tristage import dist
 from tristage.data.sets import load_sets

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from step1_sft.config import SFTConfig
-from step1_sft.evaluate import evaluate
+from step1_sft.heldout import evaluate
 from tristage import dist
 from tristage.batches import SFTBatch
 from tristage.checkpoint import load_checkpoint

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from step2_dpo.config import DPOConfig
-from step2_dpo.evaluate import answer_lengths, evaluate, pair_metrics, prompt_losses
+from step2_dpo.heldout import evaluate
+from step2_dpo.loss import answer_lengths, pair_metrics, prompt_losses
 from step2_dpo.reference import MicroBatch, Reference, answer_logprobs, check_reference, make_references
 from tristage import dist
 from tristage.batches import PreferenceBatch

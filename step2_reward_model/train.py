@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from step2_reward_model.config import RewardModelConfig
-from step2_reward_model.evaluate import evaluate, pair_metrics, pair_options, prompt_losses
+from step2_reward_model.heldout import evaluate
+from step2_reward_model.loss import pair_metrics, pair_options, prompt_losses
 from step2_reward_model.measures import length_warning
 from tristage import dist
 from tristage.batches import PreferenceBatch
@@ -100,7 +101,7 @@ def reward_model_step(
 ) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective.
 
-    `form` is the setting `loss`, `options` are evaluate.pair_options.
+    `form` is the setting `loss`, `options` are loss.pair_options.
     """
     engine.train()
     prompts = sum(int(batch.is_real.sum()) for batch in micro_batches)

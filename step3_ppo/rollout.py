@@ -6,7 +6,7 @@ everything is response-aligned, [B,R], with one mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ from tristage.algo.ppo import (
     shaped_rewards,
 )
 from tristage.batches import Experience, PromptBatch, Sequences
+from tristage.data.collate import collate_prompts
+from tristage.data.store import Rows
 from tristage.models.lora import adapters_off
 from tristage.models.reward_model import last_token_scores
 from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
@@ -78,6 +80,27 @@ def make_rollouts(engines: Engines, tokenizer: Any, settings: PPOConfig) -> Padd
     """What samples responses from the actor."""
     rollout = settings.rollout
     return PaddedRollout(engines.actor, tokenizer, rollout.rows_at_once, rollout.gather, rollout.stop_token_ids)
+
+
+def prompt_batch(
+    rows: Rows,
+    indices: Sequence[int],
+    places: Sequence[int | None],
+    settings: PPOConfig,
+    tokenizer: Any,
+    samples: int = 1,
+) -> PromptBatch:
+    """This rank's prompts, each `samples` times, left padded to max_prompt_tokens: all ranks have as many columns.
+
+    `indices` are the prompts of all ranks, `places` those in `indices` that are this rank's (None: a filler).
+    """
+    wide = [place for place in places for _ in range(samples)]
+    draws = [None if place is None else place * samples + i % samples for i, place in enumerate(wide)]
+    examples = [None if place is None else rows[indices[place]] for place in wide]
+    turns = None
+    if settings.reward.retokenize:
+        turns = [None if place is None else rows.turns(indices[place]) for place in wide]
+    return collate_prompts(examples, draws, tokenizer.pad_token_id, settings.max_prompt_tokens, turns)
 
 
 @torch.no_grad()

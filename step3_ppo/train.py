@@ -14,9 +14,9 @@ from typing import Any
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
-from step3_ppo.evaluate import evaluate, prompt_batch
+from step3_ppo.heldout import evaluate
 from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, load_grader, load_reward_terms
-from step3_ppo.rollout import Control, NotFiniteError, make_experience, make_rollouts
+from step3_ppo.rollout import Control, NotFiniteError, make_experience, make_rollouts, prompt_batch
 from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
 from tristage import dist
 from tristage.batches import PromptBatch, SFTBatch

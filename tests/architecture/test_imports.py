@@ -83,6 +83,14 @@ def test_a_step_never_imports_another(step):
     assert offences(sorted((REPO / step).rglob("*.py")), lambda name: name.split(".")[0] in others) == []
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_evaluate_is_an_entry_point_that_nothing_imports(step):
+    """What training and evaluation share is in modules that both import (heldout.py, loss.py)."""
+    others = [path for path in sorted((REPO / step).rglob("*.py")) if path.name != "evaluate.py"]
+    assert (REPO / step / "evaluate.py").is_file() and (REPO / step / "train.py") in others
+    assert offences(others, lambda name: is_in(name, f"{step}.evaluate")) == []
+
+
 def test_the_algorithms_import_torch_and_the_standard_library_only():
     def is_foreign(name: str) -> bool:
         return not (name.split(".")[0] in sys.stdlib_module_names | {"torch"} or is_in(name, "tristage.algo"))

@@ -13,7 +13,7 @@ import step3_ppo.rollout
 import step3_ppo.train
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import build_engines, check_models, engine_configs
-from step3_ppo.evaluate import evaluate
+from step3_ppo.heldout import evaluate
 from step3_ppo.rewards import load_reward_terms
 from step3_ppo.rollout import Control, make_experience, make_rollouts, rows_of_all_ranks
 from step3_ppo.update import check_first_iteration, ppo_update

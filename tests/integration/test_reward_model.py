@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 import step2_reward_model.evaluate
 from step2_reward_model.config import RewardModelConfig
-from step2_reward_model.evaluate import evaluate
+from step2_reward_model.heldout import evaluate
 from step2_reward_model.train import best_answer, main, normalize_scores
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from step2_dpo.config import DPOConfig, ReferenceModel
-from step2_dpo.evaluate import implicit_rewards, pair_metrics, prompt_losses
+from step2_dpo.loss import implicit_rewards, pair_metrics, prompt_losses
 from step2_dpo.reference import Known
 from tests.helpers import oracles
 from tristage.algo.losses import dpo_loss, simpo_loss

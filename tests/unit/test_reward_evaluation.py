@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from step2_reward_model.evaluate import evaluate
+from step2_reward_model.heldout import evaluate
 from step2_reward_model.measures import (
     LENGTH_EDGES,
     MARGIN_EDGES,
