@@ -14,8 +14,6 @@ from typing import TypeVar
 import torch
 from torch.nn import functional
 
-from tristage.dist import progress
-
 BatchType = TypeVar("BatchType", bound="_Batch")
 
 
@@ -112,7 +110,6 @@ class Sequences:
 
     def micro_batch(self, rows: torch.Tensor) -> MicroBatch:
         """Some rows, without the columns that are padding in all of them."""
-        progress.moved()
         columns = trim_columns(self.attention_mask[rows])
         mask = self.attention_mask[rows][:, columns]
         return MicroBatch(

@@ -98,6 +98,12 @@ def test_the_algorithms_import_torch_and_the_standard_library_only():
     assert offences(sorted((REPO / "tristage/algo").rglob("*.py")), is_foreign) == []
 
 
+def test_pure_data_has_no_side_effects_on_the_heartbeat():
+    """Engines mark progress (engine/engines.py); batch types, collation and sampling know nothing of ranks."""
+    pure = [REPO / f"tristage/{name}.py" for name in ("batches", "data/collate", "rollout/sampling")]
+    assert offences(pure, lambda name: is_in(name, "tristage.dist")) == []
+
+
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_is_imported_only_where_it_lives(library):
     away = [path for path in SOURCES if not name_of(path).startswith(HOMES[library])]

@@ -11,10 +11,17 @@ from unittest import mock
 
 import psutil
 import pytest
+import torch
 
+from tests.helpers import tiny
+from tristage.config import BatchPlan, OptimizerSettings
 from tristage.dist import progress, watchdog
 from tristage.dist.watchdog import EXIT_STALLED, Watchdog
+from tristage.engine import engine_config, frozen_engine, train_engine
 from tristage.machine.processes import own_id
+from tristage.models.causal_lm import load_causal_lm
+from tristage.models.tokenizer import load_tokenizer
+from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
 
 SECONDS = 100.0  # the interval is then 1 s: something is noticed 98 s after it was last seen
 
@@ -207,3 +214,23 @@ def test_before_there_is_anything_to_save_a_signal_ends_at_once(world):
     with pytest.raises(Ended) as ended:
         world.dog.signalled(10)
     assert ended.value.args == (watchdog.EXIT_PREEMPTED,)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 computes logits with the model's own forward
+def test_each_forward_and_each_sampled_token_of_an_engine_is_a_heartbeat(tmp_path, trained, family):
+    path = tiny.write_model(tmp_path, family)
+    tokenizer = load_tokenizer(path)
+    config = engine_config({}, "float32", BatchPlan.make(2, 2, 1))
+    model = load_causal_lm(path, tokenizer, dtype=torch.float32)
+    settings = OptimizerSettings(learning_rate=1e-3)
+    with tiny.one_rank():
+        engine = train_engine(model, config, settings, 1) if trained else frozen_engine(model, config)
+        ids, mask = torch.full((2, 5), 9), torch.ones(2, 5, dtype=torch.bool)
+        before = progress.current.moves
+        engine(ids, mask, mask)
+        assert progress.current.moves == before + 1
+        request = SeededRequest(ids, mask, row_uniforms(0, 1, torch.arange(2), 4))
+        sampled = PaddedRollout(engine, tokenizer, rows_at_once=2).generate(request, SamplingConfig(4, 1.0, 1.0, 0))
+        tokens = int(sampled.attention_mask[:, 5:].any(dim=0).sum())
+        assert progress.current.moves == before + 1 + tokens

@@ -15,14 +15,12 @@ import torch
 from tristage.batches import PreferenceBatch, PromptBatch, SFTBatch
 from tristage.data.rows import Turn
 from tristage.data.tokenize import Example, RankedExamples
-from tristage.dist import progress
 
 Item = TypeVar("Item")
 
 
 def pick(items: Sequence[Item], rows: Sequence[int | None]) -> list[Item | None]:
     """The items of one micro-batch of the loader; a filler stays None."""
-    progress.moved()
     return [None if row is None else items[row] for row in rows]
 
 

@@ -44,7 +44,7 @@ def doing(name: str) -> Iterator[None]:
 
 
 def moved() -> None:
-    """Something got done: called from loops whose turns may differ from rank to rank."""
+    """Something got done, if not on every rank: each forward of an engine's model calls this."""
     current.moves += 1
 
 

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tristage import dist
 from tristage.config import BatchPlan, OptimizerSettings
+from tristage.dist import progress
 from tristage.engine.optimizer import _adamw, schedule_factor
 from tristage.errors import UserError
 from tristage.storage.free_space import free_for_rank
@@ -87,7 +88,7 @@ def train_engine(
     model: nn.Module, config: dict[str, Any], optimizer: OptimizerSettings, total_steps: int
 ) -> deepspeed.DeepSpeedEngine:
     """A ZeRO-sharded model with AdamW and a schedule in optimizer steps; `config` from `engine_config`."""
-    _register_external_parameters(model, config)
+    _prepare(model, config)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_adamw(model, config, optimizer),
@@ -117,7 +118,7 @@ def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpe
     """
     if zero_stage(config) in (1, 2):
         config = config | {"zero_optimization": {"stage": 0}}
-    _register_external_parameters(model, config)
+    _prepare(model, config)
     model.requires_grad_(False)
     model.eval()
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
@@ -125,8 +126,13 @@ def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpe
     return engine
 
 
-def _register_external_parameters(model: Any, config: dict[str, Any]) -> None:
-    """Tell ZeRO-3 which weights a wrapper uses outside the modules that own them (the output projection)."""
+def _prepare(model: Any, config: dict[str, Any]) -> None:
+    """Make each forward a heartbeat, and tell ZeRO-3 which weights a wrapper uses outside the modules that own them
+    (the output projection).
+    """
+    # The backbone runs both in the wrapper's forward and, token by token, in the inner model's `generate`.
+    inner = getattr(model, "model", model)
+    getattr(inner, "base_model", inner).register_forward_hook(lambda *_: progress.moved())
     if zero_stage(config) == 3 and hasattr(model, "external_parameters"):
         for parameter in model.external_parameters():
             register_external_parameter(model, parameter)

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tristage.dist import progress
-
 
 def row_uniforms(seed: int, iteration: int, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Uniform numbers in [0,1), float64 [B, num_tokens], row b's from (seed, iteration, rows[b]); -1 is a filler."""
@@ -38,7 +36,6 @@ class InverseTransformSampler(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        progress.moved()
         scores = scores.float()
         for warp in self.warpers:
             scores = warp(input_ids, scores)
