@@ -24,7 +24,7 @@ from tristage.data.packing import PackedRows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example
-from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine
+from tristage.engine import FORWARD_TOLERANCE, StepReport, backward_mean, optimizer_step, train_engine
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.loading import check_packable
@@ -70,8 +70,8 @@ def train(
                 micro_batches = [
                     collate(pick(trained, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
                 ]
-                metrics = sft_step(engine, micro_batches, device)
-            health.after_step(step, engine.last_step, row_ids(trained, loader.step_rows(step - 1)))
+                metrics, report = sft_step(engine, micro_batches, device)
+            health.after_step(step, report, row_ids(trained, loader.step_rows(step - 1)))
             log.write(step, "train", metrics | watch.take())
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
@@ -98,22 +98,24 @@ def check_packing(engine: Any, pack: list[Example], settings: SFTConfig, pad_id:
         )
 
 
-def sft_step(engine: Any, micro_batches: list[SFTBatch], device: torch.device) -> dict[str, float]:
+def sft_step(
+    engine: Any, micro_batches: list[SFTBatch], device: torch.device
+) -> tuple[dict[str, float], StepReport]:
     """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective."""
     engine.train()
     tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in micro_batches)
     global_tokens = dist.sum_over_ranks({"tokens": tokens}, device)["tokens"]
-    averages = Averages()
+    averages, losses = Averages(), []
     for batch in micro_batches:
         batch = batch.to(device)
         logprobs, _ = engine(
             batch.input_ids, batch.attention_mask, batch.loss_mask, position_ids=batch.position_ids
         )
         loss_sum = -logprobs.sum()  # logprobs are 0 outside the loss mask
-        backward_mean(engine, loss_sum, global_tokens)
+        losses.append(backward_mean(engine, loss_sum, global_tokens))
         averages.add("sft/loss", loss_sum.detach(), batch.loss_mask[:, 1:].sum())
-    report = optimizer_step(engine)
-    return averages.reduce(device) | {"sft/tokens": global_tokens} | report.metrics()
+    report = optimizer_step(engine, losses)
+    return averages.reduce(device) | {"sft/tokens": global_tokens} | report.metrics(), report
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, pick
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
-from tristage.engine import FORWARD_TOLERANCE, backward_mean, optimizer_step, train_engine
+from tristage.engine import FORWARD_TOLERANCE, StepReport, backward_mean, optimizer_step, train_engine
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.saving import save_model
 from tristage.training import run, setup
@@ -81,8 +81,8 @@ def train(
             log.write(0, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
         for step in range(first + 1, loader.total_steps + 1):
             with watch("step"):
-                metrics = dpo_step(engine, references.train, collated(step), settings, device)
-            health.after_step(step, engine.last_step, row_ids(rows, loader.step_rows(step - 1)))
+                metrics, report = dpo_step(engine, references.train, collated(step), settings, device)
+            health.after_step(step, report, row_ids(rows, loader.step_rows(step - 1)))
             log.write(step, "train", metrics | watch.take())
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
@@ -99,23 +99,23 @@ def dpo_step(
     micro_batches: list[tuple[MicroBatch, PreferenceBatch]],
     settings: DPOConfig,
     device: torch.device,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], StepReport]:
     """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective."""
     engine.train()
     prompts = sum(int(batch.is_real.sum()) for _, batch in micro_batches)
     global_prompts = dist.sum_over_ranks({"prompts": prompts}, device)["prompts"]
-    averages = Averages()
+    averages, step_losses = Averages(), []
     for micro, batch in micro_batches:
         batch = batch.to(device)
         ref_logprobs = reference(micro, batch)
         logprobs = answer_logprobs(engine, batch)
         losses = prompt_losses(logprobs, ref_logprobs, batch, settings)
         loss_sum = torch.where(batch.is_real, losses, 0.0).sum()
-        backward_mean(engine, loss_sum, global_prompts)
+        step_losses.append(backward_mean(engine, loss_sum, global_prompts))
         averages.add("dpo/loss", loss_sum.detach(), batch.is_real.sum())
         pair_metrics(averages, logprobs.detach(), ref_logprobs, batch, settings)
-    report = optimizer_step(engine)
-    return averages.reduce(device) | report.metrics()
+    report = optimizer_step(engine, step_losses)
+    return averages.reduce(device) | report.metrics(), report
 
 
 @torch.no_grad()

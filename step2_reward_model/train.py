@@ -28,7 +28,7 @@ from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
-from tristage.engine import backward_mean, optimizer_step, train_engine
+from tristage.engine import StepReport, backward_mean, optimizer_step, train_engine
 from tristage.models.loading import is_reward_model
 from tristage.models.reward_model import last_token_scores, load_reward_model
 from tristage.models.saving import save_model
@@ -79,8 +79,9 @@ def train(
                 micro_batches = [
                     collate_ranking(pick(rows, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
                 ]
-                metrics = reward_model_step(engine, micro_batches, settings.loss, device, **pair_options(settings))
-            health.after_step(step, engine.last_step, row_ids(rows, loader.step_rows(step - 1)))
+                options = pair_options(settings)
+                metrics, report = reward_model_step(engine, micro_batches, settings.loss, device, **options)
+            health.after_step(step, report, row_ids(rows, loader.step_rows(step - 1)))
             log.write(step, "train", metrics | watch.take())
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
@@ -98,7 +99,7 @@ def train(
 
 def reward_model_step(
     engine: Any, micro_batches: list[PreferenceBatch], form: str, device: torch.device, **options: float
-) -> dict[str, float]:
+) -> tuple[dict[str, float], StepReport]:
     """One optimizer step over this rank's micro-batches; metrics over all ranks. A collective.
 
     `form` is the setting `loss`, `options` are loss.pair_options.
@@ -106,17 +107,17 @@ def reward_model_step(
     engine.train()
     prompts = sum(int(batch.is_real.sum()) for batch in micro_batches)
     global_prompts = dist.sum_over_ranks({"prompts": prompts}, device)["prompts"]
-    averages = Averages()
+    averages, step_losses = Averages(), []
     for batch in micro_batches:
         batch = batch.to(device)
         values = engine(batch.input_ids, batch.attention_mask)
         losses = prompt_losses(values, batch, form, **options)
         loss_sum = torch.where(batch.is_real, losses, 0.0).sum()
-        backward_mean(engine, loss_sum, global_prompts)
+        step_losses.append(backward_mean(engine, loss_sum, global_prompts))
         averages.add("reward_model/loss", loss_sum.detach(), batch.is_real.sum())
         pair_metrics(averages, last_token_scores(values.detach(), batch.attention_mask), batch)
-    report = optimizer_step(engine)
-    return averages.reduce(device) | report.metrics()
+    report = optimizer_step(engine, step_losses)
+    return averages.reduce(device) | report.metrics(), report
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ One iteration: sample responses, score them (rollout.py), then some optimizer st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from step3_ppo.engines import Engines, build_engines, check_models, engine_confi
 from step3_ppo.heldout import evaluate
 from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, load_grader, load_reward_terms
 from step3_ppo.rollout import Control, NotFiniteError, make_experience, make_rollouts, prompt_batch
-from step3_ppo.update import ActorExtras, check_first_iteration, ppo_update
+from step3_ppo.update import ActorExtras, MinibatchReport, check_first_iteration, ppo_update
 from tristage import dist
 from tristage.batches import PromptBatch, SFTBatch
 from tristage.checkpoint import Checkpoint, load_checkpoint
 from tristage.config import BatchPlan, load_config, world_size_from_environment
 from tristage.data.collate import collate_sft, pick
-from tristage.data.loader import Loader, MicroBatch, deal
+from tristage.data.loader import Loader, deal
 from tristage.data.packing import Blocks
 from tristage.data.sets import fingerprint, load_sets, load_text_blocks
 from tristage.data.store import Rows
-from tristage.engine import StepReport
 from tristage.engine.average import WeightAverage
 from tristage.errors import UserError
 from tristage.models.saving import save_model
@@ -123,7 +121,6 @@ def train(
             carried = control.state_dict()
             batch = next_prompts(loader, iteration, inputs.prompts, settings, tokenizer).to(device)
             names = response_names(loader, iteration, inputs.prompts, settings)
-            noticed = partial(note_minibatch, health, iteration, names)
             try:
                 experience, metrics = make_experience(
                     engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
@@ -133,10 +130,9 @@ def train(
                 if iteration == 1:
                     check_first_iteration(engines, experience, settings, plan)
                 with watch("update"):
-                    metrics |= ppo_update(
-                        engines, experience, iteration, settings, plan, replace(extras, noticed=noticed)
-                    )
-                metrics |= throughput(experience, watch)
+                    losses, minibatches = ppo_update(engines, experience, iteration, settings, plan, extras)
+                note_minibatches(health, iteration, minibatches, names)
+                metrics |= losses | throughput(experience, watch)
             except NotFiniteError as broken:
                 rows = [names[row] for row in broken.rows]
                 health.note_bad(iteration, broken.what, [{"rows": rows}] if dist.is_main() else [])
@@ -228,11 +224,11 @@ def response_names(loader: Loader, iteration: int, prompts: Rows, settings: PPOC
     return [prompts.where(row) for row in loader.all_rows(iteration - 1) for _ in range(settings.rollout.samples)]
 
 
-def note_minibatch(
-    health: Health, iteration: int, names: list[str], report: StepReport, micro_batches: list[MicroBatch]
-) -> None:
-    """Tell `health` of one optimizer step of the iteration's updates; rows index the experience, as `names` does."""
-    health.after_step(iteration, report, [[names[row] for row in micro if row is not None] for micro in micro_batches])
+def note_minibatches(health: Health, iteration: int, minibatches: list[MinibatchReport], names: list[str]) -> None:
+    """Report each optimizer step of the iteration's updates to `health`; `names` are those of the experience's rows."""
+    for step, micro_batches in minibatches:
+        rows = [[names[row] for row in micro if row is not None] for micro in micro_batches]
+        health.after_step(iteration, step, rows)
 
 
 def prompt_loader(prompts: Rows, settings: PPOConfig) -> Loader:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,10 +32,16 @@ class ActorExtras:
     pretraining: Callable[[int], list[SFTBatch]] | None = None  # optimizer step -> this rank's blocks of text
     pretraining_coef: float = 0.0
     after_step: Callable[[int, bool], None] | None = None  # (optimizer step, whether it was skipped)
-    noticed: Callable[[StepReport, list[MicroBatch]], None] | None = None  # (actor and critic together, rows of each)
 
 
 NOTHING_ELSE = ActorExtras()
+
+
+class MinibatchReport(NamedTuple):
+    """What one optimizer step of an iteration's updates did, on this rank."""
+
+    step: StepReport  # of actor and critic together: `losses` adds up those of each micro-batch
+    micro_batches: list[MicroBatch]  # rows of the experience
 
 
 def ppo_update(
@@ -44,14 +51,15 @@ def ppo_update(
     settings: PPOConfig,
     plan: BatchPlan,
     extras: ActorExtras = NOTHING_ELSE,
-) -> dict[str, float]:
-    """All optimizer steps of one iteration; metrics averaged over tokens, epochs and ranks. A collective.
+) -> tuple[dict[str, float], list[MinibatchReport]]:
+    """All optimizer steps of one iteration: (metrics averaged over tokens, epochs and ranks; a report per step). A
+    collective.
 
     Rows are shuffled anew each epoch over all ranks; the set of rows of a minibatch, and so the update, does not
     depend on the number of ranks or the micro-batch. While the critic warms up, the actor stands still.
     """
     device = experience.logprobs.device
-    averages = Averages()
+    averages, reports = Averages(), []
     lengths = experience.sequences.attention_mask.sum(dim=1).tolist()
     warming = settings.critic is not None and iteration <= settings.critic.warmup_iterations
     for engine in (engines.actor, engines.critic):
@@ -65,12 +73,12 @@ def ppo_update(
         for place, rows in enumerate(np.split(order, steps)):
             number = ((iteration - 1) * settings.ppo.epochs + epoch) * steps + place  # optimizer step, 0-based
             minibatch = Minibatch(engines, experience, settings, averages, epoch_kl, warming)
-            minibatch.step(rows.tolist(), lengths, plan, number, extras)
+            reports.append(minibatch.step(rows.tolist(), lengths, plan, number, extras))
         if settings.ppo.target_kl is not None and not warming:
             # Reduced first: all ranks stop together.
             if epoch_kl.reduce(device)["policy/approx_kl"] > settings.ppo.target_kl:
                 break
-    return averages.reduce(device) | {"policy/epochs": epoch + 1.0}
+    return averages.reduce(device) | {"policy/epochs": epoch + 1.0}, reports
 
 
 @dataclass
@@ -84,37 +92,38 @@ class Minibatch:
     epoch_kl: Averages
     warming: bool  # the critic alone learns
 
-    def step(self, rows: list[int], lengths: list[int], plan: BatchPlan, number: int, extras: ActorExtras) -> None:
+    def step(
+        self, rows: list[int], lengths: list[int], plan: BatchPlan, number: int, extras: ActorExtras
+    ) -> MinibatchReport:
+        losses = defaultdict(list)  # by engine, of each backward
         global_tokens = float(self.experience.mask[rows].sum())
         dealt = deal(rows, lengths, plan, dist.rank())
         for micro in dealt:
             places = torch.tensor(micro)
             if not self.warming:
-                self._actor_backward(places, global_tokens)
+                losses["policy"].append(self._actor_backward(places, global_tokens))
             if self.engines.critic is not None:
-                self._critic_backward(places, global_tokens)
+                losses["value"].append(self._critic_backward(places, global_tokens))
         if not self.warming and extras.pretraining is not None:
-            self._pretraining_backward(extras.pretraining(number), extras.pretraining_coef)
-        report = self._step()
+            losses["policy"] += self._pretraining_backward(extras.pretraining(number), extras.pretraining_coef)
+        report = self._step(losses)
         if not self.warming and extras.after_step is not None:
             extras.after_step(number, report.skipped)
-        if extras.noticed is not None:
-            extras.noticed(report, dealt)
+        return MinibatchReport(report, dealt)
 
-    def _step(self) -> StepReport:
+    def _step(self, losses: Mapping[str, list[torch.Tensor]]) -> StepReport:
         """Both engines step, or neither; what they did together, each micro-batch's losses added up."""
-        engines = {} if self.warming else {"policy": self.engines.actor}
-        engines |= {} if self.engines.critic is None else {"value": self.engines.critic}
-        reports = optimizer_steps(*engines.values())
-        for name, report in zip(engines, reports, strict=True):
+        engines = {"policy": self.engines.actor, "value": self.engines.critic}
+        reports = optimizer_steps([engines[name] for name in losses], list(losses.values()))
+        for name, report in zip(losses, reports, strict=True):
             for metric, value in report.metrics(name).items():
                 if math.isfinite(value):
                     self.averages.add(metric, value, 1)
-        losses = tuple(sum(each) for each in itertools.zip_longest(*(r.losses for r in reports), fillvalue=0.0))
-        return dataclasses.replace(reports[0], losses=losses)
+        sums = tuple(sum(each) for each in itertools.zip_longest(*(r.losses for r in reports), fillvalue=0.0))
+        return dataclasses.replace(reports[0], losses=sums)
 
-    def _actor_backward(self, rows: torch.Tensor, global_tokens: float) -> None:
-        """Forward and backward of the actor on one micro-batch; rows [b] index the experience."""
+    def _actor_backward(self, rows: torch.Tensor, global_tokens: float) -> torch.Tensor:
+        """Forward and backward of the actor on one micro-batch, its loss sum; rows [b] index the experience."""
         experience, ppo = self.experience, self.settings.ppo
         micro, mask = experience.sequences.micro_batch(rows), experience.mask[rows]
         old_logprobs, advantages = experience.logprobs[rows], experience.advantages[rows]
@@ -132,7 +141,7 @@ class Minibatch:
             old_kl = masked_sum(kl_estimate(old_logprobs, logprobs, "k3"), mask)
             value_loss = self._value_loss(micro.before_response(found[2]), rows)
             objective = loss + head.old_kl_coef * old_kl + head.coef * value_loss
-        backward_mean(self.engines.actor, objective, global_tokens)
+        loss_sum = backward_mean(self.engines.actor, objective, global_tokens)
         with torch.no_grad():
             tokens, ratio = mask.sum(), (logprobs - old_logprobs).exp()
             outside = (ratio < 1 - ppo.clip) | (ratio > 1 + (ppo.clip_high or ppo.clip))
@@ -142,12 +151,13 @@ class Minibatch:
             self.averages.add("policy/clipfrac", masked_sum(outside.float(), mask), tokens)
             for averages in (self.averages, self.epoch_kl):
                 averages.add("policy/approx_kl", approx_kl, tokens)
+        return loss_sum
 
-    def _critic_backward(self, rows: torch.Tensor, global_tokens: float) -> None:
+    def _critic_backward(self, rows: torch.Tensor, global_tokens: float) -> torch.Tensor:
         """The same of the critic."""
         micro = self.experience.sequences.micro_batch(rows)
         values = micro.before_response(self.engines.critic(micro.ids, micro.mask))
-        backward_mean(self.engines.critic, self._value_loss(values, rows), global_tokens)
+        return backward_mean(self.engines.critic, self._value_loss(values, rows), global_tokens)
 
     def _value_loss(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """values [b,R] -> the sum of their losses over real tokens, noted in the metrics."""
@@ -165,16 +175,18 @@ class Minibatch:
             self.averages.add("value/clipfrac", masked_sum(far.float(), mask), tokens)
         return loss
 
-    def _pretraining_backward(self, batches: list[SFTBatch], coef: float) -> None:
+    def _pretraining_backward(self, batches: list[SFTBatch], coef: float) -> list[torch.Tensor]:
         """coef * mean over the blocks' tokens of -log p, added to the actor's gradient (InstructGPT, eq. 2)."""
         device = self.experience.logprobs.device
         tokens = float(sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches))
         global_tokens = dist.sum_over_ranks({"tokens": tokens}, device)["tokens"]
+        losses = []
         for batch in batches:
             batch = batch.to(device)
             logprobs = self.engines.actor(batch.input_ids, batch.attention_mask, batch.loss_mask)[0]
-            backward_mean(self.engines.actor, -coef * logprobs.sum(), global_tokens)
+            losses.append(backward_mean(self.engines.actor, -coef * logprobs.sum(), global_tokens))
             self.averages.add("policy/pretraining_loss", -logprobs.detach().sum(), batch.loss_mask[:, 1:].sum())
+        return losses
 
 
 @torch.no_grad()

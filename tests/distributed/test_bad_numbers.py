@@ -46,7 +46,7 @@ def make(model: str, stage: int, precision: str = "float32") -> Any:
     )
 
 
-def backward(engine: Any, tokenizer: Any, seed: int, bad: str | None) -> None:
+def backward(engine: Any, tokenizer: Any, seed: int, bad: str | None) -> torch.Tensor:
     """A micro-batch's backward; what is `bad` is so on rank 1 alone."""
     examples = tiny.random_examples([(4, 5), (3, 7)], tokenizer, 10 * seed + dist.rank())
     batch = collate_sft(examples, tokenizer.pad_token_id)
@@ -56,7 +56,7 @@ def backward(engine: Any, tokenizer: Any, seed: int, bad: str | None) -> None:
     if here == "gradient":
         logprobs.register_hook(lambda gradient: gradient * torch.nan)
     factor = {"loss": torch.nan, "infinite": torch.inf, "overflow": 1e30}.get(str(here), 1.0)
-    backward_mean(engine, loss * factor, 24)
+    return backward_mean(engine, loss * factor, 24)
 
 
 def run_steps(model: str, stage: int, precision: str, bad_steps: list[str | None], num: int) -> dict[str, Any]:
@@ -66,9 +66,8 @@ def run_steps(model: str, stage: int, precision: str, bad_steps: list[str | None
     reports = []
     seed = 0
     for bad in bad_steps:
-        for engine in engines:
-            backward(engine, tokenizer, seed, bad if engine is engines[0] else None)
-        reports.append(optimizer_steps(*engines))
+        losses = [[backward(each, tokenizer, seed, bad if each is engines[0] else None)] for each in engines]
+        reports.append(optimizer_steps(engines, losses))
         seed += bad is None
     return {
         "skipped": [[report.skipped for report in both] for both in reports],
@@ -147,9 +146,9 @@ def bad_backwards(calls: set[int]) -> Any:
     """The named backwards of a run (0-based) get a loss of nan on rank 1."""
     count = iter(range(10**6))
 
-    def backward_mean_sometimes(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:
+    def backward_mean_sometimes(engine: Any, loss_sum: torch.Tensor, global_count: float) -> torch.Tensor:
         bad = next(count) in calls and dist.rank() == 1
-        backward_mean(engine, loss_sum * torch.nan if bad else loss_sum, global_count)
+        return backward_mean(engine, loss_sum * torch.nan if bad else loss_sum, global_count)
 
     return backward_mean_sometimes
 

@@ -116,7 +116,7 @@ def run_gradients(rank: int, folder: str, path: str, stages: list[int], micro_ba
                     step = Step(load_causal_lm, path, tokenizer, config)
                     reference = (lambda micro, batch: None) if loss == "simpo" else known
                     settings = make_settings(folder, path, loss)
-                    metrics = step2_dpo.train.dpo_step(step.engine, reference, batches, settings, CPU)
+                    metrics, _ = step2_dpo.train.dpo_step(step.engine, reference, batches, settings, CPU)
                     found[loss, stage, micro_batch] = step.result(metrics, "dpo/loss", "optimizer/grad_norm")
     return found
 

@@ -232,7 +232,7 @@ def run_group(group: str, paths: dict[str, str], stage: int, micro_batch: int, c
         step = Step(load_causal_lm, paths["llama_untied" if group == "sft_untied" else "gpt2"], tokenizer, config)
         rows = sft_rows(tokenizer, group)
         dealt = deal(range(len(rows)), [len(row.ids) for row in rows], plan, dist.rank())
-        metrics = sft_step(step.engine, [collate_sft(pick(rows, m), tokenizer.pad_token_id) for m in dealt], CPU)
+        metrics, _ = sft_step(step.engine, [collate_sft(pick(rows, m), tokenizer.pad_token_id) for m in dealt], CPU)
         return {group: step.result(metrics, "sft/loss", "optimizer/grad_norm")}
     if group == "ppo":
         actor = Step(load_causal_lm, paths["gpt2"], tokenizer, config)
@@ -243,7 +243,7 @@ def run_group(group: str, paths: dict[str, str], stage: int, micro_batch: int, c
             f"rollout.prompts={ROWS}", f"rollout.temperature={TEMPERATURE}", f"ppo.minibatch={ROWS}",
             f"ppo.micro_batch={micro_batch}", "ppo.epochs=1", f"ppo.clip={CLIP}", f"ppo.value_clip={CLIP}",
         )  # fmt: skip
-        metrics = ppo_update(Engines(actor.engine, critic.engine, None, None), experience, 1, settings, plan)
+        metrics, _ = ppo_update(Engines(actor.engine, critic.engine, None, None), experience, 1, settings, plan)
         return {
             case: step.result(metrics, f"{case}/loss", f"{case}/grad_norm")
             for case, step in (("policy", actor), ("value", critic))
@@ -252,7 +252,7 @@ def run_group(group: str, paths: dict[str, str], stage: int, micro_batch: int, c
     rows = ranking_rows(tokenizer)
     dealt = deal(range(len(rows)), ranking_lengths(rows), plan, dist.rank())
     batches = [collate_ranking(pick(rows, m), tokenizer.pad_token_id) for m in dealt]
-    metrics = reward_model_step(step.engine, batches, group, CPU)
+    metrics, _ = reward_model_step(step.engine, batches, group, CPU)
     return {group: step.result(metrics, "reward_model/loss", "optimizer/grad_norm")}
 
 

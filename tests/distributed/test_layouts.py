@@ -65,7 +65,7 @@ def step(engine: Any, plan: Any, tokenizer: Any, number: int) -> float:
     rows = tiny.random_examples(lengths, tokenizer, seed=number)
     dealt = deal(range(len(rows)), [len(row.ids) for row in rows], plan, dist.rank())
     batches = [collate_sft(pick(rows, micro), tokenizer.pad_token_id) for micro in dealt]
-    return sft_step(engine, batches, CPU)["sft/loss"]
+    return sft_step(engine, batches, CPU)[0]["sft/loss"]
 
 
 def settings_in(folder: str, output: str) -> Any:

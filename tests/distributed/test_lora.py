@@ -89,13 +89,13 @@ def run_case(case: str, paths: dict[str, str], stage: int, micro_batch: int) -> 
     if kind == "sft":
         rows = sft_rows(tokenizer, case)
         dealt = deal(range(len(rows)), [len(row.ids) for row in rows], plan, dist.rank())
-        metrics = sft_step(step.engine, [collate_sft(pick(rows, m), tokenizer.pad_token_id) for m in dealt], CPU)
+        metrics, _ = sft_step(step.engine, [collate_sft(pick(rows, m), tokenizer.pad_token_id) for m in dealt], CPU)
         result = step.result(metrics, "sft/loss", "optimizer/grad_norm")
     else:
         ranked = ranking_rows(tokenizer)
         dealt = deal(range(len(ranked)), ranking_lengths(ranked), plan, dist.rank())
         batches = [collate_ranking(pick(ranked, m), tokenizer.pad_token_id) for m in dealt]
-        metrics = reward_model_step(step.engine, batches, "pairs", CPU)
+        metrics, _ = reward_model_step(step.engine, batches, "pairs", CPU)
         result = step.result(metrics, "reward_model/loss", "optimizer/grad_norm")
     moved = [name for name, gradient in result["gradient"].items() if name not in trained and gradient.any()]
     gradient = {name.removeprefix("model."): g for name, g in result["gradient"].items() if name in trained}

@@ -197,7 +197,7 @@ def run_gradients(paths: dict[str, str], stage: int, micro_batch: int) -> dict[s
         Step(load, paths[name], tokenizer, config)
         for load, name in ((load_causal_lm, "gpt2"), (load_reward_model, "reward"))
     )
-    metrics = ppo_update(Engines(actor.engine, critic.engine, None, None), experience, 1, settings, plan)
+    metrics, _ = ppo_update(Engines(actor.engine, critic.engine, None, None), experience, 1, settings, plan)
     found = {
         case: step.result(metrics, f"{case}/loss", f"{case}/grad_norm")
         for case, step in (("policy", actor), ("value", critic))
@@ -213,13 +213,13 @@ def run_gradients(paths: dict[str, str], stage: int, micro_batch: int) -> dict[s
         return [collate_sft(pick(texts, micro), tokenizer.pad_token_id) for micro in dealt]
 
     extras = ActorExtras(blocks, MIX_COEF)
-    metrics = ppo_update(Engines(actor.engine, None, None, None), experience, 1, settings, plan, extras)
+    metrics, _ = ppo_update(Engines(actor.engine, None, None, None), experience, 1, settings, plan, extras)
     assert asked == [0] and "value/loss" not in metrics
     found["pretraining"] = actor.result(metrics, "policy/pretraining_loss", "policy/grad_norm")
     head = f"value_head={{coef: {VALUE_COEF}, old_kl_coef: {OLD_KL_COEF}}}"
     settings = settings_of(paths, "gradients", stage, *common, "critic=null", head, f"ppo.value_clip={CLIP}")
     actor = Step(load_with_head, paths["gpt2"], tokenizer, config)
-    metrics = ppo_update(Engines(actor.engine, None, None, None), experience, 1, settings, plan)
+    metrics, _ = ppo_update(Engines(actor.engine, None, None, None), experience, 1, settings, plan)
     found["shared"] = actor.result(metrics, "value/loss", "policy/grad_norm")
     return found
 
@@ -297,7 +297,7 @@ def run_warmup(paths: dict[str, str], stage: int) -> dict[str, Any]:
     found: dict[str, Any] = {"actor": [], "critic": [], "metrics": [], "steps": steps}
     for iteration in (0, 1, 2, 3):
         if iteration:
-            found["metrics"].append(ppo_update(engines, experience, iteration, settings, plan, extras))
+            found["metrics"].append(ppo_update(engines, experience, iteration, settings, plan, extras)[0])
         found["actor"].append(weights_of(engines.actor))
         found["critic"].append(weights_of(engines.critic))
     return found
@@ -328,7 +328,7 @@ def run_target_kl(paths: dict[str, str], stage: int) -> dict[str, Any]:
         last = [row for micro in deal(range(ROWS), lengths, plan, dist.world_size() - 1) for row in micro]
         logprobs[last] += gap
         experience = dataclasses.replace(experience, logprobs=logprobs)
-        metrics = ppo_update(Engines(actor, None, None, None), experience, 1, settings, plan, NOTHING_ELSE)
+        metrics, _ = ppo_update(Engines(actor, None, None, None), experience, 1, settings, plan, NOTHING_ELSE)
         found[name] = metrics["policy/epochs"], actor.global_steps, metrics["policy/approx_kl"]
     return found
 

@@ -112,7 +112,7 @@ def run_all(rank: int, path: str, layouts: list[tuple[int, int]]) -> dict[Any, A
             batches = [collate_ranking(pick(rows, micro), tokenizer.pad_token_id) for micro in dealt]
             for case, (form, options) in CASES.items():
                 step = Step(load_reward_model, path, tokenizer, config)
-                metrics = reward_model_step(step.engine, batches, form, CPU, **options)
+                metrics, _ = reward_model_step(step.engine, batches, form, CPU, **options)
                 found[case, stage, micro_batch] = step.result(metrics, "reward_model/loss", "optimizer/grad_norm")
     return found
 

@@ -59,7 +59,7 @@ class Run:
         check_first_iteration(self.engines, experience, self.settings, self.plan)
 
     def update(self, experience: Experience, iteration: int = 1) -> dict[str, float]:
-        return ppo_update(self.engines, experience, iteration, self.settings, self.plan)
+        return ppo_update(self.engines, experience, iteration, self.settings, self.plan)[0]
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return evaluate(self.engines, self.rollouts, self.heldout, self.settings, self.tokenizer, [], None, CPU)

@@ -103,7 +103,6 @@ class PlainEngine(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module, self.device = module, CPU
-        self.micro_batch_losses: list[Tensor] = []
 
     def forward(self, *arguments: Any) -> Any:
         return self.module(*arguments)
@@ -200,7 +199,7 @@ def run_both(folders: dict[str, str], settings: PPOConfig, tokenizer: Any, ids: 
     control = Control.of(settings)
     ours, metrics = make_experience(engines, rollouts, prompts, 1, settings, Stopwatch(CPU), control, [])
     moved = Engines(engine("moved_actor"), engine("moved_critic"), None, None)
-    losses = ppo_update(moved, ours, 1, settings, settings.plan(dist.world_size()))
+    losses, _ = ppo_update(moved, ours, 1, settings, settings.plan(dist.world_size()))
     gradients = {
         name: {key: p.grad for key, p in trained.module.model.named_parameters() if p.grad is not None}
         for name, trained in (("actor", moved.actor), ("critic", moved.critic))

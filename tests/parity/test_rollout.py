@@ -309,7 +309,7 @@ def rollouts_between_steps(rank: int, path: str, shares: list[list[int]]) -> dic
                 with pytest.raises(ZeroDivisionError), engine.generation_mode(made):
                     raise ZeroDivisionError
             batch = collate_sft(rows, tokenizer.pad_token_id)
-            losses.append(sft_step(made, [batch], CPU)["sft/loss"])
+            losses.append(sft_step(made, [batch], CPU)[0]["sft/loss"])
             hooks.append(count_hooks(made))
             made.module.eval()
             with torch.no_grad():

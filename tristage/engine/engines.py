@@ -98,7 +98,6 @@ def train_engine(
     )
     assert not engine.managed_gradient_accumulation(), "this deepspeed ignores managed_gradient_accumulation"
     _keep_gradient_norm(engine)
-    engine.micro_batch_losses = []  # of the optimizer step under way, see backward_mean
     return engine
 
 
@@ -138,7 +137,7 @@ def _prepare(model: Any, config: dict[str, Any]) -> None:
             register_external_parameter(model, parameter)
 
 
-def backward_mean(engine: deepspeed.DeepSpeedEngine, loss_sum: torch.Tensor, global_count: float) -> None:
+def backward_mean(engine: deepspeed.DeepSpeedEngine, loss_sum: torch.Tensor, global_count: float) -> torch.Tensor:
     """Backward of one micro-batch's share of `sum over the whole optimizer step / global_count`.
 
     The one place that undoes DeepSpeed's two hidden divisions: by accumulation steps (switched off) and by
@@ -148,9 +147,12 @@ def backward_mean(engine: deepspeed.DeepSpeedEngine, loss_sum: torch.Tensor, glo
     Args:
         loss_sum: scalar, the sum over this micro-batch's real tokens or rows.
         global_count: real tokens or rows of the optimizer step, over all ranks and micro-batches.
+
+    Returns:
+        scalar float32, `loss_sum` without its graph: what `optimizer_steps` checks.
     """
-    engine.micro_batch_losses.append(loss_sum.detach().float())
     engine.backward(loss_sum * (dist.world_size() / max(global_count, 1.0)), scale_wrt_gas=False)
+    return loss_sum.detach().float()
 
 
 def gathered(parameters: list[nn.Parameter], config: dict[str, Any] | None) -> contextlib.AbstractContextManager[Any]:

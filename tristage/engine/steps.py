@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 
 from tristage import dist
 from tristage.errors import UserError
+
+Losses = Sequence[torch.Tensor]  # [] each: an optimizer step's loss sums, as `backward_mean` returns them
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,17 @@ class StepReport:
         }
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepReport:
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, losses: Losses) -> StepReport:
     """Reduce the accumulated gradients over ranks, clip, update, move the schedule on. A collective."""
-    return optimizer_steps(engine)[0]
+    return optimizer_steps([engine], [losses])[0]
 
 
-def optimizer_steps(*engines: deepspeed.DeepSpeedEngine) -> list[StepReport]:
+def optimizer_steps(engines: Sequence[deepspeed.DeepSpeedEngine], losses: Sequence[Losses]) -> list[StepReport]:
     """One optimizer step of every engine, or of none: when a loss or gradient of one is not finite on any rank, all
     leave their weights, moments and schedules alone. In fp16 that engine's loss scale falls, the others' stay.
+
+    Args:
+        losses: of each engine, what its `backward_mean`s of this step returned.
 
     Raises:
         UserError: fp16 with the loss scale at its minimum and gradients that still overflow.
@@ -63,20 +68,19 @@ def optimizer_steps(*engines: deepspeed.DeepSpeedEngine) -> list[StepReport]:
     for engine in engines:
         _reduce_gradients(engine)
     overflows = [_has_overflow(engine) for engine in engines]
-    losses = [torch.stack(engine.micro_batch_losses).tolist() for engine in engines]
-    flags = {"loss": float(not all(map(math.isfinite, itertools.chain(*losses)))), "gradient": float(any(overflows))}
+    loss_sums = [torch.stack(list(of_engine)).tolist() for of_engine in losses]
+    flags = {"loss": float(not all(map(math.isfinite, itertools.chain(*loss_sums)))), "gradient": float(any(overflows))}
     found = dist.max_over_ranks(flags, engines[0].device)
     bad_loss = found["loss"] > 0
     skip = bad_loss or found["gradient"] > 0
     reports = []
-    for engine, rate, own_losses, own in zip(engines, learning_rates, losses, overflows, strict=True):
-        engine.micro_batch_losses.clear()
+    for engine, rate, own_losses, own in zip(engines, learning_rates, loss_sums, overflows, strict=True):
         if skip:
             _discard_gradients(engine, own)
         else:
             engine._take_model_step(None)
         norm, skipped = engine.get_global_grad_norm(), not engine.was_step_applied()
-        engine.last_step = StepReport(
+        report = StepReport(
             grad_norm=math.inf if skipped else float("nan") if norm is None else float(norm),
             learning_rate=rate,
             skipped=skipped,
@@ -85,7 +89,7 @@ def optimizer_steps(*engines: deepspeed.DeepSpeedEngine) -> list[StepReport]:
             bad_gradient=skipped and not bad_loss and not engine.fp16_enabled(),
             loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
         )
-        reports.append(engine.last_step)
+        reports.append(report)
     return reports
 
 
