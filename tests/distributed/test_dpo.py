@@ -103,7 +103,7 @@ def run_gradients(rank: int, folder: str, path: str, stages: list[int], micro_ba
     tokenizer = load_tokenizer(path)
     rows = ranking_rows(tokenizer)
     known = reference_of(path, rows)
-    with mock.patch.object(engine, "_adamw", sgd):
+    with mock.patch.object(engine.engines, "_adamw", sgd):
         dist.init("cpu")
         for stage in stages:
             template = json.loads(Path(tiny.deepspeed_json(stage)).read_text())

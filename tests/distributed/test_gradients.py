@@ -268,7 +268,7 @@ def run_all(rank: int, paths: dict[str, str], stages: list[int], micro_batches: 
         for case, result in run_group(group, paths, stage, micro_batch, clip).items():
             found["clipped" if clip else case, stage, micro_batch] = result
 
-    with mock.patch.object(engine, "_adamw", sgd):
+    with mock.patch.object(engine.engines, "_adamw", sgd):
         dist.init("cpu")
         for stage in stages:
             for micro_batch in micro_batches:

@@ -72,7 +72,7 @@ def run_all(rank: int, paths: dict[str, str], layouts: list[tuple[int, int]]) ->
     """{(case, stage, micro-batch): {"gradient", "loss", "norm", "base_moved"}} of one optimizer step each."""
     dist.init("cpu")
     found = {}
-    with mock.patch.object(engine, "_adamw", sgd):
+    with mock.patch.object(engine.engines, "_adamw", sgd):
         for stage, micro_batch in layouts:
             for case in CASES:
                 found[case, stage, micro_batch] = run_case(case, paths, stage, micro_batch)

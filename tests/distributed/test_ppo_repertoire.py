@@ -335,7 +335,7 @@ def run_target_kl(paths: dict[str, str], stage: int) -> dict[str, Any]:
 
 def run_all(rank: int, paths: dict[str, str], gradient_runs: list[tuple[int, int]]) -> dict[str, Any]:
     dist.init("cpu")
-    with mock.patch.object(engine, "_adamw", gradients.sgd):
+    with mock.patch.object(engine.engines, "_adamw", gradients.sgd):
         found: dict[str, Any] = {"gradients": {key: run_gradients(paths, *key) for key in gradient_runs}}
     found["average"] = {name: run_average(paths, name, averaged=True) for name in AVERAGED}
     found["alone"] = {name: run_average(paths, name, averaged=False)["last"] for name in AVERAGED}

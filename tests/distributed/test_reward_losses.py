@@ -103,7 +103,7 @@ def run_all(rank: int, path: str, layouts: list[tuple[int, int]]) -> dict[Any, A
     """{(case, stage, micro-batch): result} of `layouts`, which are (stage, micro-batch)."""
     tokenizer = load_tokenizer(path)
     rows, found = prompt_rows(tokenizer), {}
-    with mock.patch.object(engine, "_adamw", sgd):
+    with mock.patch.object(engine.engines, "_adamw", sgd):
         dist.init("cpu")
         for stage, micro_batch in layouts:
             plan = BatchPlan.make(ROWS, micro_batch, dist.world_size())
