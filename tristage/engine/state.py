@@ -107,10 +107,10 @@ def _shares(engine: Any) -> Iterator[Share]:
     for i, (name, parameter) in enumerate(trained):
         if stage == 3:
             yield from _zero3_share(optimizer, name, parameter)
-        elif hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2
+        elif stage in (1, 2):
             if (mapping := parameter._hp_mapping) is not None:
                 lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-                owner = _flat_partitions(optimizer)[mapping.param_group_index]
+                owner = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
                 yield Share(name, lp.start, parameter.numel(), owner, hp.start, lp.numel, True)
         else:
             owner, numel = masters.get(id(parameter), parameter), parameter.numel()
@@ -124,12 +124,6 @@ def _zero3_share(optimizer: Any, name: str, parameter: Any) -> Iterator[Share]:
     if numel > 0:
         owner = optimizer.fp32_partitioned_groups_flat[group]
         yield Share(name, start, parameter.ds_numel, owner, offset, numel, True)
-
-
-def _flat_partitions(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's flat float32 weights, one tensor a parameter group: ZeRO 1 and 2, and ZeRO 1 in bf16."""
-    name = "single_partition_of_fp32_groups"
-    return getattr(optimizer, name if hasattr(optimizer, name) else "fp32_groups_flat_partition")  # type: ignore[no-any-return]
 
 
 def _whole_masters(optimizer: Any) -> dict[int, nn.Parameter]:
@@ -172,7 +166,7 @@ def _renew_weights(engine: Any) -> None:
                 master = optimizer.fp32_partitioned_groups_flat[group].narrow(0, offset, size)
                 parameter.ds_tensor.copy_(master.view_as(parameter.ds_tensor))
         refresh_persistent(engine)
-    elif hasattr(optimizer, "update_lp_params"):
+    elif engine.zero_optimization_stage() in (1, 2):
         optimizer.update_lp_params()
     else:
         masters = _whole_masters(optimizer)
@@ -183,11 +177,12 @@ def _renew_weights(engine: Any) -> None:
 
 def _set_schedule(scheduler: Any, step: int) -> None:
     """As after `step` steps; peak rates and shape are the settings', which may have been changed on purpose."""
-    scheduler.last_epoch, scheduler._step_count = step, step + 1
     rates = [base * shape(step) for base, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    state, changed = scheduler.state_dict(), {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    assert changed.keys() <= state.keys(), "torch's schedulers keep their place under other names"
+    scheduler.load_state_dict(state | changed)
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def _loss_scaler(engine: Any) -> Any:
