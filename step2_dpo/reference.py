@@ -23,7 +23,7 @@ from tristage.data.loader import evaluation_rows
 from tristage.data.sets import fingerprint
 from tristage.data.store import Rows
 from tristage.data.template import read_template
-from tristage.engine import frozen_engine
+from tristage.engine import free_weights, frozen_engine
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.kernels import check_kernels
 from tristage.models.loading import check_model
@@ -120,11 +120,8 @@ class Asked:
         return answer_logprobs(self.engine, batch)
 
     def free(self) -> None:
-        """Give the weights' memory back; dropping the engine would not: under ZeRO-3 DeepSpeed keeps its module."""
-        for parameter in self.engine.module.parameters():
-            share = getattr(parameter, "ds_tensor", parameter)  # the rank's, where partitioned
-            for tensor in (parameter, share):
-                tensor.data = tensor.data.new_empty(0)
+        """Give the weights' memory back."""
+        free_weights(self.engine)
 
 
 class Known:

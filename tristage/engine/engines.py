@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tristage import dist
 from tristage.config import BatchPlan, OptimizerSettings
 from tristage.dist import progress
+from tristage.engine.internals import check_internals
 from tristage.engine.optimizer import _adamw, schedule_factor
 from tristage.errors import UserError
 from tristage.storage.free_space import free_for_rank
@@ -97,6 +98,7 @@ def train_engine(
         dist_init_required=False,
     )
     assert not engine.managed_gradient_accumulation(), "this deepspeed ignores managed_gradient_accumulation"
+    check_internals(engine)
     _keep_gradient_norm(engine)
     return engine
 
@@ -121,6 +123,7 @@ def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpe
     model.requires_grad_(False)
     model.eval()
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    check_internals(engine)
     engine.eval()
     return engine
 
@@ -208,10 +211,18 @@ def _whole_parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
 def refresh_persistent(engine: deepspeed.DeepSpeedEngine) -> None:
     """After partitions were written by hand: ZeRO-3 keeps small parameters whole as well, which then need renewing."""
-    small = getattr(engine.optimizer, "persistent_parameters", None)
-    if engine.zero_optimization_stage() == 3 and small:
+    small = engine.optimizer.persistent_parameters if engine.zero_optimization_stage() == 3 else []
+    if small:
         small[0].partition(small)
         small[0].all_gather(small)
+
+
+def free_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Give the weights' memory back; dropping the engine would not: under ZeRO-3 DeepSpeed keeps its module."""
+    for parameter in engine.module.parameters():
+        share = parameter.ds_tensor if engine.zero_optimization_stage() == 3 else parameter  # of this rank
+        for tensor in (parameter, share):
+            tensor.data = tensor.data.new_empty(0)
 
 
 def parameters_fit(engine: deepspeed.DeepSpeedEngine, device: torch.device, headroom: float = 0.5) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import deepspeed
 import torch
 
 from tristage import dist
+from tristage.engine.internals import replaced
 from tristage.errors import UserError
 
 Losses = Sequence[torch.Tensor]  # [] each: an optimizer step's loss sums, as `backward_mean` returns them
@@ -95,7 +94,7 @@ def optimizer_steps(engines: Sequence[deepspeed.DeepSpeedEngine], losses: Sequen
 
 def _reduce_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     """The first half of engine.step(): gradients are averaged over ranks. The second is engine._take_model_step."""
-    with _replaced(engine, "_take_model_step", lambda lr_kwargs: None):
+    with replaced(engine, "_take_model_step", lambda lr_kwargs: None):
         engine.step()
 
 
@@ -126,8 +125,8 @@ def _discard_gradients(engine: deepspeed.DeepSpeedEngine, own_overflow: bool) ->
         norm = "_get_norm_groups" if engine.zero_optimization_stage() == 3 else "scaled_global_norm"
         infinite = torch.tensor(math.inf, device=engine.device)
         with (
-            _replaced(engine.optimizer, norm, lambda *_: [infinite] if norm == "_get_norm_groups" else infinite),
-            _replaced(engine.optimizer, "_update_scale", lambda has_overflow=False: None),
+            replaced(engine.optimizer, norm, lambda *_: [infinite] if norm == "_get_norm_groups" else infinite),
+            replaced(engine.optimizer, "_update_scale", lambda has_overflow=False: None),
         ):
             engine._take_model_step(None)
     else:  # ZeRO 0 in float32 would step: nothing there looks at the gradients
@@ -135,13 +134,3 @@ def _discard_gradients(engine: deepspeed.DeepSpeedEngine, own_overflow: bool) ->
         engine.skipped_steps += 1
         engine._step_applied = False
     assert not engine.was_step_applied()
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
-    """`owner.name` is `function` inside the block; the class's own method after it."""
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
