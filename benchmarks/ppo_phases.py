@@ -34,6 +34,7 @@ from step3_ppo.update import ppo_update
 from tristage import dist
 from tristage.data.sets import load_sets
 from tristage.engine import frozen_engine
+from tristage.models.quiet import quiet_libraries
 from tristage.models.reward_model import load_reward_model
 from tristage.models.saving import save_model
 from tristage.models.tokenizer import load_tokenizer
@@ -105,6 +106,7 @@ def make_models(folder: Path, device: torch.device) -> None:
 
 
 def main(argv: list[str]) -> None:
+    quiet_libraries()
     device = dist.init()
     (name,) = set(dist.gather_objects(tempfile.mkdtemp() if dist.is_main() else None)) - {None}
     folder = Path(name)

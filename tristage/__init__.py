@@ -3,5 +3,5 @@
 import logging
 
 __version__ = "0.1.0"
-# Here, before peft imports it: on a CPU bitsandbytes says at every start which kernels it could not download.
+# Here and not in quiet_libraries: peft imports bitsandbytes, which on a CPU lists the kernels it could not download.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -69,7 +69,9 @@ class _Rank:
         os.environ.clear()
         os.environ.update(environment)
         from tristage import dist
+        from tristage.models.quiet import quiet_libraries
 
+        quiet_libraries()  # as entry_point does
         torch.set_num_threads(1)
         try:
             queue.put((rank, function(rank, *arguments), None))

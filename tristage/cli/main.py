@@ -88,7 +88,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         words = ["--config", arguments.config, *arguments.settings]
         settings = load_config(settings_class(arguments.config, arguments.step), words)
     from tristage.cli import doctor  # late, as in _data
+    from tristage.models.quiet import quiet_libraries
 
+    quiet_libraries()
     findings = []
     for finding in doctor.examine(settings, arguments.ranks or doctor.default_ranks()):
         print(finding, flush=True)
@@ -100,8 +102,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _merge(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from tristage.models.quiet import quiet_libraries
     from tristage.models.saving import merge_adapter  # late, as in _data
 
+    quiet_libraries()
     merge_adapter(arguments.base, arguments.adapter, arguments.out)
     print(f"{arguments.base} with {arguments.adapter} is in {arguments.out}")
     return 0
@@ -114,8 +118,10 @@ def _data(arguments: argparse.Namespace) -> int:
     # Imported late: transformers takes seconds, and a wrong config should say so at once.
     from tristage.cli import inspect_data as inspect
     from tristage.data.template import read_template
+    from tristage.models.quiet import quiet_libraries
     from tristage.models.tokenizer import load_tokenizer
 
+    quiet_libraries()
     tokenizer = load_tokenizer(settings.tokenizer_path, read_template(settings), settings.trust_remote_code)
     console = _console()
     if arguments.command == "show":
@@ -136,9 +142,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from tristage.models.quiet import quiet_libraries
     from tristage.planning import formulas as memory  # late, as in _data
     from tristage.planning import report
 
+    quiet_libraries()
     machine = memory.Machine(
         arguments.gpus,
         arguments.gpus_per_node,

@@ -7,7 +7,6 @@ A model enters through `train_engine` or `frozen_engine` and leaves through `ful
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator
 from copy import deepcopy
@@ -27,8 +26,6 @@ from tristage.engine.internals import check_internals
 from tristage.engine.optimizer import _adamw, schedule_factor
 from tristage.errors import UserError
 from tristage.storage.free_space import free_for_rank
-
-deepspeed.utils.logger.setLevel(logging.WARNING)
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # By how much rounding may move a token's log-probability between two forwards of the same weights: beyond it something

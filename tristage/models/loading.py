@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.utils import logging as transformers_logging
 
 from tristage.algo import masking
 from tristage.config import NOT_A_POLICY, SCORER
@@ -21,9 +20,6 @@ from tristage.models.opening import cannot_open, check_vocabulary, check_weights
 Holds = Literal["policy", "reward_model", "new_reward_model"]  # the last: either of them, to make a scorer of
 
 MASK_WITHOUT_POSITIONS = ("opt", "falcon")  # as of transformers 5.23; step 1 checks any family when it starts
-# A bar a file a rank, and a report that the new head is new, hide the lines that matter.
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 
 def load_config_without_dropout(path: str, trust_remote_code: bool = False) -> PretrainedConfig:

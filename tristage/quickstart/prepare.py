@@ -14,12 +14,14 @@ import json
 import sys
 from pathlib import Path
 
+from tristage.models.quiet import quiet_libraries
 from tristage.quickstart.network import make_network, make_tokenizer
 from tristage.quickstart.task import SIZES, make_data
 from tristage.storage.durable import remove_tree
 
 
 def main(argv: list[str]) -> None:
+    quiet_libraries()
     parser = argparse.ArgumentParser(prog="tristage.quickstart.prepare")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,6 @@ import random
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from tristage.config import RunSettings
 from tristage.dist import progress, watchdog
 from tristage.errors import UserError
 from tristage.machine.arrival import adopt_rank_of_mpirun, decode
+from tristage.models.quiet import quiet_libraries
 from tristage.runs.finished import NAME as FINISHED
 from tristage.runs.finished import clear_finished, require_finished, write_finished
 from tristage.runs.inputs import model_fingerprints, named_models, source_fingerprints
@@ -37,9 +37,6 @@ from tristage.training.metrics import RunLog
 
 EXIT_USER_ERROR = 2
 SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|(api|access|secret)[_-]?key)$", re.IGNORECASE)
-# torch announces renamed collectives at every call of DeepSpeed's; nothing that a user can act on.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-
 PACKAGES = (
     *("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "numpy"),
     *("bitsandbytes", "liger-kernel"),  # only where a setting asks for them
@@ -60,6 +57,7 @@ class Preempted(Exception):
 def entry_point(main: Callable[[list[str]], None]) -> None:
     """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2, Preempted exit code 75."""
     code = 0
+    quiet_libraries()
     sys.argv[1:] = map(decode, sys.argv[1:])
     adopt_rank_of_mpirun()
     with watchdog.listening():
