@@ -411,9 +411,8 @@ def test_restarts_need_a_number(launch, tmp_path, words):
 HANGS = """#!/usr/bin/env bash
 port="$(cat "$PYTHON_TRISTAGE_RUN/port")"
 touch "/dev/shm/deepspeed_allreduce_buffer_$(id -u)_127.0.0.1_${port}_0"
-echo "$$" >rank.new
-mv rank.new rank
-exec sleep 600
+# In braces: bash reads all of it before the test writes another script here.
+{ echo "$$" >rank.new; mv rank.new rank; exec sleep 600; }
 """
 
 
