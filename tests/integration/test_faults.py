@@ -224,6 +224,7 @@ def test_one_run_through_all_that_a_machine_does_to_it(base, whole, tmp_path):
     os.kill(job.process.pid, signal.SIGUSR1)
     assert job.code() == EXIT_PREEMPTED and job.left() == [], log.read_text()
     assert (tmp_path / "queue").read_text() == "requeue 17\n"
+    assert "sigkill_handler" not in log.read_text()  # DeepSpeed's error line
     assert checkpoints(output)[-1] == f"step_{steps_done(output):06d}"
 
     run = Launched(SFT, words, output, log)
