@@ -24,7 +24,7 @@ REQUIRED = (
 
 def repository_files(folder: Path = REPO) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.name in NOT_OURS or path.name.endswith(".egg-info"):
+        if path.name in NOT_OURS or path.name.endswith(".egg-info") or path.is_symlink():
             continue
         if path.is_dir():
             yield from repository_files(path)

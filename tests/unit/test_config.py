@@ -247,7 +247,7 @@ def test_broken_yaml_is_named_with_its_line(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("model: a\noutput: b\ndata: {train: c\nepochs: 1\n")
     assert error_of(str(path)).startswith(f"{path}:4: not valid YAML (")
-    assert error_of(str(path)).endswith("mend that line")
+    assert error_of(str(path)).endswith("fix that line")
 
 
 @pytest.mark.parametrize("content", [b"model: caf\xe9\n", b"model: a\x00b\n"])
@@ -343,7 +343,8 @@ def test_a_json_that_is_nowhere_names_the_key(sft_yaml, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         read_deepspeed_json("no.json", load_sft(sft_yaml), "actor.deepspeed")
     assert str(caught.value) == (
-        f"{sft_yaml}: key `actor.deepspeed`: no file no.json, here or beside the config; give its path"
+        f"{sft_yaml}: key `actor.deepspeed`: no file no.json, here or beside the config; "
+        "give its path, or a name that tristage ships: zero0, zero1, zero2, zero2_offload, zero3, zero3_offload"
     )
 
 

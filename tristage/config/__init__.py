@@ -1,8 +1,9 @@
 """Settings: checked pydantic models from YAML and overrides, DeepSpeed JSON, paths. Never imports torch."""
 
 from tristage.config.deepspeed_json import NEEDS_STAGE, OWNED_BY_YAML, read_deepspeed_json, world_size_from_environment
+from tristage.config.files import CONFIGS, shipped_path
 from tristage.config.paths import NOT_A_POLICY, SCORER, named_paths, require_folder_or_hub_id
-from tristage.config.reading import find_file, load_config
+from tristage.config.reading import find_file, load_config, read_values
 from tristage.config.settings import (
     MAX_ROW_BYTES,
     Attention,
@@ -38,6 +39,7 @@ __all__ = [
     "Precision",
     "RunSettings",
     "SCORER",
+    "CONFIGS",
     "STEPS",
     "Settings",
     "SourceSettings",
@@ -47,7 +49,9 @@ __all__ = [
     "load_config",
     "named_paths",
     "read_deepspeed_json",
+    "read_values",
     "require_folder_or_hub_id",
     "settings_class",
+    "shipped_path",
     "world_size_from_environment",
 ]

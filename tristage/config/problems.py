@@ -94,18 +94,18 @@ OTHER_TOOLS: dict[str, tuple[str, ...]] = {
 }
 
 
-def explain(error: ValidationError, settings_class: type[BaseModel]) -> list[str]:
-    """One sentence per wrong key: the key, what is wrong, what to do."""
+def explain(error: ValidationError, settings_class: type[BaseModel]) -> dict[str, str]:
+    """Wrong key -> one sentence: the key, what is wrong, what to do."""
     problems: dict[str, ErrorDetails] = {}
     for problem in error.errors():
         problems.setdefault(".".join(str(part) for part in problem["loc"] if part not in UNION_BRANCHES), problem)
     known = all_keys(settings_class)
     # A list whose items are wrong is too short to pydantic as well.
-    return [
-        _sentence(key, problem, known)
+    return {
+        key: _sentence(key, problem, known)
         for key, problem in problems.items()
         if not (problem["type"] == "too_short" and any(other.startswith(f"{key}.") for other in problems))
-    ]
+    }
 
 
 def _sentence(key: str, problem: ErrorDetails, known: list[str]) -> str:

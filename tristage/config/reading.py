@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from tristage.config.files import CONFIGS, place_of, places_of, read_tree, set_key, shipped_path, values_of
 from tristage.config.problems import explain
 from tristage.config.settings import RunSettings
 from tristage.errors import UserError
 
 S = TypeVar("S", bound=RunSettings)
+# Last part of a key -> folder in configs/ and suffix of the files that it may name without them: `deepspeed: zero2`.
+SHIPPED_BY_NAME = {"deepspeed": ("deepspeed", ".json"), "preset": ("datasets", ".yaml")}
 
 
 def load_config(settings_class: type[S], argv: list[str]) -> S:
@@ -30,15 +33,30 @@ def load_config(settings_class: type[S], argv: list[str]) -> S:
         UserError: missing or unreadable file; unknown keys and wrong types, a line each; an impossible combination.
     """
     file, overrides = _split_arguments(argv)
-    values = _read_yaml(file)
+    tree, files = read_tree(file, settings_class)
     for key, value in overrides:
-        _set_key(values, key, value)
+        set_key(tree, key, value)
+    places = places_of(tree)
     try:
-        settings = settings_class.model_validate(values)
+        settings = settings_class.model_validate(values_of(tree))
     except ValidationError as error:
-        raise UserError("\n".join(f"{file}: {line}" for line in explain(error, settings_class))) from None
-    settings._folder, settings._file = file.parent, str(file)
+        sentences = explain(error, settings_class).items()
+        lines = [f"{_file_of(key, places, files)}: {sentence}" for key, sentence in sentences]
+        raise UserError("\n".join(lines)) from None
+    settings._folders, settings._file = tuple(each.parent for each in files), str(file)
+    settings._places = places
     return settings
+
+
+def _file_of(key: str, places: dict[str, str], files: tuple[Path, ...]) -> Path:
+    """The base that the value at `key` is from; else the config itself."""
+    place = place_of(key, places)
+    return next((file for file in files if place.startswith(f"{file}:")), files[0])
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """What a YAML file says on top of its bases, unchecked. Raises UserError where one cannot be read."""
+    return values_of(read_tree(file, RunSettings)[0])
 
 
 def _split_arguments(argv: list[str]) -> tuple[Path, list[tuple[str, Any]]]:
@@ -46,9 +64,9 @@ def _split_arguments(argv: list[str]) -> tuple[Path, list[tuple[str, Any]]]:
     while rest:
         word = rest.pop(0)
         if word == "--config" and rest:
-            file = Path(rest.pop(0))
+            file = shipped_path(rest.pop(0))
         elif word.startswith("--config="):
-            file = Path(word.partition("=")[2])
+            file = shipped_path(word.partition("=")[2])
         elif word.startswith("--local_rank") or word.startswith("--local-rank"):
             if "=" not in word and rest:
                 rest.pop(0)
@@ -65,36 +83,17 @@ def _split_arguments(argv: list[str]) -> tuple[Path, list[tuple[str, Any]]]:
     return file, overrides
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"{file}: no such config file; give the path of a YAML file after --config")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f":{where.line + 1}" if where else ""
-        problem = str(getattr(error, "problem", error)).splitlines()[0]
-        raise UserError(f"{file}{line}: not valid YAML ({problem}); mend that line") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: holds no settings; write `key: value` lines")
-    return values
-
-
-def _set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    *groups, last = key.split(".")
-    for group in groups:
-        inner = values.get(group)
-        if inner is None:
-            inner = values[group] = {}
-        if not isinstance(inner, dict):
-            raise UserError(f"argument {key}={value}: `{group}` is a single value, not a group of settings")
-        values = inner
-    values[last] = value
-
-
 def find_file(path: str, settings: RunSettings, key: str) -> Path:
-    """The file that `key` names, looked up from the working folder, then beside the YAML. Raises UserError."""
-    for file in (Path(path), settings.folder / path):
+    """The file that `key` names: from the working folder, beside the YAML or a base of it, or shipped by that name.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    folder, suffix = SHIPPED_BY_NAME.get(key.rpartition(".")[2], ("", ""))
+    shipped = [CONFIGS / folder / f"{path}{suffix}"] if folder else []
+    for file in (shipped_path(path), *(beside / path for beside in settings.folders), *shipped):
         if file.is_file():
             return file
-    raise UserError(f"{settings.file}: key `{key}`: no file {path}, here or beside the config; give its path")
+    names = ", ".join(sorted(file.stem for file in (CONFIGS / folder).glob(f"*{suffix}"))) if folder else ""
+    fix = f"give its path, or a name that tristage ships: {names}" if names else "give its path"
+    raise UserError(f"{settings.file}: key `{key}`: no file {path}, here or beside the config; {fix}")

@@ -195,8 +195,9 @@ class RunSettings(Settings):
     kind: ClassVar[Kind]  # what the step makes of a row
     step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
     policies: ClassVar[tuple[str, ...]] = ()  # keys of models that must be language models
-    _folder: Path = PrivateAttr(default=Path("."))
+    _folders: tuple[Path, ...] = PrivateAttr(default=(Path("."),))
     _file: str = PrivateAttr(default="settings")
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> RunSettings:
@@ -210,8 +211,18 @@ class RunSettings(Settings):
 
     @property
     def folder(self) -> Path:
-        """Folder of the YAML file: relative `deepspeed` paths are looked up here after the working folder."""
-        return self._folder
+        """Folder of the YAML file."""
+        return self._folders[0]
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders of the YAML file and of its bases, searched after the working folder for files that it names."""
+        return self._folders
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Dotted key -> "file:line" or "command line" of the values that are not defaults."""
+        return self._places
 
     @property
     def file(self) -> str:

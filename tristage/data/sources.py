@@ -71,7 +71,7 @@ def resolve_preset(source: SourceSettings, settings: RunSettings) -> SourceSetti
         except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
             raise UserError(f"{file}: not a preset: {str(error).splitlines()[0]}; write `key: value` lines") from None
         except ValidationError as error:
-            raise UserError("\n".join(f"{file}: {line}" for line in explain(error, SourceSettings))) from None
+            raise UserError("\n".join(f"{file}: {line}" for line in explain(error, SourceSettings).values())) from None
     if source.path is None:
         raise UserError(f"{settings.file}: a source of `data` has no `path`, give it or a `preset` that has one")
     for rule in source.clean:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
+from tristage.config import read_values, shipped_path
 from tristage.errors import UserError
 from tristage.launch.nodes import check_reachable, own_address_of, read_nodes
 from tristage.launch.options import option
@@ -92,8 +93,8 @@ def output_of(words: Sequence[str]) -> Path | None:
     """The run's folder by `words` (CONFIG, key=value ...); None where they do not say, which the step will."""
     given = [word.removeprefix("output=") for word in words[1:] if word.startswith("output=")]
     try:
-        found = yaml.safe_load(given[-1]) if given else yaml.safe_load(Path(words[0]).read_text())["output"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        found = yaml.safe_load(given[-1]) if given else read_values(shipped_path(words[0]))["output"]
+    except (OSError, ValueError, KeyError, yaml.YAMLError):
         return None
     return Path(found) if isinstance(found, str) else None
 

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tristage.config import BatchPlan, RunSettings, read_deepspeed_json
+from tristage.config import CONFIGS, BatchPlan, RunSettings, read_deepspeed_json, read_values
 from tristage.errors import UserError
 from tristage.models.lora import check_lora
 from tristage.models.sizes import model_shape
@@ -35,7 +33,7 @@ from tristage.planning.formulas import (
     total,
 )
 
-SHIPPED = Path(__file__).parents[2] / "configs" / "deepspeed"
+SHIPPED = CONFIGS / "deepspeed"
 # Least communication first: 0 to 2 move as much (2 P a step), 3 half as much again (the ZeRO paper, section 7), and
 # what is offloaded goes over PCIe as well.
 CHEAPEST_FIRST = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -229,8 +227,8 @@ def start_of(path: str, settings: RunSettings, key: str) -> str:
     if (Path(path) / "config.json").is_file():
         return path
     for file in sorted(settings.folder.glob("step[12]_*.yaml")):
-        values = yaml.safe_load(file.read_text())
-        if isinstance(values, dict) and path == f"{values.get('output')}/final" and "model" in values:
+        values = read_values(file)
+        if path == f"{values.get('output')}/final" and "model" in values:
             return start_of(str(values["model"]), settings, key)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
