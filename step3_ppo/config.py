@@ -53,7 +53,7 @@ class RewardFunction(Settings):
 class RewardModel(FrozenModel):
     """What responses are trained towards: weight * reward model + the weighted functions."""
 
-    deepspeed: str = Field("../deepspeed/zero0.json", description="DeepSpeed JSON, ZeRO stage 0 or 3.")
+    deepspeed: str = Field("zero0", description="DeepSpeed JSON, ZeRO stage 0 or 3.")
     weight: float = Field(1.0, description="Factor of the reward model's score.")
     score: Literal["last", "mean"] = Field(
         "last", description="A response's score: the value at its last token, or the mean over its tokens."

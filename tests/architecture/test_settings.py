@@ -16,7 +16,7 @@ from tristage.config import BatchPlan, RunSettings, Settings, load_config, read_
 
 REPO = Path(__file__).parents[2]
 STEPS = sorted(path.parent.name for path in REPO.glob("step[0-9]_*/config.py"))
-STEP_YAMLS = sorted((REPO / "configs").glob("**/step[0-9]_*.yaml"))
+STEP_YAMLS = sorted(path for path in (REPO / "configs").glob("**/step[0-9]_*.yaml") if path.parent.name != "bases")
 DEEPSPEED_JSONS = sorted((REPO / "configs" / "deepspeed").glob("*.json"))
 
 
