@@ -1,5 +1,7 @@
 """The `tristage` command.
 
+    tristage config CONFIG [key=value ...]                                the resolved config: each value, and its place
+    tristage settings STEP [KEY]                                          every setting: type, default, meaning
     tristage data show CONFIG [key=value ...] [--rows 3] [--heldout]      rows as the step will see them
     tristage data check CONFIG [key=value ...]                            everything that is wrong with the data
     tristage plan CONFIG [key=value ...] [--gpus 8] [--gpu-memory 80]     the memory that it needs, and what fits
@@ -17,6 +19,8 @@ import sys
 
 from rich.console import Console
 
+from tristage import __version__
+from tristage.cli.show_settings import config_lines, setting_lines
 from tristage.config import load_config
 from tristage.config.steps import STEPS, settings_class
 from tristage.errors import UserError
@@ -25,23 +29,32 @@ from tristage.errors import UserError
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 for something to fix, or a plan that does not fit; 2 for what must be corrected before that."""
     parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
-    subcommands = parser.add_subparsers(required=True, dest="subcommand")
+    parser.add_argument("--version", action="version", version=f"tristage {__version__}")
+    subcommands = parser.add_subparsers(dest="subcommand")
+    _config_arguments(subcommands.add_parser("config", help="print a resolved config and where each value is from"))
+    _settings_arguments(subcommands.add_parser("settings", help="list the settings of a step: type, default, meaning"))
     _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))
     _data_arguments(subcommands.add_parser("data", help="look at what a step will train on"))
     _plan_arguments(subcommands.add_parser("plan", help="the memory that a step needs, before it is started"))
     _doctor_arguments(subcommands.add_parser("doctor", help="what this machine lacks for a run, and what to do"))
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.subcommand is None and not rest:
+        parser.print_help()
+        return 0
     takes_settings = hasattr(arguments, "settings")
     if unknown := [word for word in rest if not takes_settings or "=" not in word or word.startswith("-")]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     if takes_settings:
         arguments.settings += rest
-    run = {"data": _data, "plan": _plan, "merge": _merge, "doctor": _doctor}[arguments.subcommand]
+    run = {"config": _config, "settings": _settings, "data": _data, "plan": _plan, "merge": _merge, "doctor": _doctor}
     try:
-        return run(arguments)
+        return run[arguments.subcommand](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # its reader, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _merge_arguments(merge: argparse.ArgumentParser) -> None:
@@ -67,6 +80,11 @@ def _config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
 
 
+def _settings_arguments(settings: argparse.ArgumentParser) -> None:
+    settings.add_argument("step", choices=STEPS)
+    settings.add_argument("key", nargs="?", help="one setting or group, by its key or the last part of it")
+
+
 def _plan_arguments(plan: argparse.ArgumentParser) -> None:
     _config_arguments(plan)
     plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of all nodes together (8)")
@@ -80,6 +98,18 @@ def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
     doctor.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
     doctor.add_argument("--ranks", type=int, help="ranks of the run; default: this machine's GPUs, or 2")
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    words = ["--config", arguments.config, *arguments.settings]
+    settings = load_config(settings_class(arguments.config, arguments.step), words)
+    print("\n".join(config_lines(settings)), flush=True)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    print("\n".join(setting_lines(settings_class("", arguments.step), arguments.key)), flush=True)
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
