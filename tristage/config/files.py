@@ -158,7 +158,7 @@ def places_of(tree: Tree, prefix: str = "") -> dict[str, str]:
 
 
 def place_of(key: str, places: dict[str, str]) -> str:
-    """Where the value at a dotted key is from: the places of its parts, else that of the value it is in; "" for none."""
+    """Where the value at a dotted key is from: the places of its parts, else of the value it is in; "" for none."""
     if parts := {place for each, place in places.items() if f"{each}.".startswith(f"{key}.")}:
         return ", ".join(sorted(parts))
     while key and key not in places:

@@ -40,12 +40,15 @@ def _split_at_commas(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+SPLIT_AT_COMMAS = BeforeValidator(_split_at_commas, json_schema_input_type=str | tuple[str | float, ...])
+
+
 class LoraSettings(Settings):
     """Low-rank adapters are trained beside linear layers, which are frozen like everything else but a scalar head."""
 
     rank: int = Field(16, gt=0, description="Inner dimension of the adapters.")
     alpha: float = Field(32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
-    targets: Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)] = Field(
+    targets: Annotated[tuple[str, ...], SPLIT_AT_COMMAS] = Field(
         ("all-linear",),
         min_length=1,
         description="Endings of the names of linear layers, such as q_proj; all-linear: all but the output projection.",
@@ -97,7 +100,8 @@ def _as_sources(value: Any) -> Any:
     return [{"path": source} if isinstance(source, str) else source for source in several]
 
 
-Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_as_sources)]
+_Given = str | SourceSettings | tuple[str | SourceSettings, ...] | None  # as a YAML may give them
+Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_as_sources, json_schema_input_type=_Given)]
 
 
 class DataSettings(Settings):
@@ -108,7 +112,7 @@ class DataSettings(Settings):
     heldout_fraction: float = Field(
         0.05, gt=0, lt=1, description="Share of prompts held out of `train` when `heldout` is null."
     )
-    data_split: Annotated[tuple[float, ...], BeforeValidator(_split_at_commas)] | None = Field(
+    data_split: Annotated[tuple[float, ...], SPLIT_AT_COMMAS] | None = Field(
         None, description="Shares of the training prompts for steps 1, 2 and 3, such as 2,4,4; null: all to each."
     )
     split_seed: int = Field(
