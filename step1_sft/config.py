@@ -17,6 +17,6 @@ class SFTConfig(TrainSettings):
     policies: ClassVar[tuple[str, ...]] = ("model",)
     packing: bool = Field(
         False,
-        description="Fill sequences of max_tokens with several rows, without attention across them; batches then "
+        description="Pack several rows into sequences of max_tokens, without attention between rows; batches then "
         "count sequences.",
     )

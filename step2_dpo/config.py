@@ -10,9 +10,9 @@ from tristage.config import Kind, Settings, TrainSettings
 
 
 class ReferenceModel(Settings):
-    """What the policy is measured against: only asked, never trained."""
+    """The model that the policy is compared with; it is never trained."""
 
-    model: str | None = Field(None, description="Folder or id; the default is the policy's start.")
+    model: str | None = Field(None, description="Folder or id of the reference model; null uses the policy's start.")
     deepspeed: str = Field(description="DeepSpeed JSON of this engine, ZeRO stage 0 (whole) or 3 (partitioned).")
 
 
@@ -28,25 +28,26 @@ class DPOConfig(TrainSettings):
         "per token, without a reference.",
     )
     beta: float = Field(
-        0.1, gt=0, description="Scale of the implicit reward; simpo, whose rewards are means a token, wants 2 to 10."
+        0.1, gt=0, description="Scale of the implicit reward; 2 to 10 for simpo, whose rewards are means per token."
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="sigmoid: the chance that a label is the wrong way round (conservative DPO)."
+        0.0, ge=0, lt=0.5, description="sigmoid only: probability that a label is flipped (conservative DPO)."
     )
     gamma: float | None = Field(
-        None, ge=0, description="simpo: the margin of the rewards to reach, a quarter to all of beta."
+        None, ge=0, description="simpo only: target margin between the rewards; 0.25 to 1 times beta is usual."
     )
-    reference: ReferenceModel | None = Field(None, description="Reference model of all losses but simpo.")
+    reference: ReferenceModel | None = Field(None, description="Reference model of all losses but simpo; null for simpo.")
     precompute_reference: bool = Field(
         False,
-        description="Ask the reference about all answers once, before training, and free it; kept in output/reference.",
+        description="Compute reference log-probabilities once before training, then free the model; cached in "
+        "output/reference.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> DPOConfig:
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"key `label_smoothing`: {self.loss} has none; remove it or use `loss: sigmoid`")
-        return self._check_simpo() if self.loss == "simpo" else self._check_referred()
+        return self._check_simpo() if self.loss == "simpo" else self._check_with_reference()
 
     def _check_simpo(self) -> DPOConfig:
         if self.reference is not None:
@@ -58,7 +59,7 @@ class DPOConfig(TrainSettings):
                 raise ValueError(f"key `{key}` is missing; simpo needs one, `beta: 2.0` and `gamma: 1.0` are usual")
         return self
 
-    def _check_referred(self) -> DPOConfig:
+    def _check_with_reference(self) -> DPOConfig:
         if self.gamma is not None:
             raise ValueError(f"key `gamma`: {self.loss} has no target margin; remove it or use `loss: simpo`")
         if self.reference is None:

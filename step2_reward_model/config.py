@@ -16,22 +16,26 @@ class RewardModelConfig(TrainSettings):
     step: ClassVar[int] = 2
     loss: Literal["pairs", "best", "tokens", "elo"] = Field(
         "pairs",
-        description="pairs: every pair of a prompt's answers, at their last tokens; tokens: the same at every token "
-        "from where the two differ; best: softmax of the best among all; elo: regression on a ranking's Elo ratings.",
+        description="pairs: every pair of answers to a prompt, at their last tokens; tokens: every pair, at each "
+        "token from where the two differ; best: softmax of the best answer over all; elo: regression on Elo ratings "
+        "of the ranking.",
     )
-    margin: float = Field(
-        0.0, ge=0, description="By this much a rank's difference must the better answer lead (pairs, tokens); 0 is off."
-    )
+    margin: float = Field(0.0, ge=0, description="Required score gap per rank difference (pairs, tokens); 0 disables.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Chance that a pair is labelled the wrong way round (pairs, tokens); 0 is off."
+        0.0, ge=0, lt=0.5, description="Probability that the label of a pair is flipped (pairs, tokens); 0 disables."
     )
     centering: float = Field(
-        0.0, ge=0, description="Weight of (better + worse)^2, which keeps scores near 0 (pairs, tokens); 0 is off."
+        0.0, ge=0, description="Weight of (better + worse)^2, which keeps scores near 0 (pairs, tokens); 0 disables."
     )
     normalize: bool = Field(
-        True, description="Export scores shifted and scaled: mean 0, deviation 1 over best answers of the training set."
+        True,
+        description="Shift and scale exported scores to mean 0 and standard deviation 1 over best training answers.",
     )
-    normalize_rows: int = Field(1000, gt=0, description="At most so many training prompts give `normalize` an answer.")
+    normalize_rows: int = Field(
+        1000,
+        gt=0,
+        description="Maximum number of training prompts used to estimate mean and deviation for `normalize`.",
+    )
 
     @model_validator(mode="after")
     def _options_of_pairs(self) -> RewardModelConfig:

@@ -11,7 +11,7 @@ from tristage.errors import UserError
 
 
 class PPOOptimizerSettings(OptimizerSettings):
-    """As elsewhere, but for the epsilon that PPO wants ("The 37 Implementation Details of PPO", detail 3)."""
+    """The same fields; eps defaults to 1e-5 as in PPO practice ("The 37 Implementation Details of PPO", detail 3)."""
 
     eps: float = Field(1e-5, gt=0, description="Adam's epsilon.")
 
@@ -21,47 +21,53 @@ class TrainedModel(Settings):
 
     model: str | None = Field(
         None,
-        description="Folder or id; the critic's default is the reward model's, or the actor's with a new head where "
-        "there is none or it reads other tokens (reward.retokenize).",
+        description="Folder or id to start from. The critic's default is the reward model, or the actor with a new "
+        "head if there is no reward model or it has its own tokenizer.",
     )
-    deepspeed: str = Field(description="DeepSpeed JSON of this engine, any ZeRO stage.")
+    deepspeed: str = Field(
+        description="DeepSpeed JSON of this engine, any ZeRO stage: a path, or a name such as zero2."
+    )
     optimizer: PPOOptimizerSettings
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters; null: all weights.")
 
 
 class CriticModel(TrainedModel):
-    """The critic: not there when advantages come from groups of responses (ppo.advantage rloo or grpo)."""
+    """The critic; null if advantages come from groups of responses (ppo.advantage rloo or grpo)."""
 
-    warmup_iterations: int = Field(0, ge=0, description="First iterations in which only the critic learns.")
+    warmup_iterations: int = Field(
+        0, ge=0, description="Number of first iterations in which only the critic is trained."
+    )
 
 
 class FrozenModel(Settings):
-    """Reference or reward model: only asked, never trained."""
+    """Reference or reward model; it is never trained."""
 
-    model: str | None = Field(None, description="Folder or id; the reference's default is the actor's.")
+    model: str | None = Field(None, description="Folder or id; the reference defaults to the actor's.")
     deepspeed: str = Field(description="DeepSpeed JSON of this engine, ZeRO stage 0 (whole) or 3 (partitioned).")
 
 
 class RewardFunction(Settings):
-    """A Python function as a reward, alone or beside the reward model."""
+    """A Python function as a reward, alone or added to the reward model's score."""
 
-    function: str = Field(description="package.module:function, (prompts, responses) -> scores, lists of one length.")
-    weight: float = Field(1.0, description="Factor of its scores in the sum.")
+    function: str = Field(
+        description="package.module:function, (prompts, responses) -> scores, lists of the same length."
+    )
+    weight: float = Field(1.0, description="Weight of its scores in the sum.")
 
 
 class RewardModel(FrozenModel):
-    """What responses are trained towards: weight * reward model + the weighted functions."""
+    """Scores of responses: weight * reward model + the weighted functions."""
 
-    deepspeed: str = Field("zero0", description="DeepSpeed JSON, ZeRO stage 0 or 3.")
-    weight: float = Field(1.0, description="Factor of the reward model's score.")
+    deepspeed: str = Field("zero0", description="DeepSpeed JSON, ZeRO stage 0 (whole) or 3 (partitioned).")
+    weight: float = Field(1.0, description="Weight of the reward model's score.")
     score: Literal["last", "mean"] = Field(
-        "last", description="A response's score: the value at its last token, or the mean over its tokens."
+        "last", description="Score of a response: the value at its last token, or the mean over its tokens."
     )
     retokenize: bool = Field(
         False,
-        description="The reward model has a tokenizer and template of its own: responses are decoded and rendered by "
-        "them. The critic cannot start from it then: see critic.model.",
+        description="Decode responses and tokenise them again with the reward model's own tokenizer and template; the "
+        "critic cannot start from it then, see critic.model.",
     )
     trust_remote_code: bool = Field(
         False,
@@ -71,27 +77,27 @@ class RewardModel(FrozenModel):
     functions: tuple[RewardFunction, ...] = Field((), description="Functions added to the reward model's score.")
     on_critic: bool = Field(
         False,
-        description="No second copy: the reward model is the critic's frozen trunk, its adapters off (critic.lora).",
+        description="Score with the critic's frozen trunk, adapters off, instead of a second copy. Needs critic.lora.",
     )
 
 
 class ValueHead(Settings):
-    """The critic as one linear layer on the actor's hidden states, for want of memory: one engine, one objective.
+    """The critic as one linear layer on the actor's hidden states, to save memory: one engine and one objective.
 
     surrogate - old_kl_coef * KL(old, new) - coef * value loss, maximised in the actor's optimizer step.
     """
 
-    coef: float = Field(0.1, gt=0, description="Weight of the value loss, whose gradient the trunk gets as well.")
+    coef: float = Field(0.1, gt=0, description="Weight of the value loss, whose gradient also reaches the trunk.")
     old_kl_coef: float = Field(
-        0.0, ge=0, description="Weight of the KL from the policy that sampled to the one being trained."
+        0.0, ge=0, description="Weight of the KL from the sampling policy to the policy in training."
     )
 
 
 class EMASettings(Settings):
-    """A moving average of the actor's weights in float32, evaluated and exported beside it."""
+    """A moving average of the actor's weights in float32; it is also evaluated and exported."""
 
-    decay: float = Field(0.992, gt=0, lt=1, description="Share that the average keeps at each optimizer step.")
-    start: float = Field(0.0, ge=0, lt=1, description="Share of all optimizer steps before it starts to average.")
+    decay: float = Field(0.992, gt=0, lt=1, description="Fraction of the average kept at each optimizer step.")
+    start: float = Field(0.0, ge=0, lt=1, description="Fraction of all optimizer steps before averaging starts.")
 
 
 class PretrainingMix(Settings):
@@ -99,68 +105,86 @@ class PretrainingMix(Settings):
 
     data: Sources = Field(min_length=1, description="Sources of plain text.")
     coef: float = Field(27.8, gt=0, description="Weight of the language-model loss, a mean over tokens.")
-    block_tokens: int = Field(512, gt=1, description="Tokens of one block of text.")
-    blocks: int = Field(gt=0, description="Blocks in one optimizer step, over all ranks.")
+    block_tokens: int = Field(512, gt=1, description="Tokens per block of text.")
+    blocks: int = Field(gt=0, description="Blocks per optimizer step, over all ranks.")
 
 
 class RolloutSettings(Settings):
     """How responses are sampled."""
 
-    prompts: int = Field(gt=0, description="Prompts of one iteration, over all ranks.")
-    samples: int = Field(1, gt=0, description="Responses to each prompt; rloo and grpo need two or more.")
-    rows_at_once: int = Field(64, gt=0, description="Rows one rank decodes at once; independent of micro_batch.")
-    max_response_tokens: int = Field(gt=0, description="A response without EOS ends here.")
+    prompts: int = Field(gt=0, description="Prompts per iteration, over all ranks.")
+    samples: int = Field(1, gt=0, description="Responses per prompt; rloo and grpo need two or more.")
+    rows_at_once: int = Field(64, gt=0, description="Rows that one rank decodes at once; independent of micro_batch.")
+    max_response_tokens: int = Field(gt=0, description="Token limit of a response.")
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, description="Tokens that end a response like the tokenizer's EOS, such as a chat model's end of turn."
+        None, description="Token ids that end a response like the tokenizer's EOS, such as a chat model's end of turn."
     )
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 the sampled law is not the scored one.")
-    top_k: int = Field(0, ge=0, description="0 is off; else as top_p.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature, also used for log-probabilities.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling; below 1 the sampling and scoring distributions differ, which biases the KL.",
+    )
+    top_k: int = Field(
+        0, ge=0, description="Sample from the k likeliest tokens, with the same bias as top_p; 0 disables."
+    )
     gather: Literal["auto", "never"] = Field(
-        "auto", description="ZeRO-3: auto gathers the actor once a rollout when it fits; never: once a token."
+        "auto",
+        description="ZeRO-3: gather the actor once per rollout if it fits (auto), or each layer at every token "
+        "(never).",
     )
 
 
 class PPOSettings(Settings):
     """The algorithm (Schulman et al. 2017) and the reward's shape."""
 
-    epochs: int = Field(1, gt=0, description="Passes over the experience of one iteration.")
-    minibatch: int = Field(gt=0, description="Rows in one optimizer step, over all ranks.")
-    micro_batch: int = Field(gt=0, description="Rows in one forward and backward on one rank.")
+    epochs: int = Field(1, gt=0, description="Number of passes over the experience of one iteration.")
+    minibatch: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")
+    micro_batch: int = Field(gt=0, description="Rows per forward and backward on one rank.")
     advantage: Literal["gae", "rloo", "grpo"] = Field(
-        "gae", description="From the critic (gae), or from the other responses to the prompt, without a critic."
+        "gae", description="Advantages from the critic (gae), or from the other responses to a prompt (rloo, grpo)."
     )
-    clip: float = Field(0.2, gt=0, lt=1, description="The probability ratio is clipped to 1 +- this.")
-    clip_high: float | None = Field(None, gt=0, description="The upper clip, where it is another one (DAPO).")
+    clip: float = Field(0.2, gt=0, lt=1, description="Clip the probability ratio to 1 +- this.")
+    clip_high: float | None = Field(None, gt=0, description="Upper clip of the ratio (DAPO); null uses `clip`.")
     dual_clip: float | None = Field(
-        None, gt=1, description="A negative advantage costs at most this times itself; 3 is usual, null is off."
+        None, gt=1, description="Dual clip: bound the loss of a negative advantage to c*|A|; 3 is usual, null disables."
     )
-    value_loss: Literal["clipped", "huber"] = Field("clipped", description="Squared and clipped, or Huber's.")
-    value_clip: float | None = Field(0.2, gt=0, description="Values move at most this far a rollout; null is off.")
-    huber_delta: float = Field(1.0, gt=0, description="Error at which Huber's loss turns linear.")
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, nats a token.")
+    value_loss: Literal["clipped", "huber"] = Field(
+        "clipped", description="Squared error with clipping, or Huber's loss."
+    )
+    value_clip: float | None = Field(
+        0.2, gt=0, description="Clip the change of a value per rollout to this; null disables."
+    )
+    huber_delta: float = Field(1.0, gt=0, description="Error above which Huber's loss is linear.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, in nats per token.")
     target_kl: float | None = Field(
-        None, gt=0, description="No further epoch once policy/approx_kl of one is above this; null: all epochs."
+        None, gt=0, description="Skip the remaining epochs once policy/approx_kl of one exceeds this; null runs all."
     )
-    whiten: bool = Field(True, description="Advantages of gae to mean 0 and variance 1 over the iteration's tokens.")
+    whiten: bool = Field(
+        True, description="Scale gae's advantages to mean 0 and variance 1 over the tokens of an iteration."
+    )
     bootstrap: bool = Field(
-        False, description="A response cut off at the token limit is worth its last state's value, not 0, afterwards."
+        False,
+        description="After a response cut off at the token limit, count the value of its last state instead of 0.",
     )
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount a token.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda.")
     kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty.")
     kl_kind: Literal["k1", "k2", "k3"] = Field("k1", description="Estimator of the KL penalty.")
     kl_in: Literal["reward", "loss"] = Field(
-        "reward", description="The penalty is part of the rewards, or added to the loss with its own gradient."
+        "reward", description="Where the KL penalty goes: into the rewards, or into the loss with its own gradient."
     )
     kl_target: float | None = Field(
-        None, gt=0, description="Nats a response that an adaptive kl_coef steers to; null: kl_coef is fixed."
+        None, gt=0, description="Target KL in nats per response for an adaptive kl_coef; null keeps it fixed."
     )
-    kl_horizon: float = Field(10_000.0, gt=0, description="Responses that an adaptive kl_coef takes to react.")
-    missing_eos_penalty: float = Field(0.0, ge=0, description="Taken off the score of a response without EOS.")
+    kl_horizon: float = Field(
+        10_000.0, gt=0, description="Number of responses over which an adaptive kl_coef reacts; smaller is faster."
+    )
+    missing_eos_penalty: float = Field(0.0, ge=0, description="Subtracted from the score of a response without EOS.")
     scale_reward: bool = Field(False, description="Divide scores by the standard deviation of all scores so far.")
     reward_clip: float | None = Field(
-        5.0, gt=0, description="The score, penalised and scaled, is clipped to +- this; null is off."
+        5.0, gt=0, description="Clip the penalised and scaled score to +- this; null disables."
     )
 
 
@@ -171,24 +195,26 @@ class PPOConfig(RunSettings):
     step: ClassVar[int] = 3
     policies: ClassVar[tuple[str, ...]] = ("actor.model", "reference.model")
     actor: TrainedModel
-    critic: CriticModel | None = Field(None, description="The critic, which ppo.advantage gae needs; else null.")
-    value_head: ValueHead | None = Field(None, description="In place of a critic: a head on the actor's trunk.")
+    critic: CriticModel | None = Field(None, description="The critic, required by ppo.advantage gae; else null.")
+    value_head: ValueHead | None = Field(None, description="A value head on the actor's trunk in place of a critic.")
     reference: FrozenModel | None = Field(
-        None, description="The reference; null with actor.lora: the actor without its adapters, no second copy."
+        None, description="The reference model; null with actor.lora uses the actor without its adapters."
     )
     reward: RewardModel
-    ema: EMASettings | None = Field(None, description="A moving average of the actor's weights; null: none.")
-    pretraining: PretrainingMix | None = Field(None, description="Text in the actor's steps; null: none.")
-    max_prompt_tokens: int = Field(256, gt=0, description="Tokens of a prompt; see `data.too_long`.")
-    iterations: int = Field(gt=0, description="Rollouts, each followed by its updates.")
+    ema: EMASettings | None = Field(None, description="A moving average of the actor's weights; null keeps none.")
+    pretraining: PretrainingMix | None = Field(
+        None, description="Pretraining text in the actor's steps; null adds none."
+    )
+    max_prompt_tokens: int = Field(256, gt=0, description="Token limit of a prompt; see `data.too_long`.")
+    iterations: int = Field(gt=0, description="Number of iterations: a rollout and its updates.")
     rollout: RolloutSettings
     ppo: PPOSettings
     grader: str | None = Field(
         None,
-        description="package.module:function, (prompts, responses) -> scores, that grades held-out responses. "
-        "It is reported, never trained on.",
+        description="package.module:function, (prompts, responses) -> scores, that grades held-out responses; only "
+        "reported.",
     )
-    num_samples: int = Field(8, ge=0, description="Held-out responses written to samples.jsonl an evaluation.")
+    num_samples: int = Field(8, ge=0, description="Held-out responses written to samples.jsonl per evaluation.")
 
     @model_validator(mode="after")
     def _check(self) -> PPOConfig:
@@ -212,13 +238,13 @@ class PPOConfig(RunSettings):
         return self
 
     def _check_unused(self) -> None:
-        """A setting that would do nothing beside the others is refused, not ignored."""
+        """Refuse a setting that would have no effect."""
         without_critic = {"whiten", "bootstrap", "gamma", "lam", "value_loss", "value_clip", "huber_delta"}
         unused = without_critic if self.critic is None and self.value_head is None else set()
         unused |= {"value_clip"} if self.ppo.value_loss == "huber" else {"huber_delta"}
         unused |= set() if self.ppo.kl_target is not None else {"kl_horizon"}
         for key in sorted(unused & self.ppo.model_fields_set):
-            raise ValueError(f"key `ppo.{key}` does nothing beside the other settings; remove it")
+            raise ValueError(f"key `ppo.{key}` has no effect with these settings; remove it")
         if self.reward.trust_remote_code and not self.reward.retokenize:
             raise ValueError("key `reward.trust_remote_code` is for `reward.retokenize`; use `trust_remote_code`")
         if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
@@ -238,7 +264,7 @@ class PPOConfig(RunSettings):
         if self.reward.retokenize:
             raise ValueError("reward.on_critic: the critic reads the actor's tokens; remove `reward.retokenize`")
         if "deepspeed" in self.reward.model_fields_set:
-            raise ValueError("key `reward.deepspeed` does nothing beside reward.on_critic; remove it")
+            raise ValueError("key `reward.deepspeed` has no effect with reward.on_critic; remove it")
 
     def _check_advantage(self) -> None:
         if self.ppo.advantage == "gae":

@@ -245,7 +245,7 @@ def test_tristage_merge_writes_final_again(start: str, name: str, stage: int, ba
         ("apart", ["critic.lora=null", "reward={model: x, on_critic: true}"], "train the critic by `critic.lora`"),
         ("apart", ["critic={model: y, lora: {}, deepspeed: z, optimizer: {learning_rate: 1}}",
                    "reward={model: x, on_critic: true}"], "`critic.model` is another"),
-        ("apart", ["critic.lora={}", "reward.on_critic=true"], "key `reward.deepspeed` does nothing beside"),
+        ("apart", ["critic.lora={}", "reward.on_critic=true"], "key `reward.deepspeed` has no effect with"),
         ("within", ["reference=null"], "ppo.yaml: key `reference` is missing; give `reference.deepspeed`, or train"),
         ("whole", ["lora={rank: 0}"], "sft.yaml: key `lora.rank`: give a number above 0; it is 0 now"),
         ("whole", ["lora={targets: []}"], "sft.yaml: key `lora.targets`: .* at least 1 item"),

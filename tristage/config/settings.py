@@ -26,14 +26,14 @@ class OptimizerSettings(Settings):
     """AdamW and its schedule; all counts are optimizer steps."""
 
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay; biases and norms get none.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's moment decays.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay; not applied to biases and norms.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's decay rates of the two moments.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    clip_norm: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 is off.")
+    clip_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0 disables.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="What the learning rate does after the warm-up: falls to 0, or stays."
+        "cosine", description="Learning rate after the warm-up: cosine and linear fall to 0, constant stays."
     )
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Number of optimizer steps of linear warm-up.")
 
 
 def _split_at_commas(value: Any) -> Any:
@@ -44,52 +44,59 @@ SPLIT_AT_COMMAS = BeforeValidator(_split_at_commas, json_schema_input_type=str |
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters are trained beside linear layers, which are frozen like everything else but a scalar head."""
+    """Low-rank adapters on linear layers; all other weights are frozen, except a scalar head."""
 
-    rank: int = Field(16, gt=0, description="Inner dimension of the adapters.")
-    alpha: float = Field(32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
+    rank: int = Field(16, gt=0, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the adapters' output: alpha / rank.")
     targets: Annotated[tuple[str, ...], SPLIT_AT_COMMAS] = Field(
         ("all-linear",),
         min_length=1,
-        description="Endings of the names of linear layers, such as q_proj; all-linear: all but the output projection.",
+        description="Name endings of the linear layers to adapt, such as q_proj; all-linear: all but the output "
+        "projection.",
     )
     quantize: Literal["nf4"] | None = Field(
-        None, description="QLoRA: the frozen linear layers in 4 bits (nf4) through bitsandbytes; null: in `precision`."
+        None, description="QLoRA: store frozen linear layers in 4 bits (nf4) by bitsandbytes; null keeps `precision`."
     )
 
 
 class CleanRule(Settings):
     """One regular expression over some text columns of a source, applied before a row is read."""
 
-    columns: tuple[str, ...] = Field(description="Columns (after `columns` has renamed them) to clean.")
-    pattern: str = Field(description="Regular expression, as Python's re.")
-    replacement: str = Field("", description="What each match becomes.")
+    columns: tuple[str, ...] = Field(description="Columns to clean, by their names after `columns` has renamed them.")
+    pattern: str = Field(description="Regular expression in Python's syntax.")
+    replacement: str = Field("", description="Text that replaces each match.")
 
 
 class SourceSettings(Settings):
     """One source of rows. A plain string in its place is its path."""
 
     path: str | None = Field(
-        None, description="File, folder of files, datasets.save_to_disk folder, or hub id; a preset may give it."
+        None, description="File, folder of files, datasets.save_to_disk folder or hub id; optional if a preset has one."
     )
     preset: str | None = Field(
-        None, description="YAML of these same keys that fills those not given here, such as configs/datasets/*.yaml."
+        None,
+        description="YAML with these same keys, for those not set here: a path, or a name in configs/datasets, such "
+        "as rm-static.",
     )
     name: str | None = Field(None, description="Configuration of a hub data set (its `name`).")
     subset: str | None = Field(None, description="Folder inside the data set (its `data_dir`).")
-    split: str = Field("train", description="Split, where the source has splits.")
+    split: str = Field("train", description="Split to read, if the source has splits.")
     columns: dict[str, str | tuple[str, ...]] = Field(
         {},
-        description="Our column -> theirs, dots reach inside (`question.text`, `answers.0`), a list makes a list. "
-        "When given, only these columns are read.",
+        description="Our column: theirs. Dots reach inside (`question.text`, `answers.0`), a list makes a list; only "
+        "these columns are read.",
     )
-    clean: tuple[CleanRule, ...] = Field((), description="Regular expressions over text columns, in order.")
-    best_first: bool = Field(False, description="`responses` without ranks or scores stand in order, best first.")
+    clean: tuple[CleanRule, ...] = Field((), description="Regular expressions to apply to text columns, in order.")
+    best_first: bool = Field(
+        False, description="Take the order of `responses` without ranks or scores as a ranking, best first."
+    )
     limit: int | None = Field(None, gt=0, description="Read at most this many usable rows.")
     weight: float = Field(
-        1.0, gt=0, description="Copies of each row an epoch: 2 repeats all, 0.5 takes a fixed random half."
+        1.0, gt=0, description="Copies of each row per epoch: 2 repeats all, 0.5 takes a fixed random half."
     )
-    on_bad_row: Literal["error", "skip"] | None = Field(None, description="Null: as `data.on_bad_row`.")
+    on_bad_row: Literal["error", "skip"] | None = Field(
+        None, description="What to do with a malformed row; null: see `data.on_bad_row`."
+    )
 
 
 def _as_sources(value: Any) -> Any:
@@ -107,41 +114,43 @@ Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_as_sources, jso
 class DataSettings(Settings):
     """Which rows a step trains on, which are held out, and how they become tokens."""
 
-    train: Sources = Field(min_length=1, description="Training rows: a path, a source, or a list of them.")
-    heldout: Sources = Field((), description="Held-out rows, likewise; null splits them off `train` by prompt.")
+    train: Sources = Field(min_length=1, description="Training rows: a path, a source or a list of them.")
+    heldout: Sources = Field((), description="Held-out rows, in the same forms; null holds out prompts of `train`.")
     heldout_fraction: float = Field(
         0.05, gt=0, lt=1, description="Share of prompts held out of `train` when `heldout` is null."
     )
     data_split: Annotated[tuple[float, ...], SPLIT_AT_COMMAS] | None = Field(
-        None, description="Shares of the training prompts for steps 1, 2 and 3, such as 2,4,4; null: all to each."
+        None,
+        description="Shares of the training prompts for steps 1, 2 and 3, such as 2,4,4; null gives each step all.",
     )
     split_seed: int = Field(
-        0, ge=0, description="Seed of `heldout_fraction`, `data_split` and weights; the same in all steps of a recipe."
+        0, ge=0, description="Seed of `heldout_fraction`, `data_split` and source weights; use the same in all steps."
     )
-    limit: int | None = Field(None, gt=0, description="As `limit` of each training source that sets none.")
+    limit: int | None = Field(None, gt=0, description="Default for `limit` of every training source.")
     heldout_limit: int | None = Field(None, gt=0, description="Evaluate on at most this many held-out rows.")
     template: str | None = Field(
-        None, description="Jinja file of a chat template to use instead of the model folder's own."
+        None, description="Jinja file of a chat template; null uses the one in the model folder."
     )
     train_on: Literal["answers", "last_answer", "everything"] = Field(
-        "answers", description="SFT's loss: every assistant turn, the last one only, or prompts as well."
+        "answers", description="Tokens in SFT's loss: every assistant turn, the last one only, or prompts too."
     )
     too_long: Literal["drop", "truncate_left", "truncate_right"] = Field(
-        "drop", description="Rows over the token limit: dropped, or cut at the prompt's start or the answer's end."
+        "drop", description="Rows over the token limit: drop them, or cut the prompt's start or the answer's end."
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="A malformed row ends the run, or is skipped, counted and listed in a file."
+        "error", description="A malformed row: stop with an error, or skip it, count it and list it in a file."
     )
     max_row_bytes: int = Field(
         MAX_ROW_BYTES, gt=0, description="A row with more bytes than this is malformed; it is not read to its end."
     )
     overlap: Literal["error", "drop", "allow"] = Field(
-        "error", description="Training rows whose prompt is held out: an error, dropped and counted, or kept."
+        "error",
+        description="Training rows whose prompt is also held out: an error, drop and count them, or allow them.",
     )
     cache: str | None = Field(
-        None, description="Folder of tokenised sets; null: $TRISTAGE_CACHE, else ~/.cache/tristage. Local to a node."
+        None, description="Folder for tokenised sets, one per node; null: $TRISTAGE_CACHE, else ~/.cache/tristage."
     )
-    workers: int = Field(0, ge=0, description="Processes that tokenise; 0: as many as the set and the node call for.")
+    workers: int = Field(0, ge=0, description="Number of processes that tokenise; 0 chooses by set size and cores.")
 
     @field_validator("data_split")
     @classmethod
@@ -152,49 +161,55 @@ class DataSettings(Settings):
 
 
 class KeepBest(Settings):
-    """Which checkpoint is the best one, which then stays however old it is."""
+    """Which checkpoint is the best and is kept however old it is."""
 
-    metric: str = Field(description="A held-out metric of metrics.jsonl, such as sft/loss.")
-    lower: bool = Field(True, description="Lower is better; false: higher is.")
+    metric: str = Field(description="Held-out metric in metrics.jsonl to compare, such as sft/loss.")
+    lower: bool = Field(True, description="True if lower values are better, false if higher are.")
 
 
 class RunSettings(Settings):
-    """What every step has."""
+    """Settings that every step has."""
 
-    output: str = Field(description="Folder of this run: metrics, checkpoints, final model.")
+    output: str = Field(description="Output folder of the run: metrics, checkpoints, final model.")
     data: DataSettings
     seed: int = Field(0, ge=0, description="Seed of data order, new weights and sampling.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs when there are any.")
-    precision: Precision = Field("bf16", description="Weights and activations; losses are always float32.")
-    attention: Attention = Field("auto", description="Implementation of attention in all models; auto: transformers'.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device to run on; auto uses GPUs if there are any."
+    )
+    precision: Precision = Field("bf16", description="Data type of weights and activations; losses are always float32.")
+    attention: Attention = Field(
+        "auto", description="Attention implementation in all models; auto leaves it to transformers."
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that model and tokenizer folders bring (auto_map); chat templates never do."
     )
-    liger_kernel: bool = Field(False, description="Norms, rotary positions and MLPs by Liger's GPU kernels.")
+    liger_kernel: bool = Field(False, description="Use Liger's GPU kernels for norms, rotary positions and MLPs.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
-    keep_last: int = Field(2, ge=1, description="Newest checkpoints kept on disk.")
-    keep_every: int = Field(0, ge=0, description="Checkpoints of every so many-th step stay besides; 0: none.")
-    keep_best: KeepBest | None = Field(None, description="The best checkpoint by a held-out metric stays besides.")
-    evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after only.")
+    keep_last: int = Field(2, ge=1, description="Number of newest checkpoints to keep on disk.")
+    keep_every: int = Field(0, ge=0, description="Also keep every N-th step's checkpoint; 0 keeps none.")
+    keep_best: KeepBest | None = Field(None, description="Also keep the checkpoint that is best by a held-out metric.")
+    evaluate_every: int = Field(
+        0, ge=0, description="Steps between evaluations; 0 evaluates only before and after training."
+    )
     max_bad_steps: int = Field(
-        5, gt=0, description="Stop after this many steps in a row with a loss, gradient or score of nan or inf."
+        5, gt=0, description="Stop after this many steps in a row with nan or inf in a loss, gradient or score."
     )
     deterministic: bool = Field(
-        False, description="Deterministic kernels on GPUs, where torch has them: slower. CPUs need no setting."
+        False, description="Use deterministic kernels on GPUs, which are slower; CPUs need no setting."
     )
     resume: str = Field(
         "auto",
         min_length=1,
-        description="auto continues from output/checkpoints when there is one; never starts again; else a checkpoint's "
-        "or a run's folder to start from (started again, the run goes on from what it has saved since).",
+        description="auto: continue from the newest checkpoint in output, if any; never: start from scratch; else the "
+        "folder of a checkpoint or run to start from, until this run has a checkpoint of its own.",
     )
-    resume_changed: bool = Field(False, description="Continue although settings or data are not the checkpoint's.")
-    check_disk: bool = Field(True, description="Refuse to train where the disk has no room for two checkpoints.")
+    resume_changed: bool = Field(False, description="Resume even if settings or data differ from the checkpoint's.")
+    check_disk: bool = Field(True, description="Refuse to start if the disk has no room for two checkpoints.")
     watchdog_seconds: float = Field(
         600,
         ge=0,
-        description="A rank that gives no sign of life, or all ranks that do not move, for so long end the run, stacks "
-        "in output/logs; three times as long before the first step and while saving. 0: never.",
+        description="End the run if a rank sends no heartbeat, or no rank makes progress, for this long (3x before "
+        "the first step and while saving); stacks go to output/logs. 0 disables.",
     )
     kind: ClassVar[Kind]  # what the step makes of a row
     step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
@@ -255,18 +270,24 @@ class RunSettings(Settings):
 class TrainSettings(RunSettings):
     """Steps 1 and 2: one model trained for some epochs over rows."""
 
-    model: str = Field(description="Hugging Face folder or id to start from.")
-    max_tokens: int = Field(512, gt=1, description="Prompt and answer together; see `data.too_long`.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
-    max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; null: all epochs.")
-    global_batch: int = Field(gt=0, description="Rows in one optimizer step, over all ranks.")
-    micro_batch: int = Field(gt=0, description="Rows in one forward and backward on one rank.")
+    model: str = Field(description="Hugging Face folder or id of the model to start from.")
+    max_tokens: int = Field(
+        512, gt=1, description="Token limit of a row, prompt and answer together; see `data.too_long`."
+    )
+    epochs: float = Field(1.0, gt=0, description="Number of passes over the training rows.")
+    max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; null runs all epochs.")
+    global_batch: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")
+    micro_batch: int = Field(gt=0, description="Rows per forward and backward on one rank.")
     optimizer: OptimizerSettings
-    deepspeed: str = Field(description="DeepSpeed JSON: ZeRO stage, offload, communication.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
-    lora: LoraSettings | None = Field(None, description="Train low-rank adapters; null: all weights.")
+    deepspeed: str = Field(
+        description="DeepSpeed JSON (ZeRO stage, offload, communication): a path, or a name such as zero2."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters; null trains all weights.")
     group_by_length: bool = Field(
-        False, description="Steps of rows of like length: less padding, but rows of a step are then less mixed."
+        False, description="Put rows of similar length into one step: less padding, but less mixed steps."
     )
 
     def plan(self, world_size: int) -> BatchPlan:
