@@ -36,7 +36,9 @@ class DPOConfig(TrainSettings):
     gamma: float | None = Field(
         None, ge=0, description="simpo only: target margin between the rewards; 0.25 to 1 times beta is usual."
     )
-    reference: ReferenceModel | None = Field(None, description="Reference model of all losses but simpo; null for simpo.")
+    reference: ReferenceModel | None = Field(
+        None, description="Reference model, required by all losses but simpo; null for simpo."
+    )
     precompute_reference: bool = Field(
         False,
         description="Compute reference log-probabilities once before training, then free the model; cached in "

@@ -85,6 +85,8 @@ def words_of(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " | ".join(map(str, parts))
+    if is_union(kind):
+        return " or ".join(map(words_of, parts))
     if origin is tuple:
         return f"list of {words_of(parts[0])}s" if parts[-1] is ... else f"list of {len(parts)} {words_of(parts[0])}s"
     if origin is dict:

@@ -10,6 +10,8 @@ from typing import get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from tristage.config.renamed import new_name
+
 # Type of a pydantic error -> what to do, with the error's own numbers and names.
 FIXES = {
     "string_type": "write text",
@@ -110,6 +112,8 @@ def explain(error: ValidationError, settings_class: type[BaseModel]) -> dict[str
 
 def _sentence(key: str, problem: ErrorDetails, known: list[str]) -> str:
     if problem["type"] == "extra_forbidden":
+        if new := new_name(key, known):
+            return f"key `{key}` was renamed; write `{new}`"
         near = guess(key, known)
         return f"unknown key `{key}`; " + (f"did you mean `{near}`?" if near else "remove it")
     if problem["type"] == "missing":

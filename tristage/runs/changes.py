@@ -5,11 +5,11 @@ Asked on resume (checkpoint.py) and of a finished run (finished.py).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tristage.config import RunSettings
+from tristage.config.renamed import new_name
 
 # Settings that may change between a checkpoint and its resumption: the result does not depend on them (but for
 # rounding, where they share out the work). A key stands for its group as well; "*" for any first part.
@@ -24,7 +24,10 @@ FREE = {
 
 def changed_settings(then: Mapping[str, Any], settings: RunSettings) -> tuple[dict[str, str], dict[str, str]]:
     """Key -> "old -> new" of what differs from the saved settings `then`: (what may, what makes another run)."""
-    old, new = (dict(_flat(values)) for values in (then, json.loads(settings.model_dump_json())))
+    new, given = (dict(_flat(settings.model_dump(mode="json", exclude_defaults=only))) for only in (False, True))
+    old = {new_name(key, new) or key: value for key, value in _flat(then)}
+    # A setting that is newer than the run of `then` was at its default there.
+    old |= {key: value for key, value in new.items() if key not in old and key not in given}
     changed = {key: f"{old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
     free = {key: change for key, change in changed.items() if _is_free(key)}
     return free, {key: change for key, change in changed.items() if key not in free}
