@@ -85,7 +85,7 @@ def test_all_wrong_keys_are_reported_at_once_a_line_each(tmp_path: Path, capsys:
         "key `rollout.top_p`: give 1 or less; it is 2 now",
         "key `data.train`: give a list of at least 1; it is [] now",
     }
-    assert check_config.main(["step3_ppo.train", path, *words, "--"]) == 2
+    assert check_config.main(["step3_ppo.train", path, *words]) == 2
     assert capsys.readouterr().err.count(path) == 5
 
 
