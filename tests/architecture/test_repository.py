@@ -1,8 +1,10 @@
-"""The repository itself: what has to be there, what its scripts may hold, and that its READMEs name what exists."""
+"""The repository itself: what has to be there, what its scripts may hold, and that README and docs name what exists."""
 
 from __future__ import annotations
 
+import ast
 import re
+import runpy
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ NOT_OURS |= {"__pycache__", "output", "build", "shared"}
 
 REQUIRED = (
     *("README.md", "setup.cfg", "pyproject.toml", "constraints.txt", ".gitignore", ".ci/run"),
+    *("LICENSE", "CONTRIBUTING.md", "CITATION.cff", "CHANGELOG.md", "docs/pictures/iteration.svg"),
     *("configs/quickstart", "configs/deepspeed", "launch/common.sh", "launch/quickstart.sh", "launch/test.sh"),
     *("launch/pipeline.sh", "launch/step1_sft.sh", "launch/step2_reward_model.sh", "launch/step2_dpo.sh"),
     *("launch/step3_ppo.sh", "step1_sft/train.py", "step2_reward_model/train.py", "step2_dpo/train.py"),
@@ -34,7 +37,8 @@ def repository_files(folder: Path = REPO) -> Iterator[Path]:
 
 FILES = list(repository_files())
 SCRIPTS = [path for path in FILES if path.suffix in (".sh", ".slurm", ".sbatch") or path == REPO / ".ci/run"]
-READMES = [path for path in FILES if path.name == "README.md"]
+PAGES = [path for path in FILES if path.name == "README.md" or path.parent == REPO / "docs" and path.suffix == ".md"]
+PAGES.append(REPO / "CONTRIBUTING.md")
 
 
 def name_of(path: Path) -> str:
@@ -117,7 +121,7 @@ def test_a_launcher_for_each_step_hands_all_its_words_on():
         assert commands_of(launcher)[-1] == f'launch_step {step.parent.name}.train "$@"'
 
 
-# -- READMEs -----------------------------------------------------------------------------------------------
+# -- README and docs ---------------------------------------------------------------------------------------
 
 SOURCE_SUFFIXES = (".py", ".sh")
 
@@ -176,22 +180,97 @@ python -m pytest
     assert list(named_modules(text, {"step1_sft"})) == ["step1_sft.train"]
 
 
-@pytest.mark.parametrize("readme", READMES, ids=name_of)
-def test_every_path_that_a_readme_names_exists(readme):
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_path_that_a_page_names_exists(page):
+    """Pages that map another project's files to ours name its files by their bare names."""
     anywhere = {path.name for path in FILES}
 
     def exists(path: str) -> bool:
         if "/" not in path:
-            return path in anywhere
-        return any(REPO.glob(path.rstrip("/"))) or any(readme.parent.glob(path.rstrip("/")))
+            return path in anywhere or page.name.startswith("from-")
+        path = path.rstrip("/").replace("configs/mine", "configs/opt-1.3b")  # a recipe that README.md copies
+        return any(REPO.glob(path)) or any(page.parent.glob(path))
 
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert [path for path in named_paths(text, TOP_LEVEL) if not exists(path)] == []
 
 
-@pytest.mark.parametrize("readme", READMES, ids=name_of)
-def test_every_module_that_a_readme_runs_exists(readme):
-    modules = named_modules(readme.read_text(encoding="utf-8"), TOP_LEVEL)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_module_that_a_page_runs_exists(page):
+    modules = named_modules(page.read_text(encoding="utf-8"), TOP_LEVEL)
     paths = [REPO / module.replace(".", "/") for module in modules]
     found = [path for path in paths if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file())]
     assert found == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What `#...` in a link may name: the headings as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
+            broken.append(link)
+    assert broken == []
+
+
+def test_every_page_of_the_docs_is_in_the_readme():
+    linked = set(re.findall(r"\(docs/([\w-]+\.md)\)", (REPO / "README.md").read_text(encoding="utf-8")))
+    assert linked == {path.name for path in (REPO / "docs").glob("*.md")}
+
+
+def test_the_readme_is_one_page():
+    assert len((REPO / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_the_picture_is_what_its_script_draws():
+    draw = runpy.run_path(str(REPO / "docs/pictures/draw.py"))
+    assert (REPO / "docs/pictures/iteration.svg").read_text(encoding="utf-8") == draw["picture"]()
+
+
+# -- what docs say of the source ---------------------------------------------------------------------------
+
+SOURCES = [path for path in FILES if path.suffix == ".py" and path.relative_to(REPO).parts[0] not in ("tests", "docs")]
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without its first two lines."""
+    section = (REPO / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("what, file, where", rows_of("docs/design.md", "Where is ..."), ids=lambda cell: cell[:30])
+def test_the_design_page_says_in_which_file_a_function_is(what, file, where):
+    text = (REPO / file.strip("`")).read_text(encoding="utf-8")
+    (name,) = re.match(r"`(\w+)`", where).groups()
+    assert re.search(rf"^(?:def|class) {name}\b", text, flags=re.MULTILINE), what
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The strings of a source file, as they are printed; a `{...}` of an f-string is left out."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_message_that_is_explained_exists():
+    scripts = [path.read_text(encoding="utf-8") for path in FILES if path.suffix == ".sh"]
+    said = "\n".join([*(text for path in SOURCES for text in texts(path)), *scripts])
+    rows = rows_of("docs/troubleshooting.md", "By message")
+    assert len(rows) > 20 and [row[0] for row in rows if row[0].strip("`") not in said] == []
+
+
+def test_the_reading_order_of_step_3_counts_lines_about_right():
+    page = (REPO / "step3_ppo/README.md").read_text(encoding="utf-8")
+    counts = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", page, flags=re.MULTILINE)
+    lines = {file: len((REPO / "step3_ppo" / file).read_text().splitlines()) for file, _ in counts}
+    assert len(counts) > 5 and {file for file, count in counts if abs(lines[file] / int(count) - 1) > 0.15} == set()

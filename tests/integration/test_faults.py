@@ -199,9 +199,9 @@ echo "$@" >>"$QUEUE"
 
 
 def batch_job(folder: Path, words: list[str]) -> Path:
-    """The job script of README.md with these words, and a stand-in for Slurm's `scontrol` in `folder`/bin."""
-    readme = (tiny.REPO / "README.md").read_text()
-    (script,) = re.findall(r"```bash\n(#!/usr/bin/env bash\n#SBATCH.*?)```", readme, re.DOTALL)
+    """The job script of the docs with these words, and a stand-in for Slurm's `scontrol` in `folder`/bin."""
+    page = (tiny.REPO / "docs/signals-and-restarts.md").read_text()
+    (script,) = re.findall(r"```bash\n(#!/usr/bin/env bash\n#SBATCH.*?)```", page, re.DOTALL)
     command = "launch/step1_sft.sh my/step1_sft.yaml"
     assert command in script
     (folder / "bin").mkdir()

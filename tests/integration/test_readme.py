@@ -1,32 +1,62 @@
-"""Every command of README.md is run: as it stands where it is small, with its sizes cut where it is not."""
+"""Every command of README.md and docs is run: as it is where it is small, with its sizes cut where it is not."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.published import write_config
 from tests.helpers.tiny import REPO
-from tristage.cli import main as cli
+from tristage import cli
+from tristage.config import load_config
 from tristage.quickstart import prepare
 
-BLOCKS = re.findall(r"```bash\n(?!#!)(.*?)```", (REPO / "README.md").read_text(), flags=re.S)  # not a job's script
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-PLANNED = {"actor.model": "opt-6.7b", "reward.model": "opt-350m"}  # the models of the recipe that README.md plans
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"```bash\n(?!#!)(.*?)```", TEXT, flags=re.S)  # not a job's script, which test_faults.py runs
+LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+COMMANDS = list(dict.fromkeys(line for line in LINES if line))
+PLANNED = {"actor.model": "opt-6.7b", "reward.model": "opt-350m"}  # the models of the recipe that docs/memory.md plans
+RECIPE = "cp -r configs/opt-1.3b configs/mine"  # makes the folder that later commands of README.md name
 # Run at length by a test of their own; the test command would run itself.
 ELSEWHERE = {
     "bash launch/quickstart.sh": "test_quickstart.py",
     "bash launch/test.sh": "this very run",
+    'bash launch/test.sh -k "not integration"': "a part of this very run",
+    "source .venv/bin/activate": "what launch/quickstart.sh made",
+    RECIPE: "the fixture `clone`",
 }
 
 
-def test_the_readme_has_its_two_commands():
-    assert set(ELSEWHERE) <= set(COMMANDS)
+def commands_of(*starts: str) -> list[str]:
+    return [command for command in COMMANDS if command.startswith(starts) and command not in ELSEWHERE]
+
+
+DATA, PLANS, DOCTORS = commands_of("tristage data "), commands_of("tristage plan "), commands_of("tristage doctor")
+EVALUATIONS = commands_of("python -m step")
+LAUNCHED = commands_of("bash launch/", "sbatch ", "deepspeed ")
+
+
+def test_every_command_has_a_test():
+    assert sorted([*DATA, *PLANS, *DOCTORS, *EVALUATIONS, *LAUNCHED, *ELSEWHERE]) == sorted(COMMANDS)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """This repository with an output folder of its own, and the recipe that README.md copies."""
+    (tmp_path / "clone").mkdir()
+    for path in REPO.iterdir():
+        if path.name not in ("output", "configs"):
+            (tmp_path / "clone" / path.name).symlink_to(path)
+    shutil.copytree(REPO / "configs", tmp_path / "clone/configs")
+    subprocess.run(shlex.split(RECIPE), cwd=tmp_path / "clone", check=True)
+    return tmp_path / "clone"
 
 
 @pytest.fixture(scope="module")
@@ -40,42 +70,55 @@ def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("tristage data ")])
-def test_a_data_command_runs_on_the_quickstart(command, quickstart_folder):
-    words = [sys.executable, "-m", "tristage.cli", *command.split()[1:]]
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(words, cwd=quickstart_folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert ("<eos>⟧" if "show" in command else "nothing to fix") in done.stdout
+@pytest.mark.parametrize("command", DATA)
+def test_a_data_command_runs_on_the_quickstart(command, quickstart_folder, monkeypatch, capsys):
+    """A recipe of the user's own is given the quickstart's model and rows."""
+    words = command.replace("configs/mine", "configs/opt-1.3b").split()[1:]
+    if "configs/mine" in command:
+        rows, model = "output/quickstart/data/sft", "output/quickstart/model"
+        words += [f"model={model}", f"data.train={rows}.train.jsonl", f"data.heldout={rows}.heldout.jsonl"]
+    monkeypatch.chdir(quickstart_folder)
+    code, printed = cli.main(words), capsys.readouterr().out
+    assert code == 0, printed
+    assert ("<eos>⟧" if "show" in command else "nothing to fix") in printed
 
 
-def test_the_plan_is_what_the_readme_prints(tmp_path, capsys):
+def test_the_plan_is_what_the_docs_print(tmp_path, capsys):
     """With folders that hold the config.json of the models alone."""
-    (command,) = [command for command in COMMANDS if command.startswith("tristage plan ")]
+    (command,) = PLANS
     models = {key: write_config(tmp_path / name, f"facebook/{name}") for key, name in PLANNED.items()}
     assert cli.main([*command.split()[1:], *(f"{key}={folder}" for key, folder in models.items())]) == 0
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    (shown,) = re.findall(r"```\n(a GPU's context.*?)\n```", (REPO / "README.md").read_text(), flags=re.S)
+    (shown,) = re.findall(r"```\n(a GPU's context.*?)\n```", TEXT, flags=re.S)
     assert printed[-len(shown.splitlines()) :] == shown.splitlines()
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("tristage doctor")])
-def test_the_doctor_looks_at_what_it_is_given(command, capsys):
+@pytest.mark.parametrize("command", DOCTORS)
+def test_the_doctor_checks_what_it_is_given(command, capsys):
     """Whether this machine is well is not for this test to say: its exit code is what it printed."""
     code = cli.main([word if "/" not in word else str(REPO / word) for word in command.split()[1:]])
-    told = capsys.readouterr().out
-    assert code == ("\nstop" in told) and told.startswith("ok    python") and ("16 ranks" in told) == ("16" in command)
+    printed = capsys.readouterr().out
+    assert code == ("\nstop" in printed) and printed.startswith("ok    python")
+    assert ("16 ranks" in printed) == ("16" in command)
+
+
+@pytest.mark.parametrize("command", EVALUATIONS)
+def test_an_evaluation_command_names_a_module_and_settings_of_its_step(command):
+    _, _, module, *words = command.split()
+    step = module.removesuffix(".evaluate")
+    assert module == f"{step}.evaluate" and (REPO / step / "evaluate.py").is_file()
+    settings = load_config(cli.settings_class(words[1], step), [word for word in words if word != "--interactive"])
+    assert settings.folder.is_dir()
 
 
 # What the next step of a pipeline starts from.
 EXPORT = """for word in "$@"; do
     case "$word" in output=*) mkdir -p "${word#*=}/final" && echo "{}" >"${word#*=}/final/config.json" ;; esac
 done"""
-LAUNCHED = [command for command in COMMANDS if command not in ELSEWHERE and not command.startswith("tristage ")]
 
 
 @pytest.mark.parametrize("command", LAUNCHED)
-def test_a_command_reaches_its_step_with_its_settings(command, tmp_path):
+def test_a_command_reaches_its_step_with_its_settings(command, clone, tmp_path):
     """With stand-ins for the launcher and torch's view of GPUs: the command as printed gives a run of that config."""
     seen = tmp_path / "seen"
     for name in ("deepspeed", "sbatch"):
@@ -86,27 +129,31 @@ def test_a_command_reaches_its_step_with_its_settings(command, tmp_path):
     (tmp_path / "hosts").write_text("node-a slots=8\nnode-b slots=8\n")
     command = command.replace("my/hostfile", str(tmp_path / "hosts"))
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HAS_GPU": "yes"}
-    (tmp_path / "clone").mkdir()  # logs go to output/, which is not to be this clone's
-    for path in REPO.iterdir():
-        if path.name != "output":
-            (tmp_path / "clone" / path.name).symlink_to(path)
     for step in ("step1_sft", "step2_reward_model") if "pipeline" not in command else ():  # were run before
-        final = tmp_path / "clone/output/opt-1.3b" / step / "final"
-        final.mkdir(parents=True)
-        (final / "config.json").write_text("{}")
+        export(clone / "output/opt-1.3b" / step / "final")
+    export(clone / "my/model")
+    (clone / "my/rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    if "quickstart" in command:
+        prepare.main([str(clone / "output/quickstart"), "--size", "tiny"])
     words = ["bash", "-c", command]
-    done = subprocess.run(words, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if "--dry-run" in command:
-        assert "node node-b: 8 ranks" in done.stdout and not seen.exists()
+        assert ("node node-b: 8 ranks" if "hosts" in command else "would run: ") in done.stdout and not seen.exists()
         return
     words = seen.read_text().splitlines()
     if "slurm" in command:
         files = [word for word in words if word.endswith((".sbatch", ".yaml"))]
-        assert len(files) in (2, 6) and all((REPO / file).is_file() for file in files)
+        assert len(files) in (2, 6) and all((clone / file).is_file() for file in files)
         return
     assert "--hostfile" in words or words[words.index("--num_gpus") + 1] == "8"
     for position in [place for place, word in enumerate(words) if word == "--config"]:
-        assert (REPO / words[position + 1]).is_file()
+        assert (clone / words[position + 1]).is_file()
     modules = [words[place + 1] for place, word in enumerate(words) if word == "--module"]
     assert modules and all((REPO / (module.replace(".", "/") + ".py")).is_file() for module in modules)
+
+
+def export(folder: Path) -> None:
+    """A folder that launchers take for a model."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
