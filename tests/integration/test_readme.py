@@ -130,7 +130,8 @@ def test_a_command_reaches_its_step_with_its_settings(command, clone, tmp_path):
     command = command.replace("my/hostfile", str(tmp_path / "hosts"))
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HAS_GPU": "yes"}
     for step in ("step1_sft", "step2_reward_model") if "pipeline" not in command else ():  # were run before
-        export(clone / "output/opt-1.3b" / step / "final")
+        for recipe in re.findall(r"configs/([\w.-]+)/step3", command) or ["opt-1.3b"]:
+            export(clone / "output" / recipe / step / "final")
     export(clone / "my/model")
     (clone / "my/rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     if "quickstart" in command:
