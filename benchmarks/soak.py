@@ -53,7 +53,7 @@ def settings_for(folder: Path, iterations: int) -> str:
         "rollout": {"prompts": 4, "rows_at_once": 2, "max_response_tokens": 4},
         "ppo": {"epochs": 1, "minibatch": 4, "micro_batch": 2},
         "save_every": 10,
-        "num_samples": 1,
+        "logged_samples": 1,
     }
     values["data"] |= {"heldout_limit": 2}
     return tiny.write_yaml(folder / "soak.yaml", values)

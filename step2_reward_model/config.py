@@ -31,7 +31,7 @@ class RewardModelConfig(TrainSettings):
         True,
         description="Shift and scale exported scores to mean 0 and standard deviation 1 over best training answers.",
     )
-    normalize_rows: int = Field(
+    normalize_prompts: int = Field(
         1000,
         gt=0,
         description="Maximum number of training prompts used to estimate mean and deviation for `normalize`.",

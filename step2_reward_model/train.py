@@ -129,7 +129,7 @@ def normalize_scores(
     The micro-batches and the order of the sums are the same for any number of ranks, and so is the result.
     """
     engine.eval()
-    sample = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.normalize_rows]
+    sample = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.normalize_prompts]
     best = [best_answer(rows[int(row)]) for row in sample]
     lengths = [len(example.ids) for example in best]
     found: dict[int, float] = {}

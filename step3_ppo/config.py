@@ -64,7 +64,7 @@ class RewardModel(FrozenModel):
     score: Literal["last", "mean"] = Field(
         "last", description="Score of a response: the value at its last token, or the mean over its tokens."
     )
-    retokenize: bool = Field(
+    own_tokenizer: bool = Field(
         False,
         description="Decode responses and tokenise them again with the reward model's own tokenizer and template; the "
         "critic cannot start from it then, see critic.model.",
@@ -72,10 +72,10 @@ class RewardModel(FrozenModel):
     trust_remote_code: bool = Field(
         False,
         description="As the run's `trust_remote_code`, which does not count for a reward model of other tokens "
-        "(retokenize).",
+        "(own_tokenizer).",
     )
     functions: tuple[RewardFunction, ...] = Field((), description="Functions added to the reward model's score.")
-    on_critic: bool = Field(
+    share_critic_trunk: bool = Field(
         False,
         description="Score with the critic's frozen trunk, adapters off, instead of a second copy. Needs critic.lora.",
     )
@@ -84,11 +84,11 @@ class RewardModel(FrozenModel):
 class ValueHead(Settings):
     """The critic as one linear layer on the actor's hidden states, to save memory: one engine and one objective.
 
-    surrogate - old_kl_coef * KL(old, new) - coef * value loss, maximised in the actor's optimizer step.
+    surrogate - old_policy_kl_coef * KL(old, new) - coef * value loss, maximised in the actor's optimizer step.
     """
 
     coef: float = Field(0.1, gt=0, description="Weight of the value loss, whose gradient also reaches the trunk.")
-    old_kl_coef: float = Field(
+    old_policy_kl_coef: float = Field(
         0.0, ge=0, description="Weight of the KL from the sampling policy to the policy in training."
     )
 
@@ -129,7 +129,7 @@ class RolloutSettings(Settings):
     top_k: int = Field(
         0, ge=0, description="Sample from the k likeliest tokens, with the same bias as top_p; 0 disables."
     )
-    gather: Literal["auto", "never"] = Field(
+    gather_weights: Literal["auto", "never"] = Field(
         "auto",
         description="ZeRO-3: gather the actor once per rollout if it fits (auto), or each layer at every token "
         "(never).",
@@ -175,10 +175,10 @@ class PPOSettings(Settings):
     kl_in: Literal["reward", "loss"] = Field(
         "reward", description="Where the KL penalty goes: into the rewards, or into the loss with its own gradient."
     )
-    kl_target: float | None = Field(
+    adaptive_kl_target: float | None = Field(
         None, gt=0, description="Target KL in nats per response for an adaptive kl_coef; null keeps it fixed."
     )
-    kl_horizon: float = Field(
+    adaptive_kl_horizon: float = Field(
         10_000.0, gt=0, description="Number of responses over which an adaptive kl_coef reacts; smaller is faster."
     )
     missing_eos_penalty: float = Field(0.0, ge=0, description="Subtracted from the score of a response without EOS.")
@@ -214,7 +214,7 @@ class PPOConfig(RunSettings):
         description="package.module:function, (prompts, responses) -> scores, that grades held-out responses; only "
         "reported.",
     )
-    num_samples: int = Field(8, ge=0, description="Held-out responses written to samples.jsonl per evaluation.")
+    logged_samples: int = Field(8, ge=0, description="Held-out responses written to samples.jsonl per evaluation.")
 
     @model_validator(mode="after")
     def _check(self) -> PPOConfig:
@@ -242,29 +242,35 @@ class PPOConfig(RunSettings):
         without_critic = {"whiten", "bootstrap", "gamma", "lam", "value_loss", "value_clip", "huber_delta"}
         unused = without_critic if self.critic is None and self.value_head is None else set()
         unused |= {"value_clip"} if self.ppo.value_loss == "huber" else {"huber_delta"}
-        unused |= set() if self.ppo.kl_target is not None else {"kl_horizon"}
+        unused |= set() if self.ppo.adaptive_kl_target is not None else {"adaptive_kl_horizon"}
         for key in sorted(unused & self.ppo.model_fields_set):
             raise ValueError(f"key `ppo.{key}` has no effect with these settings; remove it")
-        if self.reward.trust_remote_code and not self.reward.retokenize:
-            raise ValueError("key `reward.trust_remote_code` is for `reward.retokenize`; use `trust_remote_code`")
-        if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
-            raise ValueError("key `ppo.kl_target` steers kl_coef by factors, and 0 stays 0; give ppo.kl_coef a value")
+        if self.reward.trust_remote_code and not self.reward.own_tokenizer:
+            raise ValueError("key `reward.trust_remote_code` is for `reward.own_tokenizer`; use `trust_remote_code`")
+        if self.ppo.adaptive_kl_target is not None and self.ppo.kl_coef == 0:
+            raise ValueError(
+                "key `ppo.adaptive_kl_target` steers kl_coef by factors, and 0 stays 0; give ppo.kl_coef a value"
+            )
         if self.reward.model is None:
-            of_model = {"weight", "score", "deepspeed", "on_critic", "retokenize", "trust_remote_code"}
+            of_model = {"weight", "score", "deepspeed", "share_critic_trunk", "own_tokenizer", "trust_remote_code"}
             for key in sorted(of_model & self.reward.model_fields_set):
                 raise ValueError(f"key `reward.{key}` is of the reward model, and there is none; remove it")
 
     def _check_on_critic(self) -> None:
-        if not self.reward.on_critic:
+        if not self.reward.share_critic_trunk:
             return
         if self.critic is None or self.critic.lora is None:
-            raise ValueError("reward.on_critic shares the critic's frozen trunk; train the critic by `critic.lora`")
+            raise ValueError(
+                "reward.share_critic_trunk shares the critic's frozen trunk; train the critic by `critic.lora`"
+            )
         if self.critic.model not in (None, self.reward.model):
-            raise ValueError("reward.on_critic: `critic.model` is another than `reward.model`; remove it")
-        if self.reward.retokenize:
-            raise ValueError("reward.on_critic: the critic reads the actor's tokens; remove `reward.retokenize`")
+            raise ValueError("reward.share_critic_trunk: `critic.model` is another than `reward.model`; remove it")
+        if self.reward.own_tokenizer:
+            raise ValueError(
+                "reward.share_critic_trunk: the critic reads the actor's tokens; remove `reward.own_tokenizer`"
+            )
         if "deepspeed" in self.reward.model_fields_set:
-            raise ValueError("key `reward.deepspeed` has no effect with reward.on_critic; remove it")
+            raise ValueError("key `reward.deepspeed` has no effect with reward.share_critic_trunk; remove it")
 
     def _check_advantage(self) -> None:
         if self.ppo.advantage == "gae":
@@ -287,7 +293,7 @@ class PPOConfig(RunSettings):
 
     def trusts(self, name: str) -> bool:
         """A reward model of other tokens is trusted by a key of its own: it comes from elsewhere."""
-        own = name == "reward" and self.reward.retokenize
+        own = name == "reward" and self.reward.own_tokenizer
         return self.reward.trust_remote_code if own else self.trust_remote_code
 
     @property
@@ -301,7 +307,7 @@ class PPOConfig(RunSettings):
         """
         if self.critic is None:
             return None
-        same_tokens = None if self.reward.retokenize else self.reward.model
+        same_tokens = None if self.reward.own_tokenizer else self.reward.model
         return self.critic.model or same_tokens or self.actor_path
 
     @property

@@ -57,7 +57,7 @@ def _paths(settings: PPOConfig) -> dict[str, str]:
         "actor": settings.actor_path,
         "critic": settings.critic_path,
         "reference": settings.reference_path if settings.reference is not None else None,
-        "reward": None if settings.reward.on_critic else settings.reward.model,
+        "reward": None if settings.reward.share_critic_trunk else settings.reward.model,
     }
     return {name: path for name, path in paths.items() if path is not None}
 
@@ -72,9 +72,9 @@ def check_models(settings: PPOConfig) -> Any:
     labels = {name: f"{name}.model ({paths[name]})" for name in order}
     own = {name: load_tokenizer(paths[name], trust_remote_code=settings.trusts(name)) for name in order}
     tokenizers = {labels[name]: own[name] for name in order}
-    if settings.reward.retokenize:
+    if settings.reward.own_tokenizer:
         del tokenizers[labels["reward"]]
-    fixes = {labels["reward"]: f"{SAME_TOKENIZER}, or set `reward.retokenize: true`"} if "reward" in labels else {}
+    fixes = {labels["reward"]: f"{SAME_TOKENIZER}, or set `reward.own_tokenizer: true`"} if "reward" in labels else {}
     if (template := read_template(settings)) is not None:
         label = f"data.template ({settings.data.template})"
         tokenizers[label] = load_tokenizer(settings.actor_path, template, settings.trust_remote_code)
@@ -112,7 +112,7 @@ def _holds(settings: PPOConfig, name: str, path: str) -> Holds:
 
 def _max_tokens(settings: PPOConfig, name: str) -> int:
     """Tokens of the rows that a model must be able to read. Those of other tokens are cut to what it can."""
-    return 1 if name == "reward" and settings.reward.retokenize else settings.max_tokens
+    return 1 if name == "reward" and settings.reward.own_tokenizer else settings.max_tokens
 
 
 def build_engines(
@@ -120,7 +120,9 @@ def build_engines(
 ) -> Engines:
     """Load the models, one after the other, and hand each to its engine; with train=False all only answer."""
     trust = settings.trusts("reward")
-    reward_tokenizer = load_tokenizer(str(settings.reward.model), None, trust) if settings.reward.retokenize else None
+    reward_tokenizer = (
+        load_tokenizer(str(settings.reward.model), None, trust) if settings.reward.own_tokenizer else None
+    )
 
     def build(name: str, load: Any, path: str, lora: LoraSettings | None = None, **options: Any) -> Any:
         """`lora` is that of the policy for the reference too, which is then quantised alike."""
@@ -151,7 +153,7 @@ def build_engines(
     new_head: dict[str, Any] = {} if trained_head else {"new_head_seed": settings.seed}
     if not trained_head:
         dist.print0(f"critic: {critic_path} has no scalar head, a new one is drawn")
-    if settings.reward.on_critic:
+    if settings.reward.share_critic_trunk:
         new_head["keep_start"] = True
     return Engines(
         # Trained with a head, and exported without it.

@@ -55,4 +55,4 @@ def evaluate(
         metrics["objective/grade"] = sum(grades) / len(grades)
         for sample, grade in zip(samples, grades, strict=True):
             sample["grade"] = grade
-    return metrics, samples[: settings.num_samples]
+    return metrics, samples[: settings.logged_samples]

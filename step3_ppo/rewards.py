@@ -117,7 +117,7 @@ def pooled(
     return last_token_scores(values, mask) if settings.reward.score == "last" else masked_mean(values, answer_mask, 1)
 
 
-# -- a reward model with a tokenizer and template of its own (reward.retokenize) ---------------------------
+# -- a reward model with a tokenizer and template of its own (reward.own_tokenizer) ---------------------------
 
 
 def retokenized_scores(
@@ -144,12 +144,12 @@ def retokenized_scores(
 
 
 def check_turns(settings: PPOConfig, *sets: Rows) -> None:
-    """With reward.retokenize: one prompt of each sequence of roles is rendered for the reward model.
+    """With reward.own_tokenizer: one prompt of each sequence of roles is rendered for the reward model.
 
     Raises:
         UserError: its template refuses such a dialogue, or its tokenizer does not know its EOS.
     """
-    if not settings.reward.retokenize:
+    if not settings.reward.own_tokenizer:
         return
     tried: dict[tuple[str, ...], SFTRow] = {}
     for rows in sets:

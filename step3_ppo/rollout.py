@@ -53,7 +53,7 @@ class Control:
     @classmethod
     def of(cls, settings: PPOConfig) -> Control:
         ppo = settings.ppo
-        return cls(KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon))
+        return cls(KLController(ppo.kl_coef, ppo.adaptive_kl_target, ppo.adaptive_kl_horizon))
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl": self.kl.state_dict(), "scores": self.scores.state_dict()}
@@ -79,7 +79,7 @@ class Responses:
 def make_rollouts(engines: Engines, tokenizer: Any, settings: PPOConfig) -> PaddedRollout:
     """What samples responses from the actor."""
     rollout = settings.rollout
-    return PaddedRollout(engines.actor, tokenizer, rollout.rows_at_once, rollout.gather, rollout.stop_token_ids)
+    return PaddedRollout(engines.actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
 
 
 def prompt_batch(
@@ -98,7 +98,7 @@ def prompt_batch(
     draws = [None if place is None else place * samples + i % samples for i, place in enumerate(wide)]
     examples = [None if place is None else rows[indices[place]] for place in wide]
     turns = None
-    if settings.reward.retokenize:
+    if settings.reward.own_tokenizer:
         turns = [None if place is None else rows.turns(indices[place]) for place in wide]
     return collate_prompts(examples, draws, tokenizer.pad_token_id, settings.max_prompt_tokens, turns)
 
@@ -147,10 +147,10 @@ def _reward_terms(
     terms: dict[str, torch.Tensor] = {}
     if engines.reward_tokenizer is not None:
         terms["model"] = retokenized_scores(engines, tokenizer, sequences, batch, settings)
-    elif engines.reward is not None or settings.reward.on_critic:
+    elif engines.reward is not None or settings.reward.share_critic_trunk:
 
         def score(micro: Any) -> tuple[torch.Tensor]:
-            if settings.reward.on_critic:
+            if settings.reward.share_critic_trunk:
                 values = engines.critic(micro.ids, micro.mask, start=True)
             else:
                 values = engines.reward(micro.ids, micro.mask)

@@ -140,7 +140,7 @@ class Minibatch:
         if (head := self.settings.value_head) is not None:
             old_kl = masked_sum(kl_estimate(old_logprobs, logprobs, "k3"), mask)
             value_loss = self._value_loss(micro.before_response(found[2]), rows)
-            objective = loss + head.old_kl_coef * old_kl + head.coef * value_loss
+            objective = loss + head.old_policy_kl_coef * old_kl + head.coef * value_loss
         loss_sum = backward_mean(self.engines.actor, objective, global_tokens)
         with torch.no_grad():
             tokens, ratio = mask.sum(), (logprobs - old_logprobs).exp()

@@ -203,7 +203,13 @@ def runs(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 
     def ppo(name: str) -> list[str]:
         tiny.ppo_config(folder / name, model, scorer, rows["prompts"], 2)
-        return ["--config", str(folder / name / "ppo.yaml"), "iterations=3", "ppo.epochs=1", "ppo.kl_target=1.0"]
+        return [
+            "--config",
+            str(folder / name / "ppo.yaml"),
+            "iterations=3",
+            "ppo.epochs=1",
+            "ppo.adaptive_kl_target=1.0",
+        ]
 
     # Two micro-batches a step and rank: backwards 4 and 5 are the third step's. A minibatch of PPO has 4, of actor and
     # critic in turn, an iteration 8: the 13th is in the second minibatch of iteration 3, for one was left out.

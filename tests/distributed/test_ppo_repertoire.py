@@ -216,7 +216,7 @@ def run_gradients(paths: dict[str, str], stage: int, micro_batch: int) -> dict[s
     metrics, _ = ppo_update(Engines(actor.engine, None, None, None), experience, 1, settings, plan, extras)
     assert asked == [0] and "value/loss" not in metrics
     found["pretraining"] = actor.result(metrics, "policy/pretraining_loss", "policy/grad_norm")
-    head = f"value_head={{coef: {VALUE_COEF}, old_kl_coef: {OLD_KL_COEF}}}"
+    head = f"value_head={{coef: {VALUE_COEF}, old_policy_kl_coef: {OLD_KL_COEF}}}"
     settings = settings_of(paths, "gradients", stage, *common, "critic=null", head, f"ppo.value_clip={CLIP}")
     actor = Step(load_with_head, paths["gpt2"], tokenizer, config)
     metrics, _ = ppo_update(Engines(actor.engine, None, None, None), experience, 1, settings, plan)

@@ -36,7 +36,7 @@ GROUPS = [*SHORT, "critic=null", "rollout.prompts=8", "rollout.samples=2"]
 VARIANTS = {  # of PPO
     "rloo": [*GROUPS, "ppo.advantage=rloo"],
     "grpo": [*GROUPS, "ppo.advantage=grpo"],
-    "value_head": [*SHORT, "critic=null", "value_head={coef: 0.5, old_kl_coef: 0.1}"],
+    "value_head": [*SHORT, "critic=null", "value_head={coef: 0.5, old_policy_kl_coef: 0.1}"],
 }
 RTOL = 1e-5
 # KL and the policy's loss are small differences of log-probabilities of size 1 to 5, sums of up to 12 of them.
@@ -86,7 +86,7 @@ def make_jobs(base: Path, name: str, steps: Sequence[str], stage: int, *override
         else:
             prompts = str(base / "rows/prompts.jsonl")
             tiny.ppo_config(folder, str(base / "actor"), str(base / "scorer"), prompts, stage)
-    common = {"sft": [], "reward": [], "ppo": ["rollout.rows_at_once=5", "num_samples=100"]}
+    common = {"sft": [], "reward": [], "ppo": ["rollout.rows_at_once=5", "logged_samples=100"]}
     return {
         f"{name}/{step}": (
             step, ["--config", str(folder / f"{step}.yaml"), *common[step], *overrides, *own.get(step, [])]

@@ -44,7 +44,7 @@ def argv_of(folder: Path, step: str, stage: int = 2) -> list[str]:
         tiny.sft_config(folder, str(folder / "actor"), str(rows / "sft.jsonl"), stage)
     else:
         tiny.ppo_config(folder, str(folder / "actor"), str(folder / "scorer"), str(rows / "prompts.jsonl"), stage)
-    more = ["ema.decay=0.9", "ppo.kl_target=0.5", "ppo.scale_reward=true"] if step == "ppo" else []
+    more = ["ema.decay=0.9", "ppo.adaptive_kl_target=0.5", "ppo.scale_reward=true"] if step == "ppo" else []
     return ["--config", str(folder / f"{step}.yaml"), *SAVES[step], *more]
 
 

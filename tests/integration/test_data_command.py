@@ -69,7 +69,7 @@ def test_show_prints_as_many_rows_as_asked_and_the_other_set(run):
 
 def test_show_prints_ranked_answers_best_first(run):
     row = {"prompt": PROMPT, "responses": ["fox.", "fox, lion.", "lion."], "ranks": [2, 0, 1]}
-    _, printed = run("show", [row], "data.overlap=allow", step="reward")
+    _, printed = run("show", [row], "data.heldout_overlap=allow", step="reward")
     assert re.findall(r"rank (\d)|⟦(.*?)<eos>⟧", printed) == [
         ("0", ""), ("", "fox, lion."), ("1", ""), ("", "lion."), ("2", ""), ("", "fox."),
     ]  # fmt: skip
@@ -95,7 +95,7 @@ def test_check_finds_every_malformed_row_at_once(run):
 def test_check_finds_prompts_on_both_sides(run):
     code, printed = run("check", [*GOOD, HELD_OUT[1]])
     assert code == 1 and "1 training rows have a prompt that is held out" in printed and "train.jsonl:13" in printed
-    assert run("check", [*GOOD, HELD_OUT[1]], "data.overlap=drop")[0] == 0
+    assert run("check", [*GOOD, HELD_OUT[1]], "data.heldout_overlap=drop")[0] == 0
 
 
 def test_check_counts_duplicates_with_their_places(run):
@@ -109,7 +109,7 @@ def test_check_names_identical_pairs_and_long_rows(run):
     rows = [{"prompt": f"{PROMPT} {i}", "chosen": "fox.", "rejected": "lion."} for i in range(4)]
     rows[2]["rejected"] = "fox."
     rows[3]["chosen"] = "fox, " * 60
-    code, printed = run("check", rows, "data.overlap=allow", step="reward")
+    code, printed = run("check", rows, "data.heldout_overlap=allow", step="reward")
     assert code == 0 and "1 dropped: identical answers (:3)" in printed
     assert "1 dropped: longer than 64 tokens (:4)" in printed
 

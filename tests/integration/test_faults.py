@@ -32,8 +32,8 @@ from tristage.machine.arrival import free_port
 SFT = "launch/step1_sft.sh"
 LONG = ["epochs=30", "save_every=25", "evaluate_every=70", "watchdog_seconds=60"]  # 192 steps
 RULE = [
-    *("critic=null", "ppo.advantage=rloo", "rollout.prompts=8", "rollout.samples=2", "ppo.kl_target=0.5"),
-    *("ppo.kl_horizon=50", "ppo.scale_reward=true", "iterations=3", "save_every=0", "watchdog_seconds=60"),
+    *("critic=null", "ppo.advantage=rloo", "rollout.prompts=8", "rollout.samples=2", "ppo.adaptive_kl_target=0.5"),
+    *("ppo.adaptive_kl_horizon=50", "ppo.scale_reward=true", "iterations=3", "save_every=0", "watchdog_seconds=60"),
 ]
 
 

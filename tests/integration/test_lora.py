@@ -41,7 +41,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {  # in this order: a step starts from 
     "reward": ("reward", [*TRAINED, "max_steps=12", "epochs=3"]),
     "apart": ("ppo", PPO),
     "within": ("ppo", [*PPO, "reference=null"]),
-    "one_trunk": ("ppo", [*PPO, "reference=null", "reward={model: SCORER, on_critic: true}"]),
+    "one_trunk": ("ppo", [*PPO, "reference=null", "reward={model: SCORER, share_critic_trunk: true}"]),
     "bf16": ("sft", [LORA, "max_steps=3", "precision=bf16"]),
 }
 
@@ -242,10 +242,11 @@ def test_tristage_merge_writes_final_again(start: str, name: str, stage: int, ba
         ("reward", ["lora={targets: score}"], "reward.yaml: key `lora.targets`: .* ends in `score`; it has"),
         ("within", ["reference=null", "actor.lora={targets: [x]}"], "key `actor.lora.targets`: .* ends in `x`; it has"),
         ("within", ["critic.lora={targets: [score]}"], "key `critic.lora.targets`: .* ends in `score`; it has"),
-        ("apart", ["critic.lora=null", "reward={model: x, on_critic: true}"], "train the critic by `critic.lora`"),
+        ("apart", ["critic.lora=null",
+                   "reward={model: x, share_critic_trunk: true}"], "train the critic by `critic.lora`"),
         ("apart", ["critic={model: y, lora: {}, deepspeed: z, optimizer: {learning_rate: 1}}",
-                   "reward={model: x, on_critic: true}"], "`critic.model` is another"),
-        ("apart", ["critic.lora={}", "reward.on_critic=true"], "key `reward.deepspeed` has no effect with"),
+                   "reward={model: x, share_critic_trunk: true}"], "`critic.model` is another"),
+        ("apart", ["critic.lora={}", "reward.share_critic_trunk=true"], "key `reward.deepspeed` has no effect with"),
         ("within", ["reference=null"], "ppo.yaml: key `reference` is missing; give `reference.deepspeed`, or train"),
         ("whole", ["lora={rank: 0}"], "sft.yaml: key `lora.rank`: give a number above 0; it is 0 now"),
         ("whole", ["lora={targets: []}"], "sft.yaml: key `lora.targets`: give a list of at least 1"),

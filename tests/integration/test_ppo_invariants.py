@@ -27,7 +27,7 @@ from tristage.training.metrics import Stopwatch
 
 CPU = torch.device("cpu")
 RESPONSE = 12
-ODD = ("data.heldout_limit=7", "num_samples=1000")
+ODD = ("data.heldout_limit=7", "logged_samples=1000")
 
 
 class Run:

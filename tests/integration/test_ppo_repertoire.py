@@ -36,7 +36,7 @@ SHORT = {
     "warmup": ["iterations=2", "critic.warmup_iterations=2"],
     "early_stop": ["iterations=1", "ppo.epochs=4", "ppo.target_kl=1e-9"],
     "kl_in_loss": ["iterations=2", "ppo.kl_in=loss", "ppo.kl_kind=k3", "ppo.value_loss=huber", "ppo.dual_clip=3"],
-    "adaptive": ["iterations=3", "ppo.kl_target=1e-6", "ppo.kl_horizon=16", "ema={decay: 0.5}"],
+    "adaptive": ["iterations=3", "ppo.adaptive_kl_target=1e-6", "ppo.adaptive_kl_horizon=16", "ema={decay: 0.5}"],
 }
 
 
@@ -141,7 +141,7 @@ def test_evaluate_runs_by_itself(folder: Path, capsys: pytest.CaptureFixture[str
 
     argv = ["--config", str(folder / "mix/ppo.yaml"), f"actor.model={folder}/rloo/ppo/final", f"grader={COUNT}"]
     with tiny.one_rank():
-        main([*argv, f"reference.model={folder}/actor", "num_samples=2"])
+        main([*argv, f"reference.model={folder}/actor", "logged_samples=2"])
     printed = capsys.readouterr().out
     values = dict(line.split() for line in printed.splitlines() if line.startswith("objective/"))
     assert float(values["objective/grade"]) > 0.9 and float(values["objective/kl"]) > 1
@@ -159,11 +159,11 @@ def test_evaluate_runs_by_itself(folder: Path, capsys: pytest.CaptureFixture[str
         (["critic=null"], "key `critic` is missing; give it, or `value_head`, or set `ppo.advantage`"),
         (["value_head={coef: 0.1}"], "`critic` and `value_head` are two critics"),
         (["ppo.advantage=grpo", "rollout.samples=2", "critic=null", "value_head={}"], "no critic; remove `value_head`"),
-        (["reward.on_critic=true"], "train the critic by `critic.lora`"),
-        (["ppo.kl_horizon=5"], "key `ppo.kl_horizon` has no effect"),
+        (["reward.share_critic_trunk=true"], "train the critic by `critic.lora`"),
+        (["ppo.adaptive_kl_horizon=5"], "key `ppo.adaptive_kl_horizon` has no effect"),
         (["ppo.value_loss=huber", "ppo.value_clip=0.2"], "key `ppo.value_clip` has no effect"),
         (["critic=null", "ppo.advantage=rloo", "rollout.samples=2", "ppo.gamma=1"], "key `ppo.gamma` has no effect"),
-        (["ppo.kl_target=6", "ppo.kl_coef=0"], "0 stays 0; give ppo.kl_coef a value"),
+        (["ppo.adaptive_kl_target=6", "ppo.kl_coef=0"], "0 stays 0; give ppo.kl_coef a value"),
         ([f"reward={{score: mean, functions: [{{function: {COUNT}}}]}}"], "key `reward.score` is of the reward model"),
         (["pretraining={data: none.txt, blocks: 4}"], "none.txt: there is no such file"),
         (["pretraining={data: none.txt, blocks: 3}"], "pretraining.blocks, ppo.micro_batch: 3 rows don't divide"),

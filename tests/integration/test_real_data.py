@@ -89,7 +89,7 @@ def test_every_hh_dialogue_becomes_a_pair_that_decodes_to_its_text(model: str, t
 def test_every_row_of_other_sets_is_read_or_counted(
     kind: str, source: dict[str, Any], rows: int, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("max_tokens=100000", "data.overlap=drop")
+    words = ("max_tokens=100000", "data.heldout_overlap=drop")
     tokenizer, train, heldout = rows_of(kind, source, model, tmp_path, *words)
     printed = capsys.readouterr().out
     dropped = rows - len(train) - len(heldout)

@@ -41,7 +41,12 @@ CASES = {
 }
 # All that carries over from one iteration to the next beside the weights, and the pretraining mix's place in its text.
 EVERYTHING = [
-    *("ppo.kl_target=0.5", "ppo.kl_horizon=50", "ppo.scale_reward=true", "ppo.missing_eos_penalty=0.5"),
+    *(
+        "ppo.adaptive_kl_target=0.5",
+        "ppo.adaptive_kl_horizon=50",
+        "ppo.scale_reward=true",
+        "ppo.missing_eos_penalty=0.5",
+    ),
     *("ppo.bootstrap=true", "ppo.entropy_coef=0.01", "ema={decay: 0.9, start: 0.3}", "critic.warmup_iterations=1"),
 ]
 
@@ -99,7 +104,7 @@ def write_case(folder: Path, base: Path, case: str) -> list[str]:
         more = [*EVERYTHING, f"pretraining={{data: {base / 'text.txt'}, block_tokens: 16, blocks: 8}}"]
         everything = more if "everything" in case else []
         if "value_head" in case:
-            everything = ["critic=null", "value_head={coef: 0.5, old_kl_coef: 0.1}"]
+            everything = ["critic=null", "value_head={coef: 0.5, old_policy_kl_coef: 0.1}"]
         return [*argv, "save_every=2", "evaluate_every=2", "iterations=4", *everything]
     return [*argv, "save_every=3", "evaluate_every=4"]
 

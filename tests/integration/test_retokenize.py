@@ -75,7 +75,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     found = {}
     for name, path in scorers.items():
         values = tiny.ppo_values(folder / name / "ppo", actor, path, rows["prompts"])
-        values["reward"]["retokenize"] = name != "same"
+        values["reward"]["own_tokenizer"] = name != "same"
         found[name] = tiny.write_yaml(folder / name / "ppo.yaml", values)
     with tiny.one_rank():
         yield found
@@ -175,7 +175,7 @@ def test_a_prompt_that_the_reward_models_template_refuses_stops_before_models_lo
     actor = tiny.copy_model(str(Path(configs["other"]).parents[1] / "actor"), tmp_path / "actor")
     takes_all = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
     (tmp_path / "actor/chat_template.jinja").write_text(takes_all)
-    words = [f"data.train={rows}", "data.overlap=allow", f"data.heldout={rows}", f"actor.model={actor}"]
+    words = [f"data.train={rows}", "data.heldout_overlap=allow", f"data.heldout={rows}", f"actor.model={actor}"]
     for main in (step3_ppo.train.main, step3_ppo.evaluate.main):
         with pytest.raises(UserError, match=r"reward\.model \(.*other\), .*rows.jsonl:31: .*refuses .* system turns"):
             main(["--config", configs["other"], f"output={tmp_path}/never", *words])

@@ -50,7 +50,7 @@ def train_all(rank: int, folder: str) -> None:
         settings = config(here, name, str(here / "model"), *words, stage=stage)
         main(["--config", settings.file, "epochs=5", *words])
     for stage in (2, 3):
-        words = ["max_steps=1", "optimizer.learning_rate=1.0e-30", f"normalize_rows={SAMPLE}"]
+        words = ["max_steps=1", "optimizer.learning_rate=1.0e-30", f"normalize_prompts={SAMPLE}"]
         settings = config(here, f"on{stage}", str(here / "tokens/reward/final"), stage=stage)
         main(["--config", settings.file, *words])
 
@@ -58,7 +58,7 @@ def train_all(rank: int, folder: str) -> None:
 def measured(rank: int, folder: str) -> dict[str, Any]:
     """Scale and offset of "tokens" when normalised again over few rows, and what an evaluation measures."""
     here = Path(folder)
-    settings = config(here, f"measured{rank}", str(here / "tokens/reward/final"), f"normalize_rows={SAMPLE}")
+    settings = config(here, f"measured{rank}", str(here / "tokens/reward/final"), f"normalize_prompts={SAMPLE}")
     _, engine_config, tokenizer = setup.check_training(settings)
     rows, heldout = load_sets(settings, tokenizer)
     device = dist.init("cpu")

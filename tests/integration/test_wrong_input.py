@@ -180,20 +180,20 @@ CASES = {
     "another template": (
         [STEP3], ["reward.model={other_template}"],
         "actor.model ({model}) and reward.model ({other_template}) disagree on the chat template; "
-        "train both steps from models with the same tokenizer, or set `reward.retokenize: true`",
+        "train both steps from models with the same tokenizer, or set `reward.own_tokenizer: true`",
     ),
     "another EOS": (
         [STEP3], ["reward.model={other_eos}"],
         "actor.model ({model}) and reward.model ({other_eos}) disagree on the EOS token ('<eos>' and '<bos>'); "
-        "train both steps from models with the same tokenizer, or set `reward.retokenize: true`",
+        "train both steps from models with the same tokenizer, or set `reward.own_tokenizer: true`",
     ),
     "another vocabulary": (
         [STEP3], ["reward.model={other_vocabulary}"],
         "actor.model ({model}) and reward.model ({other_vocabulary}) disagree on the vocabulary; "
-        "train both steps from models with the same tokenizer, or set `reward.retokenize: true`",
+        "train both steps from models with the same tokenizer, or set `reward.own_tokenizer: true`",
     ),
     "another critic than the actor, beside a reward model of its own tokens": (
-        [STEP3], ["reward.retokenize=true", "reward.model={other_template}", "critic.model={other_template}"],
+        [STEP3], ["reward.own_tokenizer=true", "reward.model={other_template}", "critic.model={other_template}"],
         "actor.model ({model}) and critic.model ({other_template}) disagree on the chat template; train both steps",
     ),
     "another template than the actor's": (

@@ -341,7 +341,7 @@ def test_the_preset_has_deepspeed_chat_s_constants(preset: PPOConfig) -> None:
     assert (ppo.kl_coef, ppo.reward_clip) == (KL_CTL, CLIP_REWARD)
     assert (ppo.clip, ppo.value_clip) == (CLIP_RANGE, CLIP_RANGE_VALUE)
     assert (ppo.gamma, ppo.lam, ppo.epochs, ppo.advantage, ppo.whiten) == (GAMMA, LAM, 1, "gae", False)
-    assert (ppo.kl_kind, ppo.kl_in, ppo.kl_target, ppo.bootstrap) == ("k1", "reward", None, False)
+    assert (ppo.kl_kind, ppo.kl_in, ppo.adaptive_kl_target, ppo.bootstrap) == ("k1", "reward", None, False)
     assert (ppo.value_loss, ppo.clip_high, ppo.dual_clip, ppo.target_kl, ppo.entropy_coef) == (
         "clipped", None, None, None, 0
     )  # fmt: skip
@@ -381,4 +381,4 @@ def test_the_files_that_the_preset_names_are_there(
 
 def test_the_preset_spells_out_every_setting_of_the_algorithm(preset: PPOConfig) -> None:
     unset = set(type(preset.ppo).model_fields) - preset.ppo.model_fields_set
-    assert unset == {"huber_delta", "kl_horizon"}  # of choices that it does not make
+    assert unset == {"huber_delta", "adaptive_kl_horizon"}  # of choices that it does not make

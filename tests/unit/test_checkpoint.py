@@ -452,7 +452,7 @@ def test_keep_last_1_keeps_the_one_just_written(tmp_path):
 
 
 def test_every_so_many_steps_one_stays(tmp_path):
-    settings = with_overrides(tmp_path, "keep_last=1", "keep_every=4")
+    settings = with_overrides(tmp_path, "keep_last=1", "keep_every_n_steps=4")
     for step in range(1, 11):
         save(settings, step)
     assert folders(settings) == ["latest", "step_000004", "step_000008", "step_000010"]
@@ -470,7 +470,7 @@ def test_the_best_stays_until_a_better_one_comes(tmp_path):
     assert best_of(tmp_path / "a", [3, 1, 2, 2], rule) == ["step_000002", "step_000004"]
     assert best_of(tmp_path / "b", [3, 1, 2, 0.5], rule) == ["step_000004"]
     assert best_of(tmp_path / "c", [1, 1, 2], rule) == ["step_000001", "step_000003"]  # the first of equals
-    higher = "keep_best={metric: sft/loss, lower: false}"
+    higher = "keep_best={metric: sft/loss, lower_is_better: false}"
     assert best_of(tmp_path / "d", [1, 3, 2, 2], higher) == ["step_000002", "step_000004"]
 
 

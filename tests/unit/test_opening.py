@@ -294,7 +294,7 @@ def loading_paths(own: Own, base: dict[str, str]) -> dict[str, Callable[[], Any]
         "ppo": lambda: step3_ppo.train.main(["--config", ppo, f"actor.model={own.model}"]),
         "critic": lambda: step3_ppo.train.main(["--config", ppo, f"critic.model={own.reward}"]),
         "reward of other tokens": lambda: step3_ppo.train.main(
-            ["--config", ppo, f"reward.model={own.reward}", "reward.retokenize=true", "trust_remote_code=true"]
+            ["--config", ppo, f"reward.model={own.reward}", "reward.own_tokenizer=true", "trust_remote_code=true"]
         ),
     }
 
@@ -347,14 +347,14 @@ def test_a_reward_model_of_other_tokens_is_trusted_by_its_own_key(
     own: Own, base: dict[str, str], tmp_path: Path
 ) -> None:
     config = tiny.ppo_config(tmp_path, base["model"], own.reward, tiny.write_rows(tmp_path / "rows")["prompts"]).file
-    words = ["--config", config, "reward.retokenize=true", "reward.trust_remote_code=true"]
+    words = ["--config", config, "reward.own_tokenizer=true", "reward.trust_remote_code=true"]
     settings = load_config(PPOConfig, words)
     assert (settings.trusts("reward"), settings.trusts("actor")) == (True, False)
     check_models(settings)
     assert own.marker.exists()
     assert run.trusted_code(settings) == {"trust_remote_code": False, "reward.trust_remote_code": True}
     said = refusal(load_config, PPOConfig, ["--config", config, "reward.trust_remote_code=true"])
-    assert "key `reward.trust_remote_code` is for `reward.retokenize`; use `trust_remote_code`" in said
+    assert "key `reward.trust_remote_code` is for `reward.own_tokenizer`; use `trust_remote_code`" in said
 
 
 # ---- families without a scalar head ---------------------------------------------------------------------------------

@@ -247,7 +247,8 @@ LORA = "actor.lora={rank: 4}"
     "overrides, names",
     [
         ([LORA, "reference=null"], ["actor", "critic", "reward"]),
-        (["critic.lora={rank: 4}", "reward.on_critic=true", "reward={model: M, on_critic: true}"], None),
+        (["critic.lora={rank: 4}", "reward.share_critic_trunk=true",
+          "reward={model: M, share_critic_trunk: true}"], None),
         (["critic=null", "ppo.advantage=rloo", "rollout.samples=2"], ["actor", "reference", "reward"]),
         (["critic=null", "value_head={coef: 0.1}"], ["actor", "reference", "reward"]),
     ],
@@ -275,7 +276,7 @@ def test_a_rollout_gathers_the_whole_actor_where_half_of_what_is_free_holds_it(t
         return rollout.adds["gathered"]
 
     assert gathered(80 * GIB) == actor.weights
-    assert gathered(3 * GIB) == gathered(80 * GIB, "rollout.gather=never") == actor.gathered < actor.weights
+    assert gathered(3 * GIB) == gathered(80 * GIB, "rollout.gather_weights=never") == actor.gathered < actor.weights
 
 
 def test_answers_of_a_pair_are_two_rows_and_dpo_has_a_reference(tmp_path, model):

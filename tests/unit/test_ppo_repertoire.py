@@ -431,7 +431,9 @@ def test_scores_are_left_alone_by_default(tmp_path: Path) -> None:
 
 
 def test_control_survives_a_checkpoint_s_json(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, "ppo.scale_reward=true", "ppo.kl_target=2", "ppo.kl_coef=0.3", "ppo.kl_horizon=50")
+    settings = settings_of(
+        tmp_path, "ppo.scale_reward=true", "ppo.adaptive_kl_target=2", "ppo.kl_coef=0.3", "ppo.adaptive_kl_horizon=50"
+    )
     control, resumed = Control.of(settings), Control.of(settings)
     control.kl.update(3.0, 16)
     shape_scores(torch.tensor([3.0, 1.0, 7.0]), torch.ones(3, dtype=torch.bool), settings, control)
@@ -691,8 +693,8 @@ GROUPS = ("critic=null", "rollout.prompts=8", "rollout.samples=2")
             "rollout.prompts x rollout.samples 15 is not a multiple of ppo.minibatch 8; change one of them",
         ),
         (
-            ["reward={retokenize: true, functions: [{function: 'a.b:c'}]}"],
-            "key `reward.retokenize` is of the reward model, and there is none; remove it",
+            ["reward={own_tokenizer: true, functions: [{function: 'a.b:c'}]}"],
+            "key `reward.own_tokenizer` is of the reward model, and there is none; remove it",
         ),
         (["ppo.dual_clip=1"], "key `ppo.dual_clip`: give a number above 1; it is 1 now"),
         (["ppo.clip_high=0"], "key `ppo.clip_high`: give a number above 0; it is 0 now"),
@@ -726,8 +728,9 @@ def test_without_a_reward_model_the_critic_starts_as_the_actor(tmp_path: Path) -
     assert settings_of(tmp_path).critic_path == "reward"
     assert settings_of(tmp_path, "critic.model=own").critic_path == "own"
     assert settings_of(tmp_path, "reward={functions: [{function: 'a.b:c'}]}").critic_path == "actor"
-    assert settings_of(tmp_path, "reward.retokenize=true").critic_path == "actor"  # the reward model reads other tokens
-    assert settings_of(tmp_path, "reward.retokenize=true", "critic.model=own").critic_path == "own"
+    # the reward model reads other tokens
+    assert settings_of(tmp_path, "reward.own_tokenizer=true").critic_path == "actor"
+    assert settings_of(tmp_path, "reward.own_tokenizer=true", "critic.model=own").critic_path == "own"
 
 
 @pytest.mark.parametrize("iterations, steps", [(0, 0), (1, 4), (2, 8), (9, 12)])

@@ -15,9 +15,6 @@ from tristage.config.describe import settings_of
 from tristage.config.renamed import RENAMED, new_name
 from tristage.errors import UserError
 
-# Removed by the script that renames: until then the settings have their old names.
-pytestmark = pytest.mark.skipif("keep_every" in RewardModelConfig.model_fields, reason="settings are not renamed yet")
-
 KEYS = {setting.key for step in STEPS for setting in settings_of(settings_class("", step))}
 
 

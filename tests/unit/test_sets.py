@@ -227,13 +227,13 @@ def test_training_on_held_out_prompts_is_an_error_until_it_is_asked_for(bench, c
     heldout = f"data.heldout={bench.file('heldout.jsonl', ['20', '7', '3', '30'], answer='pear')}"
     with pytest.raises(UserError) as error:
         bench.sets(train, heldout)
-    for part in ("sft.yaml: 2 training rows", f"the first is {train}:4;", "`data.overlap: drop`", "`allow`"):
+    for part in ("sft.yaml: 2 training rows", f"the first is {train}:4;", "`data.heldout_overlap: drop`", "`allow`"):
         assert part in str(error.value)
     capsys.readouterr()
-    assert bench.prompts(train, heldout, "data.overlap=allow")[0] == named(0, 10)
+    assert bench.prompts(train, heldout, "data.heldout_overlap=allow")[0] == named(0, 10)
     assert "whose prompt is held out" not in capsys.readouterr().out
     dropped = [each for each in named(0, 10) if each not in ("3", "7")]
-    assert bench.prompts(train, heldout, "data.overlap=drop") == (dropped, ["20", "7", "3", "30"])
+    assert bench.prompts(train, heldout, "data.heldout_overlap=drop") == (dropped, ["20", "7", "3", "30"])
     assert "dropped 2 training rows whose prompt is held out" in capsys.readouterr().out
 
 
@@ -312,7 +312,7 @@ def test_every_source_says_how_many_rows_it_gave(bench, capsys):
     with Path(both).open("a") as more:
         more.write("\n" + Path(long).read_text())
     train, held = bench.prompts(both)
-    bench.sets([short, both], f"data.heldout={both}", "data.overlap=allow")
+    bench.sets([short, both], f"data.heldout={both}", "data.heldout_overlap=allow")
     bench.sets(short, f"data.heldout={both}", "data.too_long=truncate_right")
     assert capsys.readouterr().out.splitlines() == [
         f"{both}: training rows: {len(train)} (dropped: 1 longer than 64 tokens)",

@@ -122,8 +122,8 @@ def _rotate(root: Path, settings: RunSettings) -> None:
     numbers = {folder: _number(folder) for folder in _folders(root)}
     whole = sorted((f for f, number in numbers.items() if number >= 0 and f.suffix != ".old"), key=numbers.__getitem__)
     keep = set(whole[-settings.keep_last :])
-    if settings.keep_every:
-        keep |= {folder for folder in whole if _state_of(folder).get("step", 1) % settings.keep_every == 0}
+    if settings.keep_every_n_steps:
+        keep |= {folder for folder in whole if _state_of(folder).get("step", 1) % settings.keep_every_n_steps == 0}
     if settings.keep_best is not None:
         keep |= _best(whole, settings.keep_best)
     for old in numbers:
@@ -140,7 +140,7 @@ def _best(folders: Iterable[Path], rule: KeepBest) -> set[Path]:
     for folder in folders:
         judged = _state_of(folder).get("best") or {}
         if judged.get("metric") == rule.metric:
-            values[folder] = judged["value"] if rule.lower else -judged["value"]
+            values[folder] = judged["value"] if rule.lower_is_better else -judged["value"]
     return {min(values, key=lambda folder: values[folder])} if values else set()
 
 

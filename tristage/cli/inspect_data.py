@@ -90,8 +90,8 @@ def check(settings: RunSettings, tokenizer: Tokenizer, console: Console) -> list
         places = ", ".join(joined["training"].where(int(i)) for i in shared[:PLACES_SHOWN])
         sentence = f"{len(shared)} training rows have a prompt that is held out ({places})"
         console.print(sentence)
-        if settings.data.overlap == "error":
-            problems.append(f"{sentence}; set `data.overlap: drop` to leave them out, or `allow`")
+        if settings.data.heldout_overlap == "error":
+            problems.append(f"{sentence}; set `data.heldout_overlap: drop` to leave them out, or `allow`")
     return problems
 
 

@@ -34,7 +34,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "activation_checkpointing": ((), "it does nothing here; remove it and use the YAML's `gradient_checkpointing`"),
     "checkpoint": ((), _OWN_CHECKPOINTS),
     # They need another engine than the ones that train here.
-    "hybrid_engine": ((), "rollouts use the actor's own weights; remove it and see the YAML's `rollout.gather`"),
+    "hybrid_engine": (
+        (),
+        "rollouts use the actor's own weights; remove it and see the YAML's `rollout.gather_weights`",
+    ),
     "compile": ((), "models are not compiled; remove it"),
     "tensor_parallel": ((), _NO_MODEL_PARALLELISM),
     "expert_parallel": ((), _NO_MODEL_PARALLELISM),

@@ -143,7 +143,7 @@ class DataSettings(Settings):
     max_row_bytes: int = Field(
         MAX_ROW_BYTES, gt=0, description="A row with more bytes than this is malformed; it is not read to its end."
     )
-    overlap: Literal["error", "drop", "allow"] = Field(
+    heldout_overlap: Literal["error", "drop", "allow"] = Field(
         "error",
         description="Training rows whose prompt is also held out: an error, drop and count them, or allow them.",
     )
@@ -164,7 +164,7 @@ class KeepBest(Settings):
     """Which checkpoint is the best and is kept however old it is."""
 
     metric: str = Field(description="Held-out metric in metrics.jsonl to compare, such as sft/loss.")
-    lower: bool = Field(True, description="True if lower values are better, false if higher are.")
+    lower_is_better: bool = Field(True, description="True if lower values are better, false if higher are.")
 
 
 class RunSettings(Settings):
@@ -186,7 +186,7 @@ class RunSettings(Settings):
     liger_kernel: bool = Field(False, description="Use Liger's GPU kernels for norms, rotary positions and MLPs.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
     keep_last: int = Field(2, ge=1, description="Number of newest checkpoints to keep on disk.")
-    keep_every: int = Field(0, ge=0, description="Also keep every N-th step's checkpoint; 0 keeps none.")
+    keep_every_n_steps: int = Field(0, ge=0, description="Also keep every N-th step's checkpoint; 0 keeps none.")
     keep_best: KeepBest | None = Field(None, description="Also keep the checkpoint that is best by a held-out metric.")
     evaluate_every: int = Field(
         0, ge=0, description="Steps between evaluations; 0 evaluates only before and after training."

@@ -54,12 +54,12 @@ def load_sets(settings: RunSettings, tokenizer: Tokenizer, check: bool = True) -
     shared = overlap(whole, held)
     if shared.any():
         first = int(shared.argmax())
-        if data.overlap == "error" and check:
+        if data.heldout_overlap == "error" and check:
             raise UserError(
                 f"{settings.file}: {int(shared.sum())} training rows have a prompt that is held out, the first is "
-                f"{whole.where(first)}; set `data.overlap: drop` to leave them out, or `allow`"
+                f"{whole.where(first)}; set `data.heldout_overlap: drop` to leave them out, or `allow`"
             )
-        if data.overlap == "drop":
+        if data.heldout_overlap == "drop":
             whole = whole.take(np.flatnonzero(~shared))
             dist.print0(f"dropped {int(shared.sum())} training rows whose prompt is held out")
     for side, rows in (("training", whole), ("held-out", held)):

@@ -33,7 +33,7 @@ def cannot_open(path: str, what: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(
             f"{path}: its {what} needs Python code from that folder, which is not run; use a model that transformers "
-            "has, or read the code and set `trust_remote_code: true` (for a reward model with `reward.retokenize`: "
+            "has, or read the code and set `trust_remote_code: true` (for a reward model with `reward.own_tokenizer`: "
             "`reward.trust_remote_code`)"
         )
     if type(error).__name__ == "UnpicklingError":

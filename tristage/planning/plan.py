@@ -123,7 +123,8 @@ def _ppo_phases(
     free = machine.gpu_memory - sum(map(total, held.values()))
     whole = actor.weights if actor.zero.stage == 3 else 0.0
     name = "rollout"
-    if actor.zero.stage == 3 and (rollout.gather == "never" or whole > free / 2):  # the rule of engine.parameters_fit
+    # the rule of engine.parameters_fit
+    if actor.zero.stage == 3 and (rollout.gather_weights == "never" or whole > free / 2):
         whole, name = actor.gathered, "rollout, gathering at every token (slow)"
     rows = min(rollout.rows_at_once, settings.responses // machine.ranks)
     yield Phase(
@@ -215,7 +216,7 @@ def _ppo_engines(values: Any, engine: Any, plan: BatchPlan) -> Iterator[Engine]:
         yield engine("critic", values.critic_path, values.critic, scalar_head=True, **sizes)
     if values.reference is not None:
         yield engine("reference", values.reference_path, values.reference, frozen=True, **sizes)
-    if values.reward.model is not None and not values.reward.on_critic:
+    if values.reward.model is not None and not values.reward.share_critic_trunk:
         yield engine("reward", values.reward.model, values.reward, scalar_head=True, frozen=True, **sizes)
 
 
