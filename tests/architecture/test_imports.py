@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ SOURCES = LIBRARY + sorted(path for step in STEPS for path in (REPO / step).rglo
 
 # Which files may import a library whose name must not spread, as prefixes of paths.
 HOMES = {
-    "deepspeed": ("tristage/engine.py", "tristage/rollout/"),
-    "torch.distributed": ("tristage/dist.py",),
+    "deepspeed": ("tristage/engine/", "tristage/rollout/"),
+    "torch.distributed": ("tristage/dist/",),
     "peft": ("tristage/models/",),
     "transformers": (
         "tristage/models/",
@@ -27,11 +28,34 @@ HOMES = {
         "tristage/data/trial.py",
     ),
 }
+# Package of tristage (or a module beside the packages) -> what of tristage it may import.
+MAY_IMPORT: dict[str, set[str]] = {
+    "algo": set(),
+    "errors": set(),
+    "machine": set(),
+    "batches": set(),
+    "config": {"errors"},
+    "storage": {"errors", "machine"},
+    "dist": {"errors", "machine", "storage"},
+    "data": {"batches", "config", "dist", "errors"},
+    "runs": {"config", "data", "errors", "storage"},
+    "engine": {"config", "dist", "errors", "storage"},
+    "checkpoint": {"config", "dist", "engine", "errors", "runs", "storage"},
+    "models": {"algo", "config", "data", "dist", "engine", "errors", "storage"},
+    "rollout": {"algo", "batches", "dist", "engine"},
+    "planning": {"config", "errors", "models"},
+    "training": {"checkpoint", "config", "data", "dist", "engine", "errors", "machine"}
+    | {"models", "planning", "runs", "storage"},
+    "launch": {"config", "data", "errors", "machine", "runs"},
+    "quickstart": {"launch", "models", "storage", "training"},
+    "cli": {"config", "data", "dist", "errors", "launch", "models", "planning", "storage", "training"},
+}
+WITHOUT_TORCH = ("config", "launch", "runs")  # they are imported in the first second of a launch
 # Imports inside functions, each with its reason beside it in the source.
 INSIDE_FUNCTIONS = {
     ("tristage/data/sources.py", "datasets"),
     ("tristage/data/sources.py", "huggingface_hub"),
-    ("tristage/cli.py", "tristage"),
+    ("tristage/cli/main.py", "tristage"),
 }
 
 
@@ -64,7 +88,8 @@ def offences(paths: list[Path], is_offence) -> list[str]:
 
 def test_the_sources_are_found():
     assert STEPS[0] == "step1_sft" and len(STEPS) >= 3
-    assert {"tristage/engine.py", "tristage/algo/ppo.py", "step3_ppo/update.py"} <= {name_of(path) for path in SOURCES}
+    names = {name_of(path) for path in SOURCES}
+    assert {"tristage/engine/engines.py", "tristage/algo/ppo.py", "step3_ppo/update.py"} <= names
 
 
 def test_every_form_of_import_is_seen():
@@ -89,6 +114,42 @@ def test_evaluate_is_an_entry_point_that_nothing_imports(step):
     others = [path for path in sorted((REPO / step).rglob("*.py")) if path.name != "evaluate.py"]
     assert (REPO / step / "evaluate.py").is_file() and (REPO / step / "train.py") in others
     assert offences(others, lambda name: is_in(name, f"{step}.evaluate")) == []
+
+
+def package_of(name: str) -> str:
+    """tristage.config.settings -> config; the package itself, for its version -> nothing."""
+    parts = name.split(".")
+    known = len(parts) > 1 and ((REPO / "tristage" / parts[1]).is_dir() or (REPO / f"tristage/{parts[1]}.py").is_file())
+    return parts[1] if known else ""
+
+
+def test_every_package_has_a_row_and_no_row_is_left_over():
+    names = {path.name.removesuffix(".py") for path in (REPO / "tristage").iterdir() if path.name[0] not in "_."}
+    assert names - {"configs"} == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_its_row_names(package):
+    folder = REPO / "tristage" / package
+    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    imports = {package_of(name) for path in paths for name in imported(tree_of(path), path) if is_in(name, "tristage")}
+    assert imports - {package, ""} <= MAY_IMPORT[package]
+
+
+def test_packages_form_no_circle():
+    left = dict(MAY_IMPORT)
+    while left:
+        floor = [package for package, below in left.items() if not below & left.keys()]
+        assert floor, f"a circle among {sorted(left)}"
+        left = {package: below for package, below in left.items() if package not in floor}
+
+
+@pytest.mark.parametrize("package", WITHOUT_TORCH)
+def test_what_runs_before_the_ranks_never_imports_torch(package):
+    files = [path for path in (REPO / "tristage" / package).rglob("*.py") if path.stem != "__main__"]
+    modules = [".".join(path.relative_to(REPO).with_suffix("").parts) for path in files]
+    code = f"import sys; sys.modules['torch'] = None\nfor name in {modules}: __import__(name)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True).stderr == ""
 
 
 def test_the_algorithms_import_torch_and_the_standard_library_only():

@@ -17,6 +17,7 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from tristage import dist
+from tristage.dist import joining
 from tristage.errors import UserError
 from tristage.machine.arrival import free_port
 
@@ -57,7 +58,7 @@ def test_servers_are_seen() -> None:
 def test_nothing_opens_a_port_but_the_store_of_the_ranks() -> None:
     assert len(SOURCES) > 40
     found = {path.name: servers(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES}
-    assert {name: set(calls) for name, calls in found.items() if calls} == {"dist.py": LISTENS}
+    assert {name: set(calls) for name, calls in found.items() if calls} == {"joining.py": LISTENS}
 
 
 # -- what ranks listen at ----------------------------------------------------------------------------------
@@ -101,13 +102,13 @@ def test_ranks_of_several_nodes_meet_at_the_interface_that_the_address_names() -
 def test_an_address_of_no_interface_is_reported(monkeypatch, capfd) -> None:
     """As where nodes see each other through address translation: they must meet all the same."""
     monkeypatch.setenv("RANK", "0")
-    assert dist._listen("192.0.2.77", int(free_port())) is None
+    assert joining._listen("192.0.2.77", int(free_port())) is None
     assert "192.0.2.77 is not the address of an interface of " in capfd.readouterr().out
 
 
 def test_a_port_in_use_is_picked_again_where_the_launcher_had_picked_it(tmp_path, monkeypatch, capfd) -> None:
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    monkeypatch.setattr(dist.torch_dist, "is_initialized", lambda: False)  # of tests before
+    monkeypatch.setattr(joining.torch_dist, "is_initialized", lambda: False)  # of tests before
     (tmp_path / "port_picked").touch()
     with socket.create_server(("127.0.0.1", 0)) as other:
         place |= {"MASTER_PORT": str(other.getsockname()[1]), "PYTHON_TRISTAGE_RUN": str(tmp_path)}

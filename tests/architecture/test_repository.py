@@ -118,7 +118,7 @@ def test_a_script_holds_no_hyperparameter(path):
 def test_a_launcher_for_each_step_hands_all_its_words_on():
     for step in REPO.glob("step[0-9]_*/train.py"):
         launcher = REPO / "launch" / f"{step.parent.name}.sh"
-        assert commands_of(launcher)[-1] == f'launch_step {step.parent.name}.train "$@"'
+        assert commands_of(launcher)[-1] == f'exec python -m tristage.launch {step.parent.name}.train "$@"'
 
 
 # -- README and docs ---------------------------------------------------------------------------------------

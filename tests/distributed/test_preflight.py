@@ -14,6 +14,7 @@ import torch
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import one_rank, sft_config, write_model
 from tristage import dist
+from tristage.dist import joining
 from tristage.errors import UserError
 from tristage.machine.arrival import free_port
 from tristage.planning.formulas import GIB, Machine
@@ -56,10 +57,10 @@ def test_ranks_that_differ_are_named_on_every_rank(tmp_path):
 def _join(rank: int, ports: list[str]) -> tuple[list[str], float]:
     """In turn rank 0 and rank 1 sees a GPU, then rank 1 never joins: (what this rank is told, in how many seconds)."""
     told, started = [], time.monotonic()
-    dist.SECONDS_TO_NAME_MISSING = 0.2
+    joining.SECONDS_TO_NAME_MISSING = 0.2
     for odd, port in enumerate(ports):
         os.environ["MASTER_PORT"] = port
-        dist.uses_gpu = lambda _, odd=odd: rank == odd
+        joining.uses_gpu = lambda _, odd=odd: rank == odd
         try:
             if odd < 2 or rank == 0:
                 dist.init(timeout_seconds=20 if odd < 2 else 1)
@@ -83,7 +84,7 @@ def test_a_rank_that_cannot_reach_rank_0_names_the_address(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", free_port())
-    monkeypatch.setattr(dist.torch_dist, "is_initialized", lambda: False)  # of tests before
+    monkeypatch.setattr(joining.torch_dist, "is_initialized", lambda: False)  # of tests before
     with pytest.raises(UserError, match="cannot reach rank 0 at 127.0.0.1:"):
         dist.init("cpu", timeout_seconds=1)
 
@@ -104,7 +105,7 @@ def test_the_hash_is_of_the_code(tmp_path, monkeypatch):
     before = preflight.source_hash()
     assert before == preflight.source_hash()
     files = [*preflight.source_files()]
-    assert {"engine.py", "train.py"} <= {file.name for file in files}
+    assert {"engines.py", "train.py"} <= {file.name for file in files}
     monkeypatch.setattr(preflight, "source_files", lambda: files[1:])
     assert preflight.source_hash() != before
 

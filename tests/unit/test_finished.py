@@ -116,7 +116,7 @@ def test_an_export_that_was_changed_is_not_taken_for_what_the_run_wrote(done):
 
 
 WITHOUT_TORCH = (
-    "import sys; sys.modules['torch'] = None; from tristage import finished; sys.exit(finished.main(sys.argv[1:]))"
+    "import sys; sys.modules['torch'] = None; from tristage.runs import finished; sys.exit(finished.main(sys.argv[1:]))"
 )
 
 
@@ -137,11 +137,11 @@ def test_the_question_needs_no_torch_and_its_exit_code_is_the_answer(done):
 
 def test_a_dry_run_says_the_same(done, capsys):
     for words, state in {
-        (): "is finished",
-        ("seed=1",): "cannot be continued: ",
-        ("resume=never",): "is new",
+        (): "(finished)",
+        ("seed=1",): "(cannot be continued: ",
+        ("resume=never",): "(new run)",
     }.items():
-        dry_run.show(["step1_sft.train", "--config", str(done.folder / "sft.yaml"), *words], ["--num_gpus=2"])
+        dry_run.show(done.settings(*words), ["step1_sft.train", *words], ["--num_gpus=2"])
         assert f"output: {done.output} {state}" in capsys.readouterr().out
 
 
@@ -205,8 +205,8 @@ def test_launcher_and_ranks_both_ask(done):
     (done.output / "finished.json").unlink()
     settings = done.settings(f"model={done.final}", f"output={done.folder}/next")
     with pytest.raises(UserError, match="its run has not finished"):
-        check_config.check(settings, models=True, data=False)
-    check_config.check(settings, models=False, data=False)
+        check_config.check_named(settings, models=True, data=False)
+    check_config.check_named(settings, models=False, data=False)
     with pytest.raises(UserError, match="its run has not finished"):
         run._inputs(settings, "data")
 

@@ -25,7 +25,7 @@ from tristage.machine.processes import machine, process_id
 from tristage.storage import lock
 from tristage.training import run
 
-HOLD = "import sys, time; from pathlib import Path; from tristage import lock; lock.take(Path(sys.argv[1])); "
+HOLD = "import sys, time; from pathlib import Path; from tristage.storage import lock; lock.take(Path(sys.argv[1])); "
 
 
 @pytest.fixture(autouse=True)

@@ -136,7 +136,7 @@ def test_a_reward_model_is_no_policy(
     assert refusal(policy, base["reward"]).startswith(f"{base['reward']}: holds a reward model, not a language model;")
     config = tiny.dpo_config(tmp_path, base["model"], tiny.write_rows(tmp_path / "rows")["ranking"]).file
     for key in ("model", "reference.model"):
-        assert check_config.main(["step2_dpo.train", config, f"{key}={base['reward']}", "--"]) == 2  # without torch
+        assert check_config.main(["step2_dpo.train", config, f"{key}={base['reward']}"]) == 2  # without torch
         assert f"key `{key}`: {base['reward']}: holds a reward model" in capsys.readouterr().err
         said = refusal(step2_dpo.train.main, ["--config", config, f"{key}={base['reward']}"])
         assert said.startswith(f"{config}: key `{key}`: {base['reward']}: holds a reward model")

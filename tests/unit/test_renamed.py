@@ -9,11 +9,11 @@ import pytest
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.tiny import ppo_values, write_yaml
-from tristage.checkpoint import finding
 from tristage.config import STEPS, load_config, settings_class
 from tristage.config.describe import settings_of
 from tristage.config.renamed import RENAMED, new_name
 from tristage.errors import UserError
+from tristage.runs import changes
 
 KEYS = {setting.key for step in STEPS for setting in settings_of(settings_class("", step))}
 
@@ -37,13 +37,22 @@ def test_a_name_is_only_given_where_the_step_has_it():
     assert "normalize_prompts" in RewardModelConfig.model_fields
 
 
-def test_a_checkpoint_of_before_is_compared_by_the_new_names(tmp_path, capsys):
+def test_a_checkpoint_of_before_is_compared_by_the_new_names(tmp_path):
     config = write_yaml(tmp_path / "step3_ppo.yaml", ppo_values(tmp_path, "actor", "reward", "prompts.jsonl"))
     settings = load_config(PPOConfig, ["--config", config])
     old = {new: old for old, new in RENAMED.items()}
-    before = {old.get(key, key): value for key, value in finding._flat(settings.model_dump(mode="json"))}
+    before = {old.get(key, key): value for key, value in changes._flat(settings.model_dump(mode="json"))}
     assert "keep_every" in before and "rollout.gather" in before
-    finding._compare_settings(tmp_path, {"settings": before, "data": None}, settings, None)
-    assert "changed" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="ppo.adaptive_kl_horizon: 7 -> 10000"):
-        finding._compare_settings(tmp_path, {"settings": before | {"ppo.kl_horizon": 7}, "data": None}, settings, None)
+    assert changes.changed_settings(before, settings) == ({}, {})
+    _, changed = changes.changed_settings(before | {"ppo.kl_horizon": 7}, settings)
+    assert changed == {"ppo.adaptive_kl_horizon": "7 -> 10000.0"}
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_was_at_its_default_there(tmp_path):
+    config = write_yaml(tmp_path / "step3_ppo.yaml", ppo_values(tmp_path, "actor", "reward", "prompts.jsonl"))
+    settings = load_config(PPOConfig, ["--config", config])
+    before = {key: value for key, value in changes._flat(settings.model_dump(mode="json")) if key != "max_bad_steps"}
+    del before["rollout.stop_token_ids"], before["data.max_row_bytes"]
+    assert changes.changed_settings(before, settings) == ({}, {})
+    given = load_config(PPOConfig, ["--config", config, "rollout.stop_token_ids=[3]"])
+    assert changes.changed_settings(before, given) == ({}, {"rollout.stop_token_ids": "None -> [3]"})
