@@ -26,7 +26,7 @@ IDIOMS = {
     r"for want of": "to save, for lack of",
     r"for ever": "forever",
     r"so many-th": "every N-th",
-    rf"(?:{COUNTED}) an? (?:{UNITS})": "per",
+    rf"(?<!which )(?:{COUNTED}) an? (?:{UNITS})": "per",
 }
 
 
@@ -50,6 +50,7 @@ def idioms(page: str) -> Iterator[str]:
         ("Mend it beside\nthat.", ["Mend", "beside"]),
         ("This is no tensor; there is no such file; it is no longer so.", ["is no"]),
         ("21 GiB a GPU, one row\nan iteration, 21 GiB per GPU\n\n## Rows\n\nA row", ["GiB a GPU", "row an iteration"]),
+        ("It says which rows a step reads: 8 rows a step.", ["rows a step"]),
         ('Not "GiB a GPU", nor `mend`.\n```\nnats an answer\n```\nAmendments, lawful.', []),
     ],
 )

@@ -13,8 +13,8 @@ import pytest
 
 from tests.helpers.published import write_config
 from tests.helpers.tiny import REPO
-from tristage import cli
-from tristage.config import load_config
+from tristage.cli.main import main as tristage_command
+from tristage.config import load_config, settings_class
 from tristage.quickstart import prepare
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -78,7 +78,7 @@ def test_a_data_command_runs_on_the_quickstart(command, quickstart_folder, monke
         rows, model = "output/quickstart/data/sft", "output/quickstart/model"
         words += [f"model={model}", f"data.train={rows}.train.jsonl", f"data.heldout={rows}.heldout.jsonl"]
     monkeypatch.chdir(quickstart_folder)
-    code, printed = cli.main(words), capsys.readouterr().out
+    code, printed = tristage_command(words), capsys.readouterr().out
     assert code == 0, printed
     assert ("<eos>⟧" if "show" in command else "nothing to fix") in printed
 
@@ -87,7 +87,7 @@ def test_the_plan_is_what_the_docs_print(tmp_path, capsys):
     """With folders that hold the config.json of the models alone."""
     (command,) = PLANS
     models = {key: write_config(tmp_path / name, f"facebook/{name}") for key, name in PLANNED.items()}
-    assert cli.main([*command.split()[1:], *(f"{key}={folder}" for key, folder in models.items())]) == 0
+    assert tristage_command([*command.split()[1:], *(f"{key}={folder}" for key, folder in models.items())]) == 0
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     (shown,) = re.findall(r"```\n(a GPU's context.*?)\n```", TEXT, flags=re.S)
     assert printed[-len(shown.splitlines()) :] == shown.splitlines()
@@ -96,7 +96,7 @@ def test_the_plan_is_what_the_docs_print(tmp_path, capsys):
 @pytest.mark.parametrize("command", DOCTORS)
 def test_the_doctor_checks_what_it_is_given(command, capsys):
     """Whether this machine is well is not for this test to say: its exit code is what it printed."""
-    code = cli.main([word if "/" not in word else str(REPO / word) for word in command.split()[1:]])
+    code = tristage_command([word if "/" not in word else str(REPO / word) for word in command.split()[1:]])
     printed = capsys.readouterr().out
     assert code == ("\nstop" in printed) and printed.startswith("ok    python")
     assert ("16 ranks" in printed) == ("16" in command)
@@ -107,7 +107,7 @@ def test_an_evaluation_command_names_a_module_and_settings_of_its_step(command):
     _, _, module, *words = command.split()
     step = module.removesuffix(".evaluate")
     assert module == f"{step}.evaluate" and (REPO / step / "evaluate.py").is_file()
-    settings = load_config(cli.settings_class(words[1], step), [word for word in words if word != "--interactive"])
+    settings = load_config(settings_class(words[1], step), [word for word in words if word != "--interactive"])
     assert settings.folder.is_dir()
 
 

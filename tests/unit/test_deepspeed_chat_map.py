@@ -15,7 +15,7 @@ from tristage.config import load_config
 from tristage.config.problems import all_keys
 
 REPO = Path(__file__).parents[2]
-MAP = (REPO / "configs/README.md").read_text()
+MAP = (REPO / "docs/from-deepspeed-chat.md").read_text()
 KEYS = {key for step in (SFTConfig, RewardModelConfig, DPOConfig, PPOConfig) for key in all_keys(step)}
 KEYS |= {key.rpartition(".")[2] for key in KEYS}  # `schedule` of each optimizer
 KEYS |= {"path", "name", "lora.alpha: 1", "reference: null"}
