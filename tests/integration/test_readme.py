@@ -21,6 +21,7 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").g
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(?!#!)(.*?)```", TEXT, flags=re.S)  # not a job's script, which test_faults.py runs
 LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+RECIPES = re.findall(r"```yaml\n(# my/step1_sft.yaml\n.*?)```", TEXT, flags=re.S)
 COMMANDS = list(dict.fromkeys(line for line in LINES if line))
 PLANNED = {"actor.model": "opt-6.7b", "reward.model": "opt-350m"}  # the models of the recipe that docs/memory.md plans
 RECIPE = "cp -r configs/opt-1.3b configs/mine"  # makes the folder that later commands of README.md name
@@ -39,12 +40,13 @@ def commands_of(*starts: str) -> list[str]:
 
 
 DATA, PLANS, DOCTORS = commands_of("tristage data "), commands_of("tristage plan "), commands_of("tristage doctor")
+SETTINGS = commands_of("tristage config ", "tristage settings ")
 EVALUATIONS = commands_of("python -m step")
 LAUNCHED = commands_of("bash launch/", "sbatch ", "deepspeed ")
 
 
 def test_every_command_has_a_test():
-    assert sorted([*DATA, *PLANS, *DOCTORS, *EVALUATIONS, *LAUNCHED, *ELSEWHERE]) == sorted(COMMANDS)
+    assert sorted([*DATA, *PLANS, *DOCTORS, *SETTINGS, *EVALUATIONS, *LAUNCHED, *ELSEWHERE]) == sorted(COMMANDS)
 
 
 @pytest.fixture
@@ -99,7 +101,21 @@ def test_the_doctor_checks_what_it_is_given(command, capsys):
     code = tristage_command([word if "/" not in word else str(REPO / word) for word in command.split()[1:]])
     printed = capsys.readouterr().out
     assert code == ("\nstop" in printed) and printed.startswith("ok    python")
-    assert ("16 ranks" in printed) == ("16" in command)
+    assert ("ranks 16" in printed) == ("16" in command)
+
+
+@pytest.mark.parametrize("command", SETTINGS)
+def test_a_command_about_settings_prints_the_key_that_it_is_about(command, monkeypatch, capsys):
+    monkeypatch.chdir(REPO)
+    assert tristage_command(command.split()[1:]) == 0
+    assert ("ppo.kl_coef" if "settings" in command else "configs/bases/step1_sft.yaml:") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_a_recipe_of_a_few_lines_is_one(text, tmp_path):
+    (tmp_path / "step1_sft.yaml").write_text(text)
+    settings = load_config(settings_class("step1_sft", None), ["--config", str(tmp_path / "step1_sft.yaml")])
+    assert settings.data.train[0].path == "my/rows.jsonl" and settings.data.heldout == ()
 
 
 @pytest.mark.parametrize("command", EVALUATIONS)
