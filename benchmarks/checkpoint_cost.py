@@ -22,13 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tristage.run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import step1_sft.train as sft
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage.models.tokenizer import load_tokenizer
+from tristage.training import run
 
 
 def write_network(folder: Path) -> int:
@@ -59,8 +59,8 @@ def train(rank: int, argv: list[str]) -> dict[str, list[float]]:
         return timing
 
     sft.sft_step = timed("step", sft.sft_step)
-    tristage.run.save_checkpoint = timed("save", tristage.run.save_checkpoint)
-    tristage.run.find_checkpoint = timed("resume", tristage.run.find_checkpoint)  # verifies its checksums
+    run.save_checkpoint = timed("save", run.save_checkpoint)
+    run.find_checkpoint = timed("resume", run.find_checkpoint)  # verifies its checksums
     sft.load_checkpoint = timed("resume", sft.load_checkpoint)
     sft.save_model = lambda *_: []
     sft.main(argv)

@@ -10,7 +10,8 @@ import pytest
 
 REPO = Path(__file__).parents[2]
 # Where the rule holds; code joins by its folder ("tristage/**/*.py").
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "configs/**/README.md", "step*/README.md", "tests/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "configs/**/README.md", "step*/README.md")
+PAGES += ("tests/README.md",)
 
 UNITS = "GPU|node|rank|host|response|answer|prompt|token|row|step|iteration|epoch|rollout|parameter|second|file|run"
 COUNTED = "GiB|MiB|bytes?|tokens?|nats|rows?|steps?|seconds?|ms|responses?|answers?|lines?|copies|times|mean|ranks?"
