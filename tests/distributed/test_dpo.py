@@ -1,7 +1,7 @@
 """DPO, IPO and SimPO on ranks: the gradient of a step does not depend on its layout, nor the run on the ZeRO stage.
 
-Gradients as in test_gradients.py: transformers' own model in float64, one answer at a time and without padding, against
-what DeepSpeed hands to the optimizer.
+Gradients as in helpers/gradients.py: transformers' own model in float64, one answer at a time and without padding,
+against what DeepSpeed hands to the optimizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 import step2_dpo.train
 from step2_dpo.config import DPOConfig
 from step2_dpo.reference import Known
-from tests.distributed.test_gradients import (
+from tests.helpers import tiny
+from tests.helpers.gradients import (
     CPU,
     LAYOUTS,
     ROWS,
@@ -35,7 +36,6 @@ from tests.distributed.test_gradients import (
     sgd,
     worst_difference,
 )
-from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage import dist, engine
 from tristage.config import BatchPlan

@@ -1,7 +1,7 @@
 """The gradient of adapters and scalar head is that of W + alpha/rank B A written out, at every ZeRO stage and layout.
 
 The oracle is transformers' own model in float64, one row at a time and without padding, whose weights are computed from
-A and B. Gradients are read off an SGD step, as in test_gradients.py; the same step shows that the base stands still.
+A and B. Gradients are read off an SGD step, as in helpers/gradients.py; the same step shows that the base stands still.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from step1_sft.train import sft_step
 from step2_reward_model.train import reward_model_step
-from tests.distributed.test_gradients import (
+from tests.helpers import oracles, tiny
+from tests.helpers.gradients import (
     CPU,
     ROWS,
     TOLERANCE,
@@ -33,7 +34,6 @@ from tests.distributed.test_gradients import (
     sgd,
     worst_difference,
 )
-from tests.helpers import oracles, tiny
 from tests.helpers.ranks import run_ranks
 from tristage import dist, engine
 from tristage.config import BatchPlan, LoraSettings

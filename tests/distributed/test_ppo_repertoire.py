@@ -1,6 +1,6 @@
 """What PPO may add to an optimizer step (other losses, text, an average of the weights) on any ranks and ZeRO stage.
 
-Gradients are read off and compared as in test_gradients.py. All runs of two ranks share one pair of processes.
+Gradients are read off and compared as in helpers/gradients.py. All runs of two ranks share one pair of processes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, engine_configs
 from step3_ppo.rollout import _score_policy
 from step3_ppo.update import NOTHING_ELSE, ActorExtras, ppo_update
-from tests.distributed import test_gradients as gradients
-from tests.distributed.test_gradients import CLIP, CPU, ROWS, TEMPERATURE, TOLERANCE, Oracle, Step, worst_difference
-from tests.helpers import tiny
+from tests.helpers import gradients, tiny
+from tests.helpers.gradients import CLIP, CPU, ROWS, TEMPERATURE, TOLERANCE, Oracle, Step, worst_difference
 from tests.helpers.ranks import run_ranks
 from tristage import dist, engine
 from tristage.batches import Experience, SFTBatch
@@ -36,8 +35,6 @@ from tristage.models.causal_lm import load_causal_lm
 from tristage.models.reward_model import load_reward_model
 from tristage.models.tokenizer import load_tokenizer
 from tristage.storage.pieces import PieceReader, write_pieces
-
-paths = gradients.paths  # the fixture
 
 # (ranks, micro-batch) and the ZeRO stages that each runs at.
 LAYOUTS = {(1, 4): (0,), (1, 1): (2,), (2, 4): (0, 3), (2, 2): (1, 2), (2, 1): (0, 3)}
@@ -138,6 +135,11 @@ def shared_row(experience: Experience) -> Callable[[Any, int], tuple[torch.Tenso
         return surrogate + OLD_KL_COEF * old_kl + VALUE_COEF * value, count
 
     return loss
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return gradients.write_models(tmp_path_factory.mktemp("gradients"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The reward model's other losses: their gradient does not depend on how prompts were dealt to ranks either.
 
-As test_gradients.py: transformers' own model in float64, an answer at a time and without padding, against what
+As helpers/gradients.py: transformers' own model in float64, an answer at a time and without padding, against what
 DeepSpeed hands to the optimizer. Here answers of a prompt begin alike, and one is the beginning of another.
 """
 
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from step2_reward_model.train import reward_model_step
-from tests.distributed.test_gradients import (
+from tests.helpers import oracles, tiny
+from tests.helpers.gradients import (
     CPU,
     ROWS,
     TOLERANCE,
@@ -29,7 +30,6 @@ from tests.distributed.test_gradients import (
     sgd,
     worst_difference,
 )
-from tests.helpers import oracles, tiny
 from tests.helpers.ranks import run_ranks
 from tristage import dist, engine
 from tristage.algo.losses import ELO_K_FACTOR, ELO_ROUNDS
