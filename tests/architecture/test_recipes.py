@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.architecture.test_settings import STEP_YAMLS, name_of, settings_class
+from tests.helpers.recipes import STEP_YAMLS, name_of
 from tristage.config import load_config
+from tristage.config.steps import settings_class
 
 REPO = Path(__file__).parents[2]
 BASES = sorted((REPO / "configs" / "bases").glob("*.yaml"))
@@ -22,7 +23,7 @@ NAMES = {
 
 @pytest.mark.parametrize("base", BASES, ids=name_of)
 def test_a_base_lacks_only_models_and_output(base):
-    settings = load_config(settings_class(base.stem), ["--config", str(base), *NAMES[base.stem]])
+    settings = load_config(settings_class(str(base), None), ["--config", str(base), *NAMES[base.stem]])
     assert settings.output == "out" and "optimizer.learning_rate" in " ".join(settings.places)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,23 +10,12 @@ import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel
 
-from tristage.config import BatchPlan, RunSettings, Settings, load_config, read_deepspeed_json
+from tests.helpers.recipes import STEP_YAMLS, name_of, ranks_of
+from tristage.config import BatchPlan, Settings, load_config, read_deepspeed_json
+from tristage.config.steps import STEPS, settings_class
 
 REPO = Path(__file__).parents[2]
-STEPS = sorted(path.parent.name for path in REPO.glob("step[0-9]_*/config.py"))
-STEP_YAMLS = sorted(path for path in (REPO / "configs").glob("**/step[0-9]_*.yaml") if path.parent.name != "bases")
 DEEPSPEED_JSONS = sorted((REPO / "configs" / "deepspeed").glob("*.json"))
-
-
-def settings_class(step: str) -> type[RunSettings]:
-    """The one settings class of a whole run that a step's config.py defines."""
-    module = importlib.import_module(f"{step}.config")
-    (found,) = (
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, RunSettings) and value.__module__ == module.__name__
-    )
-    return found
 
 
 def groups_of(cls: type[BaseModel]) -> list[type[BaseModel]]:
@@ -46,7 +33,7 @@ def groups_of(cls: type[BaseModel]) -> list[type[BaseModel]]:
 ALL_FIELDS = {
     (cls.__name__, name): field
     for step in STEPS
-    for cls in groups_of(settings_class(step))
+    for cls in groups_of(settings_class("", step))
     for name, field in cls.model_fields.items()
 }
 
@@ -75,7 +62,7 @@ READ = read_attributes()
 
 
 def test_the_settings_of_every_step_are_found():
-    assert {"step1_sft", "step2_reward_model", "step2_dpo", "step3_ppo"} <= set(STEPS)
+    assert sorted(STEPS) == sorted(path.parent.name for path in REPO.glob("step[0-9]_*/config.py"))
     assert {("SFTConfig", "model"), ("OptimizerSettings", "eps"), ("PPOSettings", "lam")} <= set(ALL_FIELDS)
 
 
@@ -97,13 +84,6 @@ def test_a_setting_is_read_outside_its_class(cls, name):
 # -- configs/ ----------------------------------------------------------------------------------------------
 
 
-def ranks_of(path: Path) -> int:
-    """Ranks that a config's header comment says it is for ("ranks: 8"); else 2."""
-    header = "\n".join(line for line in path.read_text().split("\n") if line.startswith("#"))
-    ranks = re.search(r"\branks: (\d+)", header)
-    return int(ranks[1]) if ranks else 2
-
-
 @pytest.mark.parametrize(
     "text, ranks",
     [("# Step 1.\n", 2), ("# For 4 GPUs.\n# Of 80 GB.   ranks: 16\n", 16), ("# Step 1.\nepochs: 3 # ranks: 9\n", 2)],
@@ -113,12 +93,8 @@ def test_the_header_says_the_ranks(tmp_path, text, ranks):
     assert ranks_of(tmp_path / "a.yaml") == ranks
 
 
-def name_of(path: Path) -> str:
-    return path.relative_to(REPO / "configs").as_posix()
-
-
 def load(path: Path) -> Any:
-    return load_config(settings_class(path.stem), ["--config", str(path)])
+    return load_config(settings_class(str(path), None), ["--config", str(path)])
 
 
 def test_there_is_a_config_for_every_step():

@@ -23,11 +23,12 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.interrupted import untimed
 from tests.helpers.ranks import process_context
 from tests.helpers.tiny import REPO
 from tristage.machine.arrival import free_port
 from tristage.training import run
-from tristage.training.metrics import RunLog, read_metrics
+from tristage.training.metrics import RunLog
 
 PATIENCE = 240.0  # seconds until a test gives up: machines are slow
 
@@ -56,11 +57,6 @@ def steps_done(output: Path) -> int:
 
 def rank_pids(output: Path) -> list[int]:
     return [json.loads(path.read_text())["pid"] for path in sorted((output / "logs").glob("rank_*.json"))]
-
-
-def untimed(path: Path) -> list[dict[str, Any]]:
-    timed = ("time/", "throughput/")
-    return [{name: x for name, x in line.items() if not name.startswith(timed)} for line in read_metrics(path)]
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:

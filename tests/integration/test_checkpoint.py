@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import step1_sft.train
 import step3_ppo.train
 from tests.helpers import tiny
+from tests.helpers.interrupted import Killed, kill_at, untimed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.saves import before_each_operation, killed_at
-from tests.integration.test_resume import Killed, kill_at, untimed
 from tristage.checkpoint import find_checkpoint
 from tristage.errors import UserError
 from tristage.training import run

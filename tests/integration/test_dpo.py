@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,15 +20,13 @@ import step2_dpo.evaluate
 import step2_dpo.train
 from step2_dpo import reference
 from tests.helpers import tiny
+from tests.helpers.interrupted import Killed, kill_at, untimed
 from tests.helpers.ranks import run_ranks
-from tests.integration.test_resume import Killed, kill_at, untimed
-from tests.integration.test_wrong_input import one_sentence
+from tests.helpers.wrong_input import refusal_of
 from tristage.data.sets import load_sets
-from tristage.errors import UserError
-from tristage.models.kernels import Kernels
 from tristage.quickstart import task
 from tristage.quickstart.network import make_tokenizer
-from tristage.training import run, setup
+from tristage.training import setup
 from tristage.training.metrics import read_metrics
 
 SIMPO = ["loss=simpo", "beta=2.0", "gamma=1.0"]
@@ -338,13 +334,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def sentence(module: Any, world: dict[str, str], words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    argv = [module.__name__, "--config", world["config"], f"output={world['out']}", *words]
-    reading = mock.patch.object(Kernels, "loading_options", side_effect=UserError("weights are read now"))
-    with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"), reading:
-        with pytest.raises(SystemExit) as stopped:
-            run.entry_point(module.main)
-    assert stopped.value.code == 2
-    return one_sentence(capfd.readouterr().err)
+    return refusal_of(module, ["--config", world["config"], f"output={world['out']}", *words], capfd)
 
 
 @pytest.mark.parametrize("case", WRONG)

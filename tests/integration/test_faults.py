@@ -23,9 +23,9 @@ from tests.helpers.faults import (
     assert_same_run,
     rank_pids,
     steps_done,
-    untimed,
     wait_until,
 )
+from tests.helpers.interrupted import untimed
 from tristage.dist.watchdog import EXIT_PREEMPTED, EXIT_STALLED
 from tristage.machine.arrival import free_port
 

@@ -23,8 +23,8 @@ import step3_ppo.engines
 import step3_ppo.evaluate
 import step3_ppo.train
 from tests.helpers import tiny
+from tests.helpers.interrupted import Killed, kill_at, untimed
 from tests.helpers.ranks import run_ranks
-from tests.integration.test_resume import Killed, kill_at, untimed
 from tristage.cli import main as cli
 from tristage.errors import UserError
 from tristage.training.metrics import read_metrics

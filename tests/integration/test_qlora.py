@@ -19,8 +19,8 @@ import step2_dpo.train
 import step2_reward_model.train
 import step3_ppo.train
 from tests.helpers import tiny
+from tests.helpers.interrupted import Killed, kill_at, untimed
 from tests.helpers.ranks import run_ranks
-from tests.integration.test_resume import Killed, kill_at, untimed
 from tristage.cli import main as cli
 from tristage.config import LoraSettings
 from tristage.models.causal_lm import load_causal_lm

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.architecture.test_settings import STEP_YAMLS, name_of, ranks_of
 from tests.helpers import tiny
 from tests.helpers.published import MILLIONS, PUBLISHED, shrunk, write_config
 from tests.helpers.ranks import run_ranks
+from tests.helpers.recipes import STEP_YAMLS, name_of, ranks_of
 from tristage.cli import main as cli
 from tristage.config import load_config
 from tristage.models.sizes import model_shape

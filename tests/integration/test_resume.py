@@ -21,9 +21,9 @@ import step1_sft.train
 import step2_reward_model.train
 import step3_ppo.train
 from tests.helpers import tiny
+from tests.helpers.interrupted import Killed, kill_at, untimed
 from tests.helpers.ranks import run_ranks
 from tristage import dist
-from tristage.training.metrics import RunLog, read_metrics
 
 STEPS = {"sft": step1_sft.train, "reward": step2_reward_model.train, "ppo": step3_ppo.train}
 UPDATES = {"sft": "sft_step", "reward": "reward_model_step", "ppo": "ppo_update"}
@@ -49,21 +49,6 @@ EVERYTHING = [
     ),
     *("ppo.bootstrap=true", "ppo.entropy_coef=0.01", "ema={decay: 0.9, start: 0.3}", "critic.warmup_iterations=1"),
 ]
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step: int) -> Any:
-    write = RunLog.write
-
-    def dying(log: RunLog, now: int, split: str, metrics: dict[str, float]) -> None:
-        if (now, split) == (step, "train"):
-            raise Killed
-        write(log, now, split, metrics)
-
-    return mock.patch.object(RunLog, "write", dying)
 
 
 def nothing_trains(step: str) -> Any:
@@ -124,12 +109,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def output(folder: Path, case: str, which: str) -> Path:
     return folder / case / which / CASES[case][0]
-
-
-def untimed(path: Path) -> list[dict[str, Any]]:
-    lines = read_metrics(path)
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "throughput/"))}
-            for line in lines]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -34,11 +33,9 @@ from tests.helpers.tiny import (
     write_reward_model,
     write_rows,
 )
+from tests.helpers.wrong_input import one_sentence, refusal_of
 from tristage import dist
-from tristage.errors import UserError
-from tristage.models.kernels import Kernels
 from tristage.quickstart.network import make_tokenizer
-from tristage.training import run
 
 STEP1, STEP2, STEP3 = step1_sft.train, step2_reward_model.train, step3_ppo.train
 
@@ -58,12 +55,6 @@ ZEROS: dict[str, dict[str, Any]] = {
     "second": {"stage": 3, "zero_hpz_partition_size": 2},
     "in_vain": {"stage": 2, "offload_param": {"device": "cpu"}},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever reads weights ends there. Checks that read their headers alone do not."""
-    monkeypatch.setattr(Kernels, "loading_options", mock.Mock(side_effect=UserError("weights are read now")))
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +90,8 @@ def edit_json(path: Path, **values: Any) -> None:
 
 
 def sentence_of(world: World, module: ModuleType, words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """What `python -m MODULE --config ... WORDS` says on stderr, after checking that it is one sentence and code 2."""
-    argv = [module.__name__, "--config", world.configs[module], f"output={world.path('out')}", *words]
-    # patch.dict: a run that gets as far as joining a process group sets variables, which are taken back here.
-    with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
-        with pytest.raises(SystemExit) as stopped:
-            run.entry_point(module.main)
-    assert stopped.value.code == 2
-    return one_sentence(capfd.readouterr().err)
-
-
-def one_sentence(stderr: str) -> str:
-    lines = stderr.splitlines()
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith("error: ") and "Traceback" not in stderr
-    return lines[0].removeprefix("error: ")
+    """What the step says of its good config that `words` spoil."""
+    return refusal_of(module, ["--config", world.configs[module], f"output={world.path('out')}", *words], capfd)
 
 
 # What is wrong: (steps, words that spoil their good config, how the sentence starts). {name} is a path of the world,

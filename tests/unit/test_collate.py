@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_template import TAGGED, chatml, default
+from tests.helpers.tokenizers import TAGGED, chatml, default
 from tristage.data.collate import collate_packed, collate_prompts, collate_ranking, collate_sft, pick
 from tristage.data.rows import SFTRow
 from tristage.data.tokenize import Example, Policy, encode

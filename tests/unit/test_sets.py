@@ -13,7 +13,7 @@ import torch
 
 from step1_sft.config import SFTConfig
 from tests.helpers import tiny
-from tests.unit.test_template import default as byte_default
+from tests.helpers.tokenizers import default as byte_default
 from tristage import dist
 from tristage.config import RunSettings, SourceSettings, load_config
 from tristage.data.sets import fingerprint, load_heldout, load_sets

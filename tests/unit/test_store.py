@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 import torch
 
-from tests.unit.test_tokenize import word_tokenizer
+from tests.helpers.tokenizers import word_tokenizer
 from tristage import dist
 from tristage.config import SourceSettings
 from tristage.data import store

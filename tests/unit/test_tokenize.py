@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.unit.test_template import DIALOGUE, FORGETS, TAGGED, byte_tokenizer, chatml, default
+from tests.helpers.tokenizers import DIALOGUE, FORGETS, TAGGED, byte_tokenizer, chatml, default, word_tokenizer
 from tristage.data.rows import PromptRow, RankingRow, Row, SFTRow, TextRow, Unusable
 from tristage.data.special import encode_hidden
-from tristage.data.template import DEFAULT_TEMPLATE, ensure_template, render
+from tristage.data.template import ensure_template, render
 from tristage.data.tokenize import Example, Policy, encode, encode_sampled
 from tristage.errors import UserError
 
@@ -30,17 +30,6 @@ KINDS = {SFTRow: "sft", RankingRow: "ranking", PromptRow: "prompt", TextRow: "te
 @pytest.fixture(params=MAKERS, ids=lambda name: name)
 def tokenizer(request):
     return MAKERS[request.param]()
-
-
-def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
-    """Ids 0 [UNK], 1 </s>, then the words; a word "<s>" is its BOS, which the template puts in front."""
-    vocabulary = {word: i for i, word in enumerate(["[UNK]", "</s>", *words])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bos = "<s>" if "<s>" in words else None
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="[UNK]", bos_token=bos)
-    tokenizer.chat_template = "{{ bos_token }}" * (bos is not None) + DEFAULT_TEMPLATE
-    return tokenizer
 
 
 def encoded(tokenizer, row: Row, max_tokens: int = 1000, **options):
