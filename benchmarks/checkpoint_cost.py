@@ -25,8 +25,8 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import step1_sft.train as sft
-from tests.helpers import tiny
-from tests.helpers.ranks import run_ranks
+from benchmarks import tiny
+from benchmarks.tiny import run_ranks
 from tristage.models.tokenizer import load_tokenizer
 from tristage.training import run
 

@@ -21,7 +21,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.helpers import tiny
+from benchmarks import tiny
 from tristage.config import BatchPlan
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import Loader

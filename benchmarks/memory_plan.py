@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.helpers import tiny
-from tests.helpers.ranks import run_ranks
+from benchmarks import tiny
+from benchmarks.tiny import run_ranks
 from tristage.models.tokenizer import load_tokenizer
 from tristage.planning.formulas import GIB, Machine, total
 from tristage.planning.plan import Plan, engines_of, make_plan
@@ -96,7 +96,7 @@ def compare(case: str, folder: Path) -> dict[str, Any]:
     settings = {name: settings_of(case, folder, path, name) for name, path in models.items()}
     plan = foretold(settings["large"])
     files = [settings[name].file for name in models]
-    measured = run_ranks(RANKS, measure, case, files, timeout=1800)
+    measured = run_ranks(RANKS, measure, case, files)
     return {
         "foretold_MiB": round(plan.gpu_bytes / 2**20),
         "measured_MiB": [round(found / 2**20) for found in measured],

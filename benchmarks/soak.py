@@ -34,36 +34,33 @@ from typing import Any
 
 import psutil
 
-from tests.helpers import tiny
+from benchmarks import tiny
 from tristage.training.metrics import read_metrics
 
 MARK = "TRISTAGE_SOAK"  # in the environment of all that a run starts: what has it and outlives the launcher was leaked
 AFTER_START = 10  # iterations after a start at which starts are compared
 WINDOW = 10  # samples whose median is one figure
 FINALS = ("final", "final_critic")
+# The cheapest iterations that have every part of PPO: four prompts, four tokens.
+CHEAPEST = [
+    *("rollout.prompts=4", "rollout.rows_at_once=2", "rollout.max_response_tokens=4", "data.heldout_limit=2"),
+    *("ppo.epochs=1", "ppo.minibatch=4", "save_every=10", "logged_samples=1"),
+]
 
 
-def settings_for(folder: Path, iterations: int) -> str:
-    """The cheapest iterations that have every part of PPO: four prompts, four tokens."""
+def write_config(folder: Path) -> str:
+    """The YAML of a run of step 3, with its rows and models."""
     rows = tiny.write_rows(folder / "rows", 16)
     actor = tiny.write_model(folder / "actor")
     scorer = tiny.write_reward_model(folder / "scorer", actor)
-    values = tiny.ppo_values(folder / "ppo", actor, scorer, rows["prompts"], stage=2) | {
-        "iterations": iterations,
-        "rollout": {"prompts": 4, "rows_at_once": 2, "max_response_tokens": 4},
-        "ppo": {"epochs": 1, "minibatch": 4, "micro_batch": 2},
-        "save_every": 10,
-        "logged_samples": 1,
-    }
-    values["data"] |= {"heldout_limit": 2}
-    return tiny.write_yaml(folder / "soak.yaml", values)
+    return tiny.ppo_config(folder, actor, scorer, rows["prompts"], 2, *CHEAPEST).file
 
 
 class Run:
     """One run, which `start` goes on with after a kill."""
 
-    def __init__(self, folder: Path, config: str, name: str):
-        self.config, self.output, self.log = config, folder / name, folder / f"{name}.log"
+    def __init__(self, folder: Path, words: list[str], name: str):
+        self.words, self.output, self.log = words, folder / name, folder / f"{name}.log"
         self.mark = uuid.uuid4().hex
         self.environment = os.environ | {MARK: self.mark, "TRISTAGE_CACHE": str(folder / "cache")}
         self.samples: list[dict[str, int]] = []  # start, iteration, rank, anonymous KiB, open descriptors
@@ -71,7 +68,7 @@ class Run:
         self.starts = 0
 
     def start(self) -> None:
-        command = ["bash", str(tiny.REPO / "launch/step3_ppo.sh"), self.config, f"output={self.output}"]
+        command = ["bash", str(tiny.ROOT / "launch/step3_ppo.sh"), *self.words, f"output={self.output}"]
         with self.log.open("ab") as log:
             self.launcher = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -248,8 +245,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
-        config = settings_for(Path(name), arguments.iterations)
-        alone, killed = (Run(Path(name), config, which) for which in ("alone", "killed"))
+        words = [write_config(Path(name)), f"iterations={arguments.iterations}", *CHEAPEST]
+        alone, killed = (Run(Path(name), words, which) for which in ("alone", "killed"))
         runs = {
             "left_alone": soak(alone, arguments.iterations, rng),
             "killed": soak(killed, arguments.iterations, rng, arguments.kill_every, arguments.minutes),

@@ -102,7 +102,7 @@ def test_positions_alone_do_not_keep_examples_apart(folders: dict[str, str]) -> 
 
 @pytest.mark.parametrize("family", PACKABLE)
 def test_families_with_positions_are_packable(family: str, folders: dict[str, str]) -> None:
-    check_packable(folders[family])
+    assert check_packable(folders[family]) is None
 
 
 def test_a_family_without_positions_is_refused(folders: dict[str, str]) -> None:

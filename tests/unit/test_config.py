@@ -455,7 +455,7 @@ def test_a_model_folder_and_a_hub_id_are_accepted(sft_yaml, tmp_path, monkeypatc
     (folder / "config.json").write_text("{}")
     settings = load_sft(sft_yaml)
     for path in (str(folder), "out/final", "facebook/opt-1.3b"):
-        require_folder_or_hub_id(path, settings, "model")
+        assert require_folder_or_hub_id(path, settings, "model") is None
 
 
 @pytest.mark.parametrize("path", ["./model", "/no/such/model", "~/model", "model", "a/b/c", "out/fine"])

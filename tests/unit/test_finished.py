@@ -198,7 +198,7 @@ def test_a_folder_that_is_not_of_a_run_is_taken_as_it_is(done):
     copy = shutil.copytree(done.final, done.folder / "final")
     (done.output / "finished.json").unlink()
     for path in (str(copy), str(done.model), "owner/name", str(done.output / "checkpoints")):
-        require_finished(path, done.settings(), "model")
+        assert require_finished(path, done.settings(), "model") is None
 
 
 def test_launcher_and_ranks_both_ask(done):

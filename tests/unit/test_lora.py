@@ -92,9 +92,9 @@ def test_a_target_that_matches_nothing_is_one_sentence_with_what_would(
 
 
 def test_targets_that_match_pass_the_check(folder: Path) -> None:
-    check_lora(None, "nowhere", "key")
-    check_lora(LoraSettings(), str(folder / "gpt2"), "key")
-    check_lora(LoraSettings(targets=("c_attn", "mlp.c_proj")), str(folder / "gpt2"), "key")
+    assert check_lora(None, "nowhere", "key") is None
+    for lora in (LoraSettings(), LoraSettings(targets=("c_attn", "mlp.c_proj"))):
+        assert check_lora(lora, str(folder / "gpt2"), "key") is None
 
 
 def test_merging_adds_alpha_over_rank_times_b_a() -> None:

@@ -119,7 +119,9 @@ def test_a_reward_model_without_its_head_or_with_two_labels_is_refused(base: dic
 
 def test_old_causal_masks_are_no_weights(base: dict[str, str], tmp_path: Path) -> None:
     masks = {"model.layers.0.attn.masked_bias": torch.zeros(1), "model.layers.1.rotary_emb.inv_freq": torch.zeros(4)}
-    policy(change(tiny.copy_model(base["model"], tmp_path / "old"), lambda tensors: tensors.update(masks)))
+    old = change(tiny.copy_model(base["model"], tmp_path / "old"), lambda tensors: tensors.update(masks))
+    found, expected = policy(old).state_dict(), policy(base["model"]).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_checked_headers_change_no_random_number(base: dict[str, str]) -> None:
@@ -451,4 +453,4 @@ def test_a_local_folder_never_asks_the_hub(
 ) -> None:
     monkeypatch.setattr(hub, "answers", lambda address: pytest.fail("asked"))
     load_tokenizer(base["model"])
-    is_reward_model(base["model"])
+    assert not is_reward_model(base["model"])

@@ -61,6 +61,12 @@ class World:
                 self.dog.beat()
                 self.dog.check()
 
+    def assert_left_alone(self) -> None:
+        """The last look at the others was now, and found nothing."""
+        assert self.dog.checked_at == self.now
+        own = json.loads(self.dog.file.read_text())
+        assert (own["state"], own["verdict"], self.dog.lost) == ("running", None, False)
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
@@ -89,6 +95,7 @@ def test_ranks_that_get_on_are_left_alone_however_long_it_takes(world):
     for _ in range(4):
         world.live(95)  # one phase, in which nobody moves
         world.live(1, moving=(2,))  # one is enough: the others wait for it
+    world.assert_left_alone()
 
 
 def test_a_silent_rank_is_named(world, capsys):
@@ -117,7 +124,8 @@ def test_this_rank_can_be_the_one_that_is_behind(world, capsys):
 def test_saving_and_the_first_step_may_take_three_times_as_long(world, capsys, sign):
     world.signs[1] |= sign
     world.live(290)
-    ending(world, capsys, 20)
+    world.assert_left_alone()
+    assert " did not move for 29" in ending(world, capsys, 20)
 
 
 def test_time_in_which_this_process_was_stopped_does_not_count(world):
@@ -125,6 +133,7 @@ def test_time_in_which_this_process_was_stopped_does_not_count(world):
     world.now += 10_000
     world.live(40)
     world.live(1, moving=(1,))
+    world.assert_left_alone()
 
 
 def test_a_rank_that_is_done_may_be_silent(world):
@@ -132,6 +141,7 @@ def test_a_rank_that_is_done_may_be_silent(world):
     for _ in range(5):
         world.live(90, silent=(1,))
         world.live(1, silent=(1,), moving=(2,))
+    world.assert_left_alone()
 
 
 def test_a_rank_that_was_never_seen_is_not_watched(world):
@@ -139,6 +149,8 @@ def test_a_rank_that_was_never_seen_is_not_watched(world):
     for _ in range(5):
         world.live(90)
         world.live(1, moving=(2,))
+    world.assert_left_alone()
+    assert world.dog.seen.keys() == {2}
 
 
 @pytest.mark.parametrize(
@@ -160,11 +172,13 @@ def test_a_step_of_the_clock_ends_nothing(world):
         mock.patch.object(watchdog.time, "time", lambda: now + 3),
     ):
         world.live(20)
+    world.assert_left_alone()
 
 
 def test_a_process_of_another_machine_is_not_looked_for_here(world):
     world.signs[2] |= {"machine": "elsewhere", "pid": 2**22 + 1}
     world.live(20)
+    world.assert_left_alone()
 
 
 def test_the_launchers_signal_ends_a_rank_that_lost_another_at_once(world, capsys):
