@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tiny import REPO
+from tristage import dist
 from tristage.dist import watchdog
 from tristage.errors import UserError
 from tristage.machine.processes import machine, process_id
@@ -202,6 +203,7 @@ def test_the_lock_is_released_however_a_run_ends(tmp_path, monkeypatch, error):
             raise error
 
     monkeypatch.setattr(sys, "argv", ["step"])
+    monkeypatch.setattr(dist, "shutdown", lambda: None)  # this process is a group of one for other tests
     with contextlib.suppress(SystemExit, RuntimeError):
         run.entry_point(main)
     assert list(tmp_path.iterdir()) == []
