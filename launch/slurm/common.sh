@@ -6,10 +6,10 @@ SLURM_FOLDER="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck disable=SC1091
 source "$SLURM_FOLDER/../common.sh"
 
-# slurm_step MODULE CONFIG [key=value ...]: one rank a task of this job. Exit code 75, after a signal that announces the
-# end of the job's time or a preemption, puts the job back into the queue; it then goes on from its checkpoint.
+# slurm_step MODULE CONFIG [key=value ...]: one rank per task of this job. Exit code 75, after a signal that announces the
+# end of the job's time or a preemption, requeues the job; it then resumes from its checkpoint.
 slurm_step() {
-    local module="$1" status=0 second child device
+    local module="$1" status=0 wait_status child device
     shift
     if [[ $# -eq 0 || "$1" == -* ]]; then
         echo "usage: sbatch launch/slurm/NAME.sbatch CONFIG [key=value ...]" >&2
@@ -25,15 +25,15 @@ slurm_step() {
     if [[ "$device" == cpu ]]; then
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     fi
-    # A rank that ends before the others is not the end of them: they see it themselves, and say what happened. After a
-    # signal all end with 75; srun's own end of the slower ones would hide it.
+    # When one rank ends, srun must not end the others: they notice it themselves, and report what happened. After a
+    # signal all end with 75, which srun would hide by killing the slower ones.
     srun --kill-on-bad-exit=0 --wait=60 bash "$SLURM_FOLDER/rank.sh" "$module" --config "$config" "$@" &
     child=$!
     trap 'kill -USR1 "$child" 2>/dev/null || true' USR1 TERM
     while true; do
-        second=0
-        wait "$child" || second=$?
-        [[ "$second" == 127 ]] || status="$second"
+        wait_status=0
+        wait "$child" || wait_status=$?
+        [[ "$wait_status" == 127 ]] || status="$wait_status"
         kill -0 "$child" 2>/dev/null || break
     done
     trap - USR1 TERM

@@ -389,7 +389,7 @@ def test_the_exit_code_is_that_of_deepspeed(launch):
 
 @pytest.mark.parametrize("words", [["--max-restarts", "2"], ["--max-restarts=2"]])
 @pytest.mark.parametrize("code, starts", [(1, 3), (70, 3), (247, 3), (0, 1), (2, 1), (75, 1)])
-def test_restarts_follow_failures_that_another_start_may_mend(launch, tmp_path, words, code, starts):
+def test_restarts_follow_failures_that_another_start_may_fix(launch, tmp_path, words, code, starts):
     ended = launch(SFT, "a.yaml", *words, "seed=1", DEEPSPEED_EXIT=str(code))
     assert ended.returncode == code
     assert len(calls(tmp_path)) == starts
@@ -471,7 +471,7 @@ def test_a_folder_for_the_op_that_cannot_be_written_is_one_sentence(tmp_path, mo
     (tmp_path / "file").touch()
     folder = str(tmp_path / "file/extensions")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", folder)
-    with pytest.raises(UserError, match=f"^{folder} cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can$"):
+    with pytest.raises(UserError, match=f"^{folder} cannot be written; set TORCH_EXTENSIONS_DIR to a writable folder$"):
         cpu_op.build_cpu_op()
 
 

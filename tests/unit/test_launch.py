@@ -59,7 +59,7 @@ def test_without_a_hostfile_there_are_no_nodes():
         ("node-a slots=2\nnode-a slots=2\n", ":2: "),
         ("$(touch,x) slots=1\n", ":1: "),
         ("-oProxyCommand=x slots=1\n", ":1: "),
-        ("# nothing\n", "no node is left"),
+        ("# nothing\n", "no nodes selected"),
     ],
 )
 def test_a_bad_hostfile_is_one_sentence(tmp_path, text, words):

@@ -1,7 +1,7 @@
-"""The device that ranks will use, and the small op that DeepSpeed compiles where it is the CPU.
+"""The device that ranks will use, and the small op that DeepSpeed compiles if it is the CPU.
 
-A build that is killed leaves a file `lock`, on which every later run would hang: builds happen here, one at a time, in
-a folder that belongs to this checkout (TORCH_EXTENSIONS_DIR).
+A killed build leaves a file `lock`, on which every later run would hang. So builds happen here, one at a time, in a
+folder that belongs to this checkout (TORCH_EXTENSIONS_DIR).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().
 def num_gpus() -> int:
     """GPUs that torch sees on this machine; 0 where DS_ACCELERATOR=cpu says not to use them.
 
-    A process of its own looks, since importing torch takes seconds and memory, and prints why torch cannot use a GPU
-    that the machine has; a machine without one is not asked.
+    Torch runs in a separate process, since importing it takes seconds and memory; it also prints why torch cannot use
+    a GPU that the machine has. On a machine without a GPU it is not started.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not may_have_gpu():
         return 0
-    told = subprocess.run([sys.executable, "-m", "tristage.dist.gpu"], stdout=subprocess.PIPE, text=True).stdout
-    return int(told.strip() or 0)
+    printed = subprocess.run([sys.executable, "-m", "tristage.dist.gpu"], stdout=subprocess.PIPE, text=True).stdout
+    return int(printed.strip() or 0)
 
 
 def extensions_folder() -> Path:
@@ -46,7 +46,7 @@ def stale_locks(folder: Path, seconds: float = STALE_LOCK_SECONDS) -> list[Path]
 
 
 def build_cpu_op() -> None:
-    """Compile DeepSpeed's CPU communication op, unless it is there.
+    """Compile DeepSpeed's CPU communication op, unless it exists.
 
     Raises:
         UserError: the folder cannot be written, or the op does not compile.
@@ -56,7 +56,7 @@ def build_cpu_op() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".builder").touch()
     except OSError:
-        raise UserError(f"{folder} cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can") from None
+        raise UserError(f"{folder} cannot be written; set TORCH_EXTENSIONS_DIR to a writable folder") from None
     with FileLock(folder / ".builder"):
         built = any(folder.rglob(OP))
         # Whoever holds the lock is the only builder: without the op, any `lock` is left over.

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a launcher would start; and what a pipeline reached, printed at its end."""
+"""`--dry-run`: what a launcher would start. Also the summary that a pipeline prints at its end."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def _finished(settings: RunSettings) -> str | None:
 
 
 def local_ranks(options: Sequence[str]) -> int:
-    """Ranks on this machine alone, where no count is given."""
+    """Number of ranks on this machine only, if no count is given."""
     if include := option(options, "--include"):
         return len(include.partition(":")[2].split(","))
     return cpu_op.num_gpus()
 
 
 def summary(out: Path) -> str:
-    """What each step in `out` reached: its last held-out metrics, or its last step's."""
+    """One line per step in `out`: its last held-out metrics, or those of its last training step."""
     lines = []
     for folder in sorted(path.parent for path in out.glob("*/metrics.jsonl")):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,9 +1,9 @@
 """Remove what killed runs of this user left on this machine: folders in TMPDIR and buffers in shared memory.
 
-A launcher makes a folder for each start (launch/common.sh) and removes it at the end, with DeepSpeed's buffers, 66 MiB
-per rank. Neither happens after `kill -9`. The folder names the launcher's process and the port of its run, which is in
-the names of the buffers; every other process of the run has the folder in its environment. So a run is gone when its
-launcher is gone and no process names its folder.
+A launcher makes a folder for each start (supervise.py) and removes it at the end, with DeepSpeed's buffers, 66 MiB per
+rank. Neither happens after `kill -9`. The folder names the launcher's process and the port of its run, which is part of
+the buffers' names; every other process of the run has the folder in its environment. So a run is gone if its launcher
+is gone and no process names its folder.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def _launcher_has_ended(folder: Path) -> bool:
-    """False where it is not known, as on another machine that shares the folder."""
+    """False if it is not known, as on another machine that shares the folder."""
     try:
         return has_ended(ProcessId(*json.loads((folder / OWNER).read_text())))
     except (OSError, ValueError, TypeError):
@@ -55,7 +55,7 @@ def _launcher_has_ended(folder: Path) -> bool:
 
 
 def _named_by_processes() -> Iterator[str]:
-    """The folders of runs of which a process is alive, as processes of this user have them in their environment."""
+    """The folders of runs that still have a process, from the environments of this user's processes."""
     for file in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             for variable in file.read_bytes().split(b"\0"):
@@ -64,14 +64,14 @@ def _named_by_processes() -> Iterator[str]:
 
 
 def _port(folder: Path) -> str:
-    """The port of a run whose ranks are all on this machine; nothing for others, whose port may be that of any run."""
+    """The port of a run whose ranks are all on this machine; empty for others, whose port another run may use."""
     with contextlib.suppress(OSError):
         return (folder / "port").read_text()
     return ""
 
 
 def _remove_buffers(buffers: Iterable[Path]) -> None:
-    """Those that no process maps: a later run without a launcher may have the port."""
+    """Remove those that no process maps: a later run without a launcher may use the same port."""
     if buffers := list(buffers):
         mapped = set(_mapped())
         for buffer in buffers:

@@ -1,4 +1,4 @@
-"""A launcher: check the config, choose the device, start the ranks and, where asked, start them again after a failure.
+"""A launcher: check the config, choose the device, start the ranks, start them again if they fail.
 
     python -m tristage.launch step1_sft.train CONFIG [key=value ...] [--cpu N | --num-gpus N | --hostfile F]
         [--dry-run] [--max-restarts N] [other options of the deepspeed launcher]
@@ -18,7 +18,7 @@ from tristage.launch.options import PLACES, Words, option, parse_words
 from tristage.launch.supervise import Supervisor
 
 MOST_PICKS = 5  # of a port that other processes keep taking
-FINAL = (0, 2, 75)  # success, an error of the user's, a signal: another start would not help
+FINAL = (0, 2, 75)  # success, a user error, a signal: another start would not help
 USAGE = (
     "usage: bash launch/{step}.sh CONFIG [key=value ...] [--hostfile F | --num-gpus N | --cpu N] [--dry-run] "
     "[--max-restarts N] [deepspeed launcher options]"
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def launch_step(module: str, config: str, words: Sequence[str]) -> int:
-    """Launch a step as the words after a launcher say; its exit code. Raises UserError before anything starts."""
+    """Launch a step by the words after a launcher; its exit code. Raises UserError before anything starts."""
     given = parse_words(words)
     step_words = [module, "--config", config, *given.settings]
     settings = check_config(step_words, given.options)
@@ -61,7 +61,7 @@ def launch_step(module: str, config: str, words: Sequence[str]) -> int:
 
 
 def choose_device(given: Words) -> list[str]:
-    """The launcher options, with two ranks on the CPU where there is no GPU and no count; the environment to match."""
+    """The launcher options, with two CPU ranks if there is no GPU and no count; sets the environment to match."""
     if not given.cpu and cpu_op.num_gpus():
         return given.options
     if not given.dry_run:

@@ -15,14 +15,14 @@ from tristage.launch.options import count_of, option
 from tristage.machine.arrival import SAFE
 
 HOST_LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+#.*)?")
-DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's, taken where it is there
+DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's, used if it exists
 
 
 def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:
-    """The slots of each node that the options leave, in the hostfile's order; {} without --hostfile.
+    """The slots of each node that the options select, in the hostfile's order; {} without a hostfile.
 
     Raises:
-        UserError: no such file, a line that is not `HOST slots=N`, a filter that names what is not there.
+        UserError: no such file, a line that is not `HOST slots=N`, a filter that names an unknown node or slot.
     """
     file = option(options, "--hostfile") or DEFAULT_HOSTFILE
     if file == DEFAULT_HOSTFILE and not os.path.isfile(file):
@@ -36,7 +36,7 @@ def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:
             continue
         match = HOST_LINE.fullmatch(line)
         if not match or match[1] in nodes or not SAFE.fullmatch(match[1]) or match[1].startswith("-"):
-            raise UserError(f"{file}:{number}: {line!r} is not `HOST slots=N`, or HOST is there twice; mend that line")
+            raise UserError(f"{file}:{number}: {line!r} is not `HOST slots=N`, or HOST is listed twice; fix that line")
         nodes[match[1]] = list(range(int(match[2])))
     include, exclude = option(options, "--include"), option(options, "--exclude")
     for text in filter(None, (include, exclude)):
@@ -58,7 +58,7 @@ def read_nodes(options: Sequence[str]) -> dict[str, list[int]]:
     if count := option(options, "--num_gpus") or option(options, "--num_accelerators"):
         nodes = {node: list(range(count_of(count))) for node in nodes}
     if not nodes:
-        raise UserError(f"{file}: no node is left; add lines `HOST slots=N`, or change --include or --exclude")
+        raise UserError(f"{file}: no nodes selected; add lines `HOST slots=N`, or relax --include or --exclude")
     return nodes
 
 
@@ -72,10 +72,10 @@ def _filter(text: str) -> dict[str, list[int]]:
 
 
 def check_reachable(nodes: Sequence[str] | dict[str, list[int]], hostfile: str | None, port: str | None) -> None:
-    """Every node answers to ssh without a password. DeepSpeed looks at the first alone.
+    """Check that ssh reaches every node without a password. DeepSpeed checks the first only.
 
     Raises:
-        UserError: the first that does not, and why ssh says so.
+        UserError: names the first that does not answer, with ssh's reason.
     """
 
     def ask(node: str) -> str | None:
@@ -87,13 +87,13 @@ def check_reachable(nodes: Sequence[str] | dict[str, list[int]], hostfile: str |
     for node, why in zip(nodes, answers, strict=True):
         if why is not None:
             raise UserError(
-                f"{hostfile}: node {node} does not answer to ssh ({why}); mend `ssh {node} true`, which must need "
-                "no password, or leave the node out (--exclude)"
+                f"{hostfile}: node {node} does not answer to ssh ({why}); make `ssh {node} true` work without a "
+                "password, or leave the node out (--exclude)"
             )
 
 
 def over_ssh(node: str, port: str | None, command: str) -> subprocess.CompletedProcess[str]:
-    """`command` on `node`, where ssh needs no password."""
+    """Run `command` on `node`, if ssh needs no password there."""
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", port] if port else [])]
     return subprocess.run([*ssh, node, command], stdin=subprocess.DEVNULL, capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""What the words after a launcher ask for: settings, options of the `deepspeed` launcher, counts of ranks."""
+"""Parses the words after a launcher: settings, options of the `deepspeed` launcher, counts of ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Words(NamedTuple):
 
 
 def parse_words(words: Sequence[str]) -> Words:
-    """Sort the words after CONFIG; options may stand before, between and after settings.
+    """Sort the words after CONFIG; options may come before, between and after settings.
 
     A word after an option is its value unless it is another option or a key=value: the options of the `deepspeed`
     launcher are not listed here.
@@ -63,7 +63,7 @@ def parse_words(words: Sequence[str]) -> Words:
 
 
 def option(options: Sequence[str], name: str) -> str | None:
-    """The value of a launcher option, `--name value`, `--name=value` or its short form; None where it is not given."""
+    """The value of a launcher option, `--name value`, `--name=value` or its short form; None if it is not given."""
     names = {name, OPTIONS_WITH_VALUE[name]} - {""}
     for place, word in enumerate(options):
         head, equals, value = word.partition("=")
@@ -80,7 +80,7 @@ def count_of(text: str) -> int:
 
 
 def ranks_asked(nodes: dict[str, list[int]], options: Sequence[str]) -> int | None:
-    """Ranks by the hostfile's `nodes` or by a count in the options; None where neither says. Raises UserError."""
+    """Ranks by the hostfile's `nodes` or by a count in the options; None if neither is given. Raises UserError."""
     if nodes:
         return sum(map(len, nodes.values()))
     count = option(options, "--num_gpus") or option(options, "--num_accelerators")

@@ -1,8 +1,8 @@
-"""Several steps one after the other, each starting from the folders of the ones before.
+"""Runs several steps one after the other, each starting from the folders of those before.
 
     python -m tristage.launch.pipeline CONFIG_DIR OUT [launcher options, key=value that all three steps have]
 
-Finished steps are skipped, one that was stopped resumes; at the end it prints what each reached.
+Finished steps are skipped, a stopped step resumes; at the end it prints the metrics of each.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def recipe_steps(configs: Path, out: Path, words: list[str]) -> list[Step]:
-    """The three steps of a recipe, handing their folders on."""
+    """The three steps of a recipe, step 3 starting from the folders of the others."""
     sft, reward, ppo = (out / name for name in ("step1_sft", "step2_reward_model", "step3_ppo"))
     starts = [f"actor.model={sft}/final", f"reward.model={reward}/final"]
     return [

@@ -1,8 +1,8 @@
-"""What is worked out before ranks start: their `deepspeed` command, the port where they meet, what other nodes need.
+"""Prepare a launch: the `deepspeed` command, the port where the ranks meet, and what other nodes need.
 
-DeepSpeed hands arguments and variables to other nodes in the text of a shell command, through pdsh and ssh, with quotes
-around some of them: arguments that a shell would change are sent as base64 (`arrival.decode` restores them), and
-variables are escaped.
+DeepSpeed sends arguments and variables to other nodes in a shell command, through pdsh and ssh, with quotes around some
+of them. So arguments that a shell would change are sent as base64 (`arrival.decode` restores them), and variables are
+escaped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tristage.config import read_values, shipped_path
 from tristage.errors import UserError
 from tristage.launch.nodes import check_reachable, own_address_of, read_nodes
 from tristage.launch.options import option
-from tristage.launch.remote import SHELL, check_launcher, check_paths, environment_file
+from tristage.launch.remote import SHELL_LAUNCHERS, check_launcher, check_paths, environment_file
 from tristage.machine.arrival import encode, free_port
 
 
@@ -28,9 +28,9 @@ class Start(NamedTuple):
     arguments: list[str]
     """Of `deepspeed`."""
     log: Path | None
-    """Where rank output also goes; None where the config does not say its output, which the step will report."""
+    """The file that also receives rank output; None if the config has no output, which the step will report."""
     port: str | None = None
-    """Where ranks of this machine meet."""
+    """At which ranks of this machine meet."""
     picked: bool = False
     """Whether the port was picked here, and may be picked again if another process takes it before the ranks meet."""
     nodes: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Start(NamedTuple):
 
 
 def prepare(words: list[str], options: list[str], variables: Mapping[str, str]) -> Start:
-    """The start that MODULE --config CONFIG [key=value ...] and launcher options ask for.
+    """The start that MODULE --config CONFIG [key=value ...] and launcher options describe.
 
     Args:
         variables: the environment that the ranks are to have.
@@ -59,7 +59,7 @@ def prepare(words: list[str], options: list[str], variables: Mapping[str, str]) 
         check_paths(options)
         first, given = next(iter(nodes)), option(options, "--master_addr")
         address = given or own_address_of(first, option(options, "--ssh_port"))
-        if launcher not in SHELL:
+        if launcher not in SHELL_LAUNCHERS:
             over_mpi = {"MASTER_ADDR": address or first, "MASTER_PORT": option(options, "--master_port") or "29500"}
         elif address and not given:
             options = [*options, "--master_addr", address]  # else DeepSpeed takes the first that the node lists
@@ -75,7 +75,7 @@ def prepare(words: list[str], options: list[str], variables: Mapping[str, str]) 
 
 
 def check_port(port: str) -> None:
-    """Ranks can meet there, on this machine. Raises UserError."""
+    """Check that ranks on this machine can meet at `port`. Raises UserError."""
     number = int(port) if port.isdecimal() else 0
     if not 0 < number < 2**16:
         raise UserError(f"--master_port {port}: not a port; give a number from 1024 to 65535, or leave it out")
@@ -90,11 +90,10 @@ def check_port(port: str) -> None:
 
 
 def output_of(words: Sequence[str]) -> Path | None:
-    """The run's folder by `words` (CONFIG, key=value ...); None where they do not say, which the step will."""
+    """The run's folder by `words` (CONFIG, key=value ...); None if there is none, which the step will report."""
     given = [word.removeprefix("output=") for word in words[1:] if word.startswith("output=")]
     try:
-        found = yaml.safe_load(given[-1]) if given else read_values(shipped_path(words[0]))["output"]
+        output = yaml.safe_load(given[-1]) if given else read_values(shipped_path(words[0]))["output"]
     except (OSError, ValueError, KeyError, yaml.YAMLError):
         return None
-    return Path(found) if isinstance(found, str) else None
-
+    return Path(output) if isinstance(output, str) else None

@@ -1,9 +1,9 @@
-"""One start of the ranks through the `deepspeed` launcher, watched until the last of them has ended.
+"""One start of the ranks through the `deepspeed` launcher, supervised until the last of them has ended.
 
-DeepSpeed's launcher answers a signal by ending its ranks (SIGTERM, then SIGKILL after 30 seconds), and pdsh waits for
-ever for nodes that wait for a failed one. So signals come here first: the first asks the ranks to finish their step and
-to write a checkpoint, the second ends everything; after the first node has failed, the others get some seconds.
-Every process of a run inherits a variable that names it, which is how they are found, on this node and on others.
+DeepSpeed's launcher answers a signal by ending its ranks (SIGTERM, then SIGKILL after 30 seconds), and pdsh waits
+forever for nodes that wait for a failed one. So signals are handled here: the first makes the ranks finish their step
+and write a checkpoint, the second ends everything; after the first node has failed, the others get some seconds. Every
+process of a run inherits a variable that names the run, by which it is found, on this node and on others.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import IO, Any
 from tristage.launch import leftovers
 from tristage.launch.prepare import Start, prepare
 
-EXIT_PREEMPTED = 75  # as dist.watchdog's, which must not be imported here
+EXIT_PREEMPTED = 75  # equal to dist.watchdog's, which must not be imported here
 MARK = "PYTHON_TRISTAGE_RUN"  # DeepSpeed sends variables that start with PYTHON to other nodes
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-SECONDS_TO_SAVE = 60.0  # ranks outlive a launcher that the signal ended too, while they write their checkpoint
-SECONDS_AFTER_FAILURE = 30.0  # for the ranks of other nodes, which save or say what is wrong
-# DeepSpeed's launcher reports any exit code but 0 as an error; 2 and 75 are ends that the ranks have explained.
+SECONDS_TO_SAVE = 60.0  # if the signal also ended DeepSpeed's launcher: for ranks to write their checkpoint
+SECONDS_AFTER_FAILURE = 30.0  # for the ranks of other nodes to save or report the error
+# DeepSpeed's launcher reports any exit code but 0 as an error; the ranks have explained 2 and 75.
 EXPLAINED_END = re.compile(rb"\[.*\[ERROR\].*:sigkill_handler\].* exits with return code = (2|75)\n?")
 PDSH_EXIT = re.compile(rb"pdsh@.*: ssh exited with exit code (\d+)\n")
 # Exit codes of ranks that a signal ended before they handled signals: 128 + 15, and DeepSpeed's -15.
@@ -51,7 +51,7 @@ class Supervisor:
         """Start MODULE --config CONFIG [key=value ...] with launcher options; the exit code, once all ranks have ended.
 
         Raises:
-            UserError: as `prepare`; nothing was started.
+            UserError: like `prepare`; nothing was started.
         """
         self.folder = Path(tempfile.mkdtemp(prefix="tristage."))
         try:
@@ -98,7 +98,7 @@ class Supervisor:
             file.touch(mode=0o600)
             file.write_text(start.environment)
             environment |= {"DS_ENV_FILE": str(file)}
-            # Without keep-alives pdsh would wait for ever for a lost node.
+            # Without keep-alives pdsh would wait forever for a lost node.
             alive = " -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
             environment["PDSH_SSH_ARGS_APPEND"] = environment.get("PDSH_SSH_ARGS_APPEND", "") + alive
             # DeepSpeed would send these on unquoted.
@@ -156,26 +156,26 @@ class Supervisor:
         find = f"grep -lszxF '{MARK}={self.folder}' /proc/[0-9]*/environ | cut -d/ -f3"
         command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        asked = [subprocess.Popen([*command, n, f"kill -{number.name[3:]} $({find})"], **quiet) for n in self.nodes]
-        for each in asked:
+        remote = [subprocess.Popen([*command, n, f"kill -{number.name[3:]} $({find})"], **quiet) for n in self.nodes]
+        for each in remote:
             try:
                 each.wait(15)
             except subprocess.TimeoutExpired:
                 each.kill()
 
     def _pids(self, ranks_only: bool = False) -> list[int]:
-        """Processes of this run on this machine; of ranks alone, DeepSpeed's launcher left out."""
+        """Processes of this run on this machine; with `ranks_only`, without DeepSpeed's launcher."""
         return [pid for pid, words in processes_of(str(self.folder)) if not ranks_only or is_rank(words)]
 
     def _note(self, line: bytes) -> bool:
-        """Remember the first node that fails; whether the line is for the user's eyes."""
+        """Remember the first node that fails; returns whether to show the line."""
         if (match := PDSH_EXIT.fullmatch(line)) and self.first_failure is None:
             self.first_failure = int(match[1]), time.monotonic()
         return True
 
 
 def is_for_the_user(line: bytes) -> bool:
-    """False of a line that reports as an error what ranks have explained in a sentence."""
+    """False for a line that reports as an error an end that the ranks have explained in a sentence."""
     return EXPLAINED_END.fullmatch(line) is None
 
 
@@ -195,25 +195,25 @@ def is_rank(words: frozenset[bytes]) -> bool:
 
 
 def remove_buffers(port: str | None) -> None:
-    """A killed rank leaves DeepSpeed's buffer in shared memory; `dist.shutdown` removes it otherwise."""
+    """Remove the DeepSpeed buffers that killed ranks leave in shared memory; otherwise `dist.shutdown` does."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*") if port else ():
         buffer.unlink(missing_ok=True)
 
 
 def _copy(source: IO[bytes], terminal: Any, log: IO[bytes] | None, shown: Callable[[bytes], bool]) -> None:
-    """What ranks write goes to the terminal and to the log, line by line, where `shown` says so."""
+    """Copy rank output to the terminal and to the log, line by line, for lines that `shown` accepts."""
     for line in source:
         if shown(line):
             for target in (terminal.buffer, log):
                 if target is not None:
-                    with contextlib.suppress(OSError):  # a closed terminal, a full disk: the run goes on
+                    with contextlib.suppress(OSError):  # a closed terminal, a full disk: the run continues
                         target.write(line)
                         target.flush()
 
 
 @contextlib.contextmanager
 def _opened(start: Start) -> Iterator[IO[bytes] | None]:
-    """The log, with the command as its next line; None where it cannot be written, which the step will report."""
+    """The log, with the command as its next line; None if it cannot be written, which the step will report."""
     try:
         if start.log is None:
             raise FileNotFoundError
