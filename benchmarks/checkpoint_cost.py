@@ -3,7 +3,7 @@
     python -m benchmarks.checkpoint_cost [--steps 6] [--stages 0 2 3] [--out FILE]
 
 Step 1 on two CPU ranks, a network of 13 million parameters (float32: 50 MB, and Adam's moments twice that), at ZeRO 0,
-2 and 3. Each stage runs in fresh processes, then again to resume from its checkpoint: seconds from the start of the
+2 and 3. Each stage runs in fresh processes, then again to resume from its checkpoint: seconds from reading the
 settings to the end of the first step, of which `resume` is verifying and reading the checkpoint. Python's own start and
 imports come on top of both.
 """
@@ -32,7 +32,7 @@ from tristage.training import run
 
 
 def write_network(folder: Path) -> int:
-    """Its parameters; beside it the folder of the tokenizer."""
+    """Write a random network to FOLDER/model and its tokenizer to FOLDER/tiny; returns its number of parameters."""
     tokenizer = load_tokenizer(tiny.write_model(folder / "tiny"))
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}

@@ -1,10 +1,10 @@
-"""Memory of a rank that trains on a large set, beside one that trains on a small set; and the speed of preparing it.
+"""Memory of a rank on a large and on a small training set, and the speed of preparing each.
 
     python -m benchmarks.data_memory [--rows 1000 1000000] [--steps 500] [--out FILE]
 
 Rows are short demonstrations of the quickstart. Each size is tokenised (timed), then a fresh process loads the set and
-collates steps as step 1 does. `anonymous` is what the process holds itself; `mapped` is file pages that it has touched,
-which all ranks of a node share and the kernel takes back when it needs memory.
+collates steps as step 1 does. `anonymous` is the process's own memory; `mapped` is file pages that it has touched,
+which all ranks of a node share and the kernel reclaims when it needs memory.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Peaks of memory that `tristage plan` foretells, beside measured ones.
+"""Peaks of memory that `tristage plan` predicts, and measured ones.
 
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m benchmarks.memory_plan [--out FILE] [--only sft-zero2 ...]
 
 A random Llama of 39 million parameters in float32 trains for two optimizer steps of step 1, and of one iteration of
 step 3 (four engines of it), on two CPU ranks at ZeRO 0, 2 and 3. Measured is how far the kernel's high-water mark of a
-rank's resident memory (VmHWM of /proc/self/status, set back before the run) rises above what the process has after its
-imports and a run of a network of 136 thousand parameters, which starts everything that is started once. The peak is
-that of the whole run: loading, training, the final checkpoint and export. The C library is told to give freed blocks
-back at once (MALLOC_*): else its heap, which has nothing to do with the plan, is measured as well. What a GPU holds is
-not measured here.
+rank's resident memory (VmHWM of /proc/self/status, reset before the run) rises above the memory of the process after
+its imports and a run of a network of 136 thousand parameters, which starts everything that starts once. The peak is
+that of the entire run: loading, training, the final checkpoint and export. MALLOC_* makes the C library return freed
+blocks at once: otherwise its heap, which has nothing to do with the plan, would also be measured. GPU memory is not
+measured.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SIZE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 6, "
 
 
 def write_model(folder: Path, tokenizer_of: str) -> None:
-    """A random network, large beside everything that a process needs anyway."""
+    """A random network, large compared with everything else in a process."""
     tokenizer = load_tokenizer(tokenizer_of)
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **SIZE)
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def memory(kind: str) -> float:
     return float(lines[kind].split()[0]) * 1024
 
 
-def foretold(settings: Any) -> Plan:
+def predicted(settings: Any) -> Plan:
     machine = Machine(RANKS, RANKS, gpu_memory=16 * GIB, host_memory=None, cpu=True)
     return make_plan(settings, engines_of(settings, machine), machine)
 
@@ -94,13 +94,13 @@ def foretold(settings: Any) -> Plan:
 def compare(case: str, folder: Path) -> dict[str, Any]:
     models = {name: str(folder / "models" / name) for name in ("tiny", "large")}
     settings = {name: settings_of(case, folder, path, name) for name, path in models.items()}
-    plan = foretold(settings["large"])
+    plan = predicted(settings["large"])
     files = [settings[name].file for name in models]
     measured = run_ranks(RANKS, measure, case, files)
     return {
-        "foretold_MiB": round(plan.gpu_bytes / 2**20),
-        "measured_MiB": [round(found / 2**20) for found in measured],
-        "foretold_to_measured": round(plan.gpu_bytes / max(measured), 3),
+        "predicted_MiB": round(plan.gpu_bytes / 2**20),
+        "measured_MiB": [round(peak / 2**20) for peak in measured],
+        "predicted_to_measured": round(plan.gpu_bytes / max(measured), 3),
         "peak_phase": plan.peak.name,
         "always_there_MiB": round(sum(map(total, plan.resident.values())) / 2**20),
     }

@@ -1,13 +1,13 @@
-"""PPO killed again and again: does it leak, and does it end where a run that nobody killed ends?
+"""Soak test: repeatedly kill PPO; compare result and memory with an uninterrupted run.
 
     python -m benchmarks.soak [--iterations 1000] [--kill_every 50] [--minutes 60] [--out FILE]
 
-Two runs with one seed through launch/step3_ppo.sh, two CPU ranks each, a tiny network. One is left alone. In the other
-a random rank gets SIGKILL at a random moment about every `kill_every` iterations; the launcher ends, and is started
-again; after `minutes` the run ends with its next kill, and is compared as far as it came. Of each rank: anonymous
+Two runs with one seed through launch/step3_ppo.sh, two CPU ranks each, a tiny network. One is not disturbed. In the
+other a random rank gets SIGKILL at a random moment about every `kill_every` iterations; the launcher ends, and is
+started again; after `minutes` the run ends with its next kill, and is compared up to that step. Of each rank: anonymous
 memory, open descriptors and mapped shared memory, read between iterations.
 
-Memory is compared within the run that was left alone, between iteration 100 (a tenth of shorter runs) and the end, and
+Memory is compared within the undisturbed run, between iteration 100 (a tenth of shorter runs) and the end, and
 over the starts of the other: as many iterations after its first start as after its last.
 """
 

@@ -1,4 +1,4 @@
-"""What a step will train on, for people: `tristage data show` and `tristage data check`."""
+"""Shows what a step will train on: `tristage data show` and `tristage data check`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACES_SHOWN = 3  # rows named for each reason; the file has the rest
 def show(settings: RunSettings, tokenizer: Tokenizer, num_rows: int, heldout: bool, console: Console) -> None:
     """Print rows as the step sees them: what it reads in one colour, what it learns or scores in another.
 
-    Where there are no colours, what is learned stands in ⟦ ⟧. Special tokens show as they are written.
+    Without colours, learned text is in ⟦ ⟧. Special tokens are shown as written.
     """
     rows = load_sets(settings, tokenizer, check=False)[int(heldout)]
     if not len(rows):
@@ -68,9 +68,9 @@ def _coloured(example: Example, tokenizer: Tokenizer, plain: bool) -> Text:
 
 
 def check(settings: RunSettings, tokenizer: Tokenizer, console: Console) -> list[str]:
-    """Read everything, print what was found, and give what must be fixed before training, one sentence each.
+    """Read all rows, print statistics, and return what must be fixed before training, one sentence each.
 
-    Malformed rows don't stop it: all of them are found, whatever `on_bad_row` says.
+    It does not stop at malformed rows, whatever `on_bad_row` is: it reports all of them.
     """
     sides = dict(zip(("training", "held-out"), load_parts(settings, tokenizer, skip_bad=True), strict=True))
     joined = {side: concatenate([part.rows for part in parts]) for side, parts in sides.items()}
@@ -111,7 +111,7 @@ def _lengths_table(sides: dict[str, list[Part]], settings: RunSettings) -> Table
 
 
 def _left_out(part: Part, settings: RunSettings, console: Console) -> list[str]:
-    """Print the rows of a source that are not used, by reason; the malformed ones are what must be fixed."""
+    """Print the unused rows of a source, by reason; returns what must be fixed (malformed rows)."""
     places: dict[str, list[str]] = defaultdict(list)
     bad: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in part.prepared.left_out():
@@ -119,9 +119,9 @@ def _left_out(part: Part, settings: RunSettings, console: Console) -> list[str]:
             bad[re.sub(r"\d+", "#", _sentence(line))].append(line)
         else:
             places[line["reason"]].append(line["where"].removeprefix(part.name))
-    for reason, found in places.items():
-        more = ", ..." if len(found) > PLACES_SHOWN else ""
-        console.print(f"{part.name}: {len(found)} dropped: {reason} ({', '.join(found[:PLACES_SHOWN])}{more})")
+    for reason, rows in places.items():
+        more = ", ..." if len(rows) > PLACES_SHOWN else ""
+        console.print(f"{part.name}: {len(rows)} dropped: {reason} ({', '.join(rows[:PLACES_SHOWN])}{more})")
     all_alike = len(bad) == 1 and not len(part.prepared.rows) and not places
     for alike in list(bad.values())[: 0 if all_alike else KINDS_SHOWN]:
         console.print(f"malformed: {_place(alike, part)}: {_sentence(alike[0])}")
@@ -143,7 +143,7 @@ def _sentence(line: dict[str, str]) -> str:
 
 
 def _place(lines: list[dict[str, str]], part: Part) -> str:
-    """Where one malformed row is, or how many there are that fail alike and where the first are."""
+    """The place of one malformed row, or the number of rows that fail alike and the first places."""
     if len(lines) == 1:
         return lines[0]["where"]
     first = ", ".join(line["where"].removeprefix(part.name) for line in lines[:PLACES_SHOWN])

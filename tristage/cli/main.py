@@ -3,12 +3,12 @@
     tristage config CONFIG [key=value ...]                                the resolved config: each value, and its place
     tristage settings STEP [KEY]                                          every setting: type, default, meaning
     tristage data show CONFIG [key=value ...] [--rows 3] [--heldout]      rows as the step will see them
-    tristage data check CONFIG [key=value ...]                            everything that is wrong with the data
+    tristage data check CONFIG [key=value ...]                            all problems of the data
     tristage plan CONFIG [key=value ...] [--gpus 8] [--gpu-memory 80]     the memory that it needs, and what fits
     tristage merge BASE ADAPTER OUT                                       a LoRA adapter into the model it is for
-    tristage doctor [CONFIG] [key=value ...] [--ranks N]                  what this machine lacks for a run
+    tristage doctor [CONFIG] [key=value ...] [--ranks N]                  problems that would stop a run
 
-CONFIG is a step's YAML; its name or --step says which step.
+CONFIG is a step's YAML; its name or --step selects the step.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from tristage.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 for something to fix, or a plan that does not fit; 2 for what must be corrected before that."""
+    """Exit code 0; 1 for problems found, or a plan that does not fit; 2 for a user error."""
     parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"tristage {__version__}")
     subcommands = parser.add_subparsers(dest="subcommand")
     _config_arguments(subcommands.add_parser("config", help="print a resolved config and where each value is from"))
     _settings_arguments(subcommands.add_parser("settings", help="list the settings of a step: type, default, meaning"))
     _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))
-    _data_arguments(subcommands.add_parser("data", help="look at what a step will train on"))
+    _data_arguments(subcommands.add_parser("data", help="show or check the rows that a step will train on"))
     _plan_arguments(subcommands.add_parser("plan", help="the memory that a step needs, before it is started"))
-    _doctor_arguments(subcommands.add_parser("doctor", help="what this machine lacks for a run, and what to do"))
+    _doctor_arguments(subcommands.add_parser("doctor", help="check this machine, or a config on it, for problems"))
     arguments, rest = parser.parse_known_args(argv)
     if arguments.subcommand is None and not rest:
         parser.print_help()
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # its reader, such as `head`, has read enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -65,7 +65,7 @@ def _merge_arguments(merge: argparse.ArgumentParser) -> None:
 
 def _data_arguments(data: argparse.ArgumentParser) -> None:
     commands = data.add_subparsers(required=True, dest="command")
-    helps = {"show": "print rows as the step will see them", "check": "read everything, say what is wrong"}
+    helps = {"show": "print rows as the step will see them", "check": "read all rows and list what is wrong"}
     for name, does in helps.items():
         command = commands.add_parser(name, help=does)
         _config_arguments(command)
@@ -77,7 +77,7 @@ def _data_arguments(data: argparse.ArgumentParser) -> None:
 def _config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="a step's YAML")
     command.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
-    command.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
+    command.add_argument("--step", choices=STEPS, help="the step, if the YAML's name does not have it")
 
 
 def _settings_arguments(settings: argparse.ArgumentParser) -> None:
@@ -88,15 +88,15 @@ def _settings_arguments(settings: argparse.ArgumentParser) -> None:
 def _plan_arguments(plan: argparse.ArgumentParser) -> None:
     _config_arguments(plan)
     plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of all nodes together (8)")
-    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="at most so many on one node (8)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of one node (8)")
     plan.add_argument("--gpu-memory", type=float, default=80, metavar="GiB", help="of one GPU (80)")
-    plan.add_argument("--host-memory", type=float, metavar="GiB", help="of one node; not judged unless given")
+    plan.add_argument("--host-memory", type=float, metavar="GiB", help="of one node; not checked unless given")
 
 
 def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
-    doctor.add_argument("config", nargs="?", help="a step's YAML, to look at what it names as well")
+    doctor.add_argument("config", nargs="?", help="a step's YAML; also check the files it names")
     doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
-    doctor.add_argument("--step", choices=STEPS, help="the step, where the YAML's name does not tell")
+    doctor.add_argument("--step", choices=STEPS, help="the step, if the YAML's name does not have it")
     doctor.add_argument("--ranks", type=int, help="ranks of the run; default: this machine's GPUs, or 2")
 
 
@@ -117,7 +117,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.config is not None:
         words = ["--config", arguments.config, *arguments.settings]
         settings = load_config(settings_class(arguments.config, arguments.step), words)
-    from tristage.cli import doctor  # late, as in _data
+    from tristage.cli import doctor  # imported here: torch takes seconds
     from tristage.models.quiet import quiet_libraries
 
     quiet_libraries()
@@ -133,7 +133,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from tristage.models.quiet import quiet_libraries
-    from tristage.models.saving import merge_adapter  # late, as in _data
+    from tristage.models.saving import merge_adapter  # imported here: torch takes seconds
 
     quiet_libraries()
     merge_adapter(arguments.base, arguments.adapter, arguments.out)
@@ -145,7 +145,7 @@ def _data(arguments: argparse.Namespace) -> int:
     words = ["--config", arguments.config, *arguments.settings]
     settings = load_config(settings_class(arguments.config, arguments.step), words)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would announce its choice
-    # Imported late: transformers takes seconds, and a wrong config should say so at once.
+    # Imported here: transformers takes seconds, and a wrong config should be reported at once.
     from tristage.cli import inspect_data as inspect
     from tristage.data.template import read_template
     from tristage.models.quiet import quiet_libraries
@@ -173,7 +173,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from tristage.models.quiet import quiet_libraries
-    from tristage.planning import formulas as memory  # late, as in _data
+    from tristage.planning import formulas as memory  # imported here: torch takes seconds
     from tristage.planning import report
 
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""`tristage config` and `tristage settings`: a resolved config with its places, and the settings that there are."""
+"""`tristage config` prints a resolved config and where each value is from; `tristage settings` lists the settings."""
 
 from __future__ import annotations
 

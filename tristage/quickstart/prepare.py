@@ -4,7 +4,7 @@
         [--architecture llama|opt|gpt2] [--pad-is-eos]
 
 Writes OUT/data/{sft,preference,ranking,prompts}.{train,heldout}.jsonl and OUT/model (an ordinary Hugging Face folder),
-then OUT/prepared.json with the arguments. When that file already says the same, nothing is done.
+then OUT/prepared.json with the arguments. If that file already has the same arguments, nothing is done.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     out = arguments.pop("out")
     done = out / "prepared.json"
     if done.is_file() and json.loads(done.read_text()) == arguments:
-        print(f"task and model are there: {out}")
+        print(f"task and model already exist: {out}")
         return
     done.unlink(missing_ok=True)
     prepare(out, **arguments)

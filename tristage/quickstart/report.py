@@ -16,16 +16,16 @@ from rich.table import Table
 from tristage.training.metrics import read_metrics
 
 STEPS = {"step1_sft": "1 fine-tuning", "step2_reward_model": "2 reward model", "step3_ppo": "3 PPO"}
-# (step, metric, what it is)
+# (step, metric, meaning)
 ROWS = (
-    ("step1_sft", "sft/loss", "held-out loss a token"),
+    ("step1_sft", "sft/loss", "held-out loss per token"),
     ("step1_sft", "sft/perplexity", "held-out perplexity"),
     ("step2_reward_model", "reward_model/accuracy", "accuracy on held-out pairs"),
     ("step2_reward_model", "reward_model/length_baseline", "  if the longer answer won"),
     ("step3_ppo", "objective/grade", "gold: grade by the rule, 0 to 1"),
     ("step3_ppo", "objective/score", "reward model's score"),
-    ("step3_ppo", "objective/kl", "KL to the reference, nats an answer"),
-    ("step3_ppo", "rollout/length", "tokens an answer"),
+    ("step3_ppo", "objective/kl", "KL to the reference, nats per answer"),
+    ("step3_ppo", "rollout/length", "tokens per answer"),
     ("step3_ppo", "rollout/eos_rate", "answers that end by themselves"),
 )
 

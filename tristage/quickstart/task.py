@@ -8,7 +8,7 @@ Three parts, top to bottom:
 
 Answers come from one mixed-quality distribution (`draw_answer`), in demonstrations as in pairs and rankings: about
 half are right, the others are short, long, repetitive or off topic. Fine-tuning imitates that mix; doing better takes
-a reward model and PPO. One item too many costs what one too few costs, so "the longer answer wins" is no shortcut.
+a reward model and PPO. One item too many costs what one too few costs, so "the longer answer wins" is not a shortcut.
 
 Left out on purpose: system prompts, dialogues, free text. Each would cost minutes of training and test nothing new.
 """
@@ -97,7 +97,7 @@ def gold(prompt: str, response: str) -> float:
         surplus    max(t - n, 0)
         gold     = (min(valid, n) - surplus) / n
                    - 0.10 for each repeat of an earlier piece
-                   - 0.10 for each different piece that is no item of the right kind
+                   - 0.10 for each different piece that is not an item of the right kind
                    - 0.10 if the final full stop is missing
                    and 0 where that is negative.
 
