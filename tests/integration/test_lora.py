@@ -248,7 +248,7 @@ def test_tristage_merge_writes_final_again(start: str, name: str, stage: int, ba
                    "reward={model: x, share_critic_trunk: true}"], "`critic.model` is another"),
         ("apart", ["critic.lora={}", "reward.share_critic_trunk=true"], "key `reward.deepspeed` has no effect with"),
         ("within", ["reference=null"], "ppo.yaml: key `reference` is missing; give `reference.deepspeed`, or train"),
-        ("whole", ["lora={rank: 0}"], "sft.yaml: key `lora.rank`: give a number above 0; it is 0 now"),
+        ("whole", ["lora={rank: 0}"], "sft.yaml: key `lora.rank`: give a number above 0; got 0"),
         ("whole", ["lora={targets: []}"], "sft.yaml: key `lora.targets`: give a list of at least 1"),
     ],
 )

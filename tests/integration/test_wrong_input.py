@@ -139,7 +139,7 @@ CASES = {
     "batches that don't divide": (
         [STEP1, STEP2], ["global_batch=7"],
         "{config}: global_batch, micro_batch: 7 rows don't divide into micro-batches of 2 on 1 ranks (2 x 1 = 2); "
-        "use for instance 6 rows a step",
+        "use for instance 6 rows per step",
     ),
     "minibatches that don't divide": (
         [STEP3], ["ppo.micro_batch=3"],
@@ -209,12 +209,12 @@ CASES = {
     ),
     "missing DeepSpeed JSON": (
         [STEP1, STEP2], ["deepspeed=none.json"],
-        "{config}: key `deepspeed`: no file none.json, here or beside the config; give its path",
+        "{config}: key `deepspeed`: no file none.json, here or next to the config; give its path",
     ),
     "frozen engine at ZeRO 2": (
         [STEP3], ["reference.deepspeed=" + deepspeed_json(2)],
-        "{config}: key `reference.deepspeed`: ZeRO stage 2 shards gradients and optimizer, which a frozen model has "
-        "not; use stage 0 or 3",
+        "{config}: key `reference.deepspeed`: ZeRO stage 2 shards gradients and optimizer, which a frozen model does "
+        "not have; use stage 0 or 3",
     ),
     "step 1's folder as reward model": (
         [STEP3], ["reward.model={model}"],
@@ -238,7 +238,7 @@ CASES = {
     ),
     "frozen engine at ZeRO 1": (
         [STEP3], ["reward.deepspeed=" + deepspeed_json(1)],
-        "{config}: key `reward.deepspeed`: ZeRO stage 1 shards gradients and optimizer, which a frozen model has",
+        "{config}: key `reward.deepspeed`: ZeRO stage 1 shards gradients and optimizer, which a frozen model does",
     ),
     "grader of no module": (
         [STEP3], ["grader=no_such_module:f"],
@@ -300,7 +300,7 @@ def test_a_checkpoint_that_cannot_be_verified_is_no_silent_new_start(world, capf
     (tmp_path / "checkpoints/latest").write_text("step_000004")
     said = sentence_of(world, STEP1, [f"output={tmp_path}"], capfd)
     assert said == (
-        f"no checkpoint is whole ({folder}: it has no manifest.json, as those of earlier versions, and cannot be "
+        f"every checkpoint is damaged ({folder}: it has no manifest.json, as those of earlier versions, and cannot be "
         "verified); restore one, or start again with resume=never"
     )
 

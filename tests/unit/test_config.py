@@ -211,7 +211,7 @@ def test_a_missing_key_of_a_group_is_named_with_its_group(tmp_path):
 def test_a_wrong_type_or_value_names_file_key_range_and_what_it_is_now(sft_yaml, word, key, wanted, now):
     message = error_of(sft_yaml, word)
     assert message.startswith(f"{sft_yaml}: key `{key}`: ")
-    assert wanted in message and message.endswith(f"it is {now} now")
+    assert wanted in message and message.endswith(f"got {now}")
 
 
 def test_a_pair_with_one_number_misses_its_second(sft_yaml):
@@ -280,7 +280,7 @@ def test_an_override_that_is_no_yaml_is_to_be_quoted(sft_yaml):
 def test_batch_plan_divides_exactly():
     plan = BatchPlan.make(global_batch=64, micro_batch=4, world_size=2)
     assert plan == BatchPlan(64, 4, 2, accumulation=8)
-    assert str(plan) == "64 rows a step = micro-batch 4 x accumulation 8 x ranks 2"
+    assert str(plan) == "64 rows per step = micro-batch 4 x accumulation 8 x ranks 2"
 
 
 @pytest.mark.parametrize("global_batch, fit", [(10, 8), (15, 8), (17, 16), (3, 8)])
@@ -289,7 +289,7 @@ def test_batches_that_do_not_divide_say_the_numbers_and_one_that_does(global_bat
         BatchPlan.make(global_batch, micro_batch=4, world_size=2, keys="a.yaml: global_batch, micro_batch")
     assert str(caught.value) == (
         f"a.yaml: global_batch, micro_batch: {global_batch} rows don't divide into micro-batches of 4 on 2 ranks "
-        f"(4 x 2 = 8); use for instance {fit} rows a step"
+        f"(4 x 2 = 8); use for instance {fit} rows per step"
     )
     assert BatchPlan.make(fit, 4, 2).accumulation == fit // 8
 
@@ -320,9 +320,9 @@ def json_error(path: Path, settings: SFTConfig) -> str:
 def test_offloading_to_nvme_which_no_checkpoint_holds_is_for_frozen_models(tmp_path, sft_yaml, part, monkeypatch):
     nvme = {"stage": 3, part: {"device": "nvme", "nvme_path": "/a"}}
     file, plan = write_json(tmp_path / "zero.json", {"zero_optimization": nvme}), BatchPlan.make(1, 1, 1)
-    monkeypatch.setattr(engines, "_reads_disks", lambda: True)
+    monkeypatch.setattr(engines, "_has_async_io", lambda: True)
     settings = load_sft(sft_yaml)
-    with pytest.raises(UserError, match=f"{part} to nvme is for frozen models alone: checkpoints don't hold"):
+    with pytest.raises(UserError, match=f"{part} to nvme is for frozen models only: checkpoints don't hold"):
         setup.trained_config(settings, str(file), "deepspeed", plan)
     assert setup.frozen_config(settings, str(file), "reward.deepspeed", plan)["zero_optimization"][part] == nvme[part]
 
@@ -343,7 +343,7 @@ def test_a_json_that_is_nowhere_names_the_key(sft_yaml, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         read_deepspeed_json("no.json", load_sft(sft_yaml), "actor.deepspeed")
     assert str(caught.value) == (
-        f"{sft_yaml}: key `actor.deepspeed`: no file no.json, here or beside the config; "
+        f"{sft_yaml}: key `actor.deepspeed`: no file no.json, here or next to the config; "
         "give its path, or a name that tristage ships: zero0, zero1, zero2, zero2_offload, zero3, zero3_offload"
     )
 
@@ -417,10 +417,10 @@ def test_quantised_communication_wants_a_gpu(name):
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
 def test_offload_to_disk_wants_libaio(name, monkeypatch):
     zero = {name: {"device": "nvme", "nvme_path": "/a"}}
-    monkeypatch.setattr(engines, "_reads_disks", lambda: False)
+    monkeypatch.setattr(engines, "_has_async_io", lambda: False)
     where = f"a.yaml: key `deepspeed`: zero_optimization.{name} to nvme needs the library libaio"
     assert support_error(zero, has_gpu=True).startswith(where)
-    monkeypatch.setattr(engines, "_reads_disks", lambda: True)
+    monkeypatch.setattr(engines, "_has_async_io", lambda: True)
     engine.check_zero_support({"zero_optimization": zero}, False, "")
     engine.check_zero_support({"zero_optimization": {name: {"device": "cpu"}}}, False, "")
 
@@ -595,8 +595,8 @@ def test_a_device_that_the_machine_has_is_accepted(monkeypatch, device, num_gpus
     [
         ("cuda", 0, 0, "key `device` is cuda but this machine shows no GPU; use `device: auto` or `cpu`"),
         ("cpu", 1, 0, "key `device` is cpu on a machine with GPUs; set DS_ACCELERATOR=cpu to force it"),
-        ("auto", 2, 2, "this node was asked for 3 ranks but shows 2 GPUs; lower --num_gpus"),
-        ("cuda", 2, 2, "this node was asked for 3 ranks but shows 2 GPUs; lower --num_gpus"),
+        ("auto", 2, 2, "this node has to run 3 ranks but shows 2 GPUs; lower --num_gpus"),
+        ("cuda", 2, 2, "this node has to run 3 ranks but shows 2 GPUs; lower --num_gpus"),
     ],
 )
 def test_a_device_that_the_machine_has_not_is_refused(monkeypatch, device, num_gpus, local_rank, message):

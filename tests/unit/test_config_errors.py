@@ -80,10 +80,10 @@ def test_all_wrong_keys_are_reported_at_once_a_line_each(tmp_path: Path, capsys:
     assert all(line.startswith(f"{path}: ") for line in lines)
     assert {line.removeprefix(f"{path}: ") for line in lines} == {
         "unknown key `ppo.kl_coeff`; did you mean `ppo.kl_coef`?",
-        'key `iterations`: give a whole number; it is "many" now',
+        'key `iterations`: give a whole number; got "many"',
         "unknown key `lr`; did you mean `actor.optimizer.learning_rate`?",
-        "key `rollout.top_p`: give 1 or less; it is 2 now",
-        "key `data.train`: give a list of at least 1; it is [] now",
+        "key `rollout.top_p`: give 1 or less; got 2",
+        "key `data.train`: give a list of at least 1; got []",
     }
     assert check_config.main(["step3_ppo.train", path, *words]) == 2
     assert capsys.readouterr().err.count(path) == 5

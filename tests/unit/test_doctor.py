@@ -28,7 +28,7 @@ def test_a_machine_and_a_config_that_are_well(tmp_path, capsys, monkeypatch):
     sft_config(tmp_path, write_model(tmp_path / "model"), write_rows(tmp_path / "rows")["sft"])
     assert cli.main(["doctor", str(tmp_path / "sft.yaml"), "--step", "step1_sft", "--ranks", "4"]) == 0
     told = capsys.readouterr().out
-    assert "nothing would stop a run" in told and "8 rows a step = micro-batch 2 x accumulation 1 x ranks 4" in told
+    assert "nothing would stop a run" in told and "8 rows per step = micro-batch 2 x accumulation 1 x ranks 4" in told
     assert f"model: {tmp_path}/model" in told and "torch 2" in told
 
 

@@ -600,8 +600,8 @@ def reward_of(*functions: str) -> str:
 
 @pytest.mark.parametrize("words, sentence", [
     ("[999]", "key `rollout.stop_token_ids`: 999 is outside the vocabulary of actor.model ({sft}); give ids below "),
-    ("[-1]", "key `rollout.stop_token_ids.0`: give 0 or more; it is -1 now"),
-    ("[end]", "key `rollout.stop_token_ids.0`: give a whole number; it is \"end\" now"),
+    ("[-1]", "key `rollout.stop_token_ids.0`: give 0 or more; got -1"),
+    ("[end]", "key `rollout.stop_token_ids.0`: give a whole number; got \"end\""),
 ])  # fmt: skip
 def test_a_stop_token_that_is_not_in_the_vocabulary_is_refused(tmp_path: Path, words: str, sentence: str) -> None:
     sft = tiny.write_model(tmp_path / "sft")
@@ -696,10 +696,10 @@ GROUPS = ("critic=null", "rollout.prompts=8", "rollout.samples=2")
             ["reward={own_tokenizer: true, functions: [{function: 'a.b:c'}]}"],
             "key `reward.own_tokenizer` is of the reward model, and there is none; remove it",
         ),
-        (["ppo.dual_clip=1"], "key `ppo.dual_clip`: give a number above 1; it is 1 now"),
-        (["ppo.clip_high=0"], "key `ppo.clip_high`: give a number above 0; it is 0 now"),
-        (["ema.decay=1"], "key `ema.decay`: give a number below 1; it is 1 now"),
-        (["ppo.kl_in=both"], "key `ppo.kl_in`: write 'reward' or 'loss'; it is \"both\" now"),
+        (["ppo.dual_clip=1"], "key `ppo.dual_clip`: give a number above 1; got 1"),
+        (["ppo.clip_high=0"], "key `ppo.clip_high`: give a number above 0; got 0"),
+        (["ema.decay=1"], "key `ema.decay`: give a number below 1; got 1"),
+        (["ppo.kl_in=both"], "key `ppo.kl_in`: write 'reward' or 'loss'; got \"both\""),
     ],
 )
 def test_settings_that_exclude_each_other_are_one_sentence(tmp_path: Path, words: list[str], sentence: str) -> None:

@@ -25,7 +25,7 @@ OWNED_BY_YAML = {
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
 }
-# Settings of zero_optimization -> the lowest ZeRO stage that heeds them; DeepSpeed ignores them below.
+# Settings of zero_optimization -> the lowest ZeRO stage that reads them; DeepSpeed ignores them below it.
 NEEDS_STAGE = {
     "offload_optimizer": 1,
     "offload_param": 3,
@@ -47,7 +47,7 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
     try:
         values = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); mend that line") from None
+        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); fix that line") from None
     if not isinstance(values, dict) or not isinstance(values.get("zero_optimization", {}), dict):
         raise UserError(f'{file}: holds no settings of ZeRO; write {{"zero_optimization": {{"stage": 2}}}}')
     for name, owner in OWNED_BY_YAML.items():
@@ -62,7 +62,7 @@ def read_deepspeed_json(path: str, settings: RunSettings, key: str = "deepspeed"
 
 
 def _check_zero(file: Path, zero: dict[str, Any], stage: int) -> None:
-    """Raises UserError for a setting of ZeRO that DeepSpeed would pass over in silence, or end in an assertion."""
+    """Raises UserError for a ZeRO setting that DeepSpeed would silently ignore or fail on with an assertion."""
     for name, least in NEEDS_STAGE.items():
         value = zero.get(name)
         if isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Keys of a DeepSpeed JSON that this project refuses, and what to use instead. Read in the source of DeepSpeed 0.19.8.
 
-They change the gradient in silence, do nothing here, or end in a traceback once the models are loaded.
+They silently change the gradient, do nothing here, or end in a traceback once the models are loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _OWN_CHECKPOINTS = "checkpoints are written by tristage; remove it and use the Y
 _NO_MODEL_PARALLELISM = "there is no tensor, sequence or expert parallelism; remove it and use ZeRO stage 3"
 _REMOVED = "DeepSpeed has removed it; remove it"
 
-# Key (dots reach into groups) -> (values that mean "off", beside those of _is_off; why not, and what to use instead).
+# Key (dots reach into groups) -> (values that mean "off", next to those of _is_off; why not, and what to use instead).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     # They change the gradient: losses are sums over a count of all ranks, and DeepSpeed's mean over ranks is undone.
     "gradient_allreduce_op": (("mean",), "gradients would be too large by the number of ranks; remove it or use mean"),
@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "sequence_parallel_size": ((), _NO_MODEL_PARALLELISM),
     "data_parallel_size": ((), _NO_MODEL_PARALLELISM),
     "pipeline": ((), "there is no pipeline parallelism; remove it and use ZeRO stage 3"),
-    # Names of the past: DeepSpeed still reads the first three, but the checks of offload_* do not see them.
+    # Old names: DeepSpeed still reads the first three, but the checks of offload_* do not see them.
     "zero_optimization.cpu_offload": ((), 'write "offload_optimizer": {"device": "cpu"} instead'),
     "zero_optimization.cpu_offload_param": ((), 'write "offload_param": {"device": "cpu"} instead'),
     "zero_optimization.cpu_offload_use_pin_memory": ((), "write `pin_memory` in offload_optimizer or offload_param"),
@@ -59,7 +59,7 @@ REMOVED = (
 
 
 def check_keys(file: Path, values: dict[str, Any]) -> None:
-    """Raises UserError for the first key of a DeepSpeed JSON that would do harm, as the tables say and is not off."""
+    """Raises UserError for the first key of a DeepSpeed JSON that the tables refuse and that is not off."""
     for key in REMOVED:
         if _value_at(values, key) is not _MISSING:
             raise UserError(f"{file}: `{key}`: {_REMOVED}")

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in our own words: one line per key, with the fix and a guess at what was meant."""
+"""Explains what is wrong with a config: one line per key, with the fix and a guess at what was meant."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def explain(error: ValidationError, settings_class: type[BaseModel]) -> dict[str
     for problem in error.errors():
         problems.setdefault(".".join(str(part) for part in problem["loc"] if part not in UNION_BRANCHES), problem)
     known = all_keys(settings_class)
-    # A list whose items are wrong is too short to pydantic as well.
+    # pydantic also reports a list whose items are wrong as too short.
     return {
         key: _sentence(key, problem, known)
         for key, problem in problems.items()
@@ -120,7 +120,7 @@ def _sentence(key: str, problem: ErrorDetails, known: list[str]) -> str:
         return f"key `{key}` is missing; add it"
     numbers = problem.get("ctx", {})
     fix = str(numbers["error"]) if problem["type"] == "value_error" else FIXES[problem["type"]].format(**numbers)
-    return f"key `{key}`: {fix}; it is {json.dumps(problem['input'], default=str)} now" if key else fix
+    return f"key `{key}`: {fix}; got {json.dumps(problem['input'], default=str)}" if key else fix
 
 
 def guess(key: str, known: list[str]) -> str | None:

@@ -55,7 +55,7 @@ def _file_of(key: str, places: dict[str, str], files: tuple[Path, ...]) -> Path:
 
 
 def read_values(file: Path) -> dict[str, Any]:
-    """What a YAML file says on top of its bases, unchecked. Raises UserError where one cannot be read."""
+    """The values of a YAML file and its bases, unchecked. Raises UserError where one cannot be read."""
     return values_of(read_tree(file, RunSettings)[0])
 
 
@@ -84,16 +84,16 @@ def _split_arguments(argv: list[str]) -> tuple[Path, list[tuple[str, Any]]]:
 
 
 def find_file(path: str, settings: RunSettings, key: str) -> Path:
-    """The file that `key` names: from the working folder, beside the YAML or a base of it, or shipped by that name.
+    """The file that `key` names: from the working folder, next to the YAML or a base of it, or shipped under that name.
 
     Raises:
         UserError: there is no such file.
     """
     folder, suffix = SHIPPED_BY_NAME.get(key.rpartition(".")[2], ("", ""))
     shipped = [CONFIGS / folder / f"{path}{suffix}"] if folder else []
-    for file in (shipped_path(path), *(beside / path for beside in settings.folders), *shipped):
+    for file in (shipped_path(path), *(folder_of_yaml / path for folder_of_yaml in settings.folders), *shipped):
         if file.is_file():
             return file
     names = ", ".join(sorted(file.stem for file in (CONFIGS / folder).glob(f"*{suffix}"))) if folder else ""
     fix = f"give its path, or a name that tristage ships: {names}" if names else "give its path"
-    raise UserError(f"{settings.file}: key `{key}`: no file {path}, here or beside the config; {fix}")
+    raise UserError(f"{settings.file}: key `{key}`: no file {path}, here or next to the config; {fix}")

@@ -21,6 +21,6 @@ RENAMED = {
 
 
 def new_name(key: str, known: Collection[str]) -> str | None:
-    """The name that a step, which knows these keys, now has for `key`; None where it was not renamed."""
+    """The name that a step with the keys `known` now has for `key`; None if it was not renamed."""
     new = RENAMED.get(key)
     return new if new in known else None

@@ -112,7 +112,7 @@ Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_as_sources, jso
 
 
 class DataSettings(Settings):
-    """Which rows a step trains on, which are held out, and how they become tokens."""
+    """Rows that a step trains on, rows that are held out, and how they become tokens."""
 
     train: Sources = Field(min_length=1, description="Training rows: a path, a source or a list of them.")
     heldout: Sources = Field((), description="Held-out rows, in the same forms; null holds out prompts of `train`.")
@@ -219,7 +219,7 @@ class RunSettings(Settings):
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _best_is_measured(self) -> RunSettings:
+    def _check_keep_best(self) -> RunSettings:
         if self.keep_best is not None and self.save_every:
             if not self.evaluate_every or self.save_every % self.evaluate_every:
                 raise ValueError(
@@ -322,7 +322,7 @@ class BatchPlan:
             fit = max(rows, global_batch // rows * rows)
             raise UserError(
                 f"{keys}: {global_batch} rows don't divide into micro-batches of {micro_batch} on {world_size} "
-                f"ranks ({micro_batch} x {world_size} = {rows}); use for instance {fit} rows a step"
+                f"ranks ({micro_batch} x {world_size} = {rows}); use for instance {fit} rows per step"
             )
         return cls(global_batch, micro_batch, world_size, global_batch // rows)
 
@@ -335,6 +335,6 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.global_batch} rows a step = micro-batch {self.micro_batch} "
+            f"{self.global_batch} rows per step = micro-batch {self.micro_batch} "
             f"x accumulation {self.accumulation} x ranks {self.world_size}"
         )
