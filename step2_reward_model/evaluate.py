@@ -1,4 +1,4 @@
-"""How often a reward model ranks rightly, how sure that is, and how much of it is length.
+"""How often a reward model ranks correctly, how certain that is, and how much of it is length.
 
     python -m step2_reward_model.evaluate --config configs/quickstart/step2_reward_model.yaml model=OUT/final
 

@@ -1,4 +1,4 @@
-"""What a reward model makes of held-out rows: during training and on its own (evaluate.py)."""
+"""Evaluates a reward model on held-out rows: during training and on its own (evaluate.py)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def evaluate(
 ) -> Measurements:
     """Every prompt, pair and answer of `rows` once, over all ranks; the same on every rank. A collective."""
     engine.eval()
-    found: dict[str, list[torch.Tensor]] = {}
+    collected: dict[str, list[torch.Tensor]] = {}
     for micro in evaluation_rows(rows.lengths, settings.micro_batch, dist.world_size(), dist.rank()):
         items = pick(rows, micro)
         batch = collate_ranking(items, tokenizer.pad_token_id).to(device)
@@ -38,7 +38,7 @@ def evaluate(
             "lengths": torch.tensor([len(a.ids) - a.prompt_length for item in items if item for a in item[0]]),
         }
         for name, some in numbers.items():
-            found.setdefault(name, []).append(some.double().cpu())
-    parts = dist.gather_objects({name: torch.cat(several).numpy() for name, several in found.items()})
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in found}
-    return Measurements(**whole, scale=engine.module.score_scale)
+            collected.setdefault(name, []).append(some.double().cpu())
+    parts = dist.gather_objects({name: torch.cat(several).numpy() for name, several in collected.items()})
+    everything = {name: np.concatenate([part[name] for part in parts]) for name in collected}
+    return Measurements(**everything, scale=engine.module.score_scale)

@@ -1,4 +1,4 @@
-"""Answers that are typed in, scored and sorted: how a reward model is got to know."""
+"""Scores answers typed at a prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from step2_reward_model.config import RewardModelConfig
 from tristage import dist
 from tristage.data.collate import collate_sft
 from tristage.data.rows import RankingRow, Unusable
-from tristage.data.tokenize import Policy, encode
+from tristage.data.tokenize import EncodingRules, encode
 from tristage.errors import UserError
 from tristage.models.reward_model import last_token_scores
 
@@ -26,11 +26,11 @@ def score_typed(
     while prompt := _ask("prompt", lines):
         answers = list(iter(lambda: _ask("answer (blank: score them)", lines), ""))
         try:
-            found = scores(engine, settings, tokenizer, device, prompt, answers) if answers else []
+            results = scores(engine, settings, tokenizer, device, prompt, answers) if answers else []
         except (UserError, Unusable) as reason:
             print(f"not scored: {reason}", flush=True)
             continue
-        for score, answer in sorted(zip(found, answers, strict=True), key=lambda pair: -pair[0]):
+        for score, answer in sorted(zip(results, answers, strict=True), key=lambda pair: -pair[0]):
             print(f"{score:9.3f}  {answer}", flush=True)
 
 
@@ -38,14 +38,14 @@ def score_typed(
 def scores(
     engine: Any, settings: RewardModelConfig, tokenizer: Any, device: torch.device, prompt: str, answers: list[str]
 ) -> list[float]:
-    """One score an answer. Raises UserError or Unusable: one that can't be rendered, or is too long."""
+    """One score per answer. Raises UserError or Unusable: an answer cannot be rendered, or is too long."""
     turns = ({"role": "user", "content": prompt},)
-    ranks = tuple(map(float, range(len(answers))))  # of no meaning: a ranking row is how answers share a prompt
-    policy = Policy("ranking", settings.max_tokens, settings.data.too_long)
-    (found,) = encode([RankingRow(turns, tuple(answers), ranks, "what you typed")], tokenizer, policy)
-    if isinstance(found, Exception):
-        raise found
-    item, _ = found
+    ranks = tuple(map(float, range(len(answers))))  # meaningless: a ranking row is how answers share a prompt
+    rules = EncodingRules("ranking", settings.max_tokens, settings.data.too_long)
+    (encoded,) = encode([RankingRow(turns, tuple(answers), ranks, "what you typed")], tokenizer, rules)
+    if isinstance(encoded, Exception):
+        raise encoded
+    item, _ = encoded
     assert isinstance(item, tuple)
     batch = collate_sft(item[0], tokenizer.pad_token_id).to(device)
     engine.eval()
@@ -53,9 +53,9 @@ def scores(
 
 
 def check_alone() -> None:
-    """Raises UserError on several ranks, which can't share a keyboard."""
+    """Raises UserError on several ranks, which cannot share a keyboard."""
     if dist.world_size() > 1:
-        raise UserError("--interactive: several ranks can't share a keyboard; run it without the launcher")
+        raise UserError("--interactive runs on one rank; start it without the launcher")
 
 
 def _ask(what: str, lines: Iterator[str]) -> str:

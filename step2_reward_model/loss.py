@@ -1,4 +1,4 @@
-"""What a reward model's values say of a batch's ranked answers: the loss of each prompt, pair metrics."""
+"""From a reward model's values to the loss of each prompt, and metrics of pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tristage.training.metrics import Averages
 
 
 def pair_options(settings: RewardModelConfig) -> dict[str, float]:
-    """What `loss: pairs` and `loss: tokens` may add; all 0 for the others."""
+    """Options of `loss: pairs` and `loss: tokens`; all 0 for the others."""
     return {
         "margin": settings.margin,
         "label_smoothing": settings.label_smoothing,
@@ -42,7 +42,7 @@ def compare(scores: torch.Tensor, batch: PreferenceBatch) -> tuple[torch.Tensor,
 
 
 def pair_metrics(averages: Averages, scores: torch.Tensor, batch: PreferenceBatch) -> None:
-    """Add what a training batch's answers `scores` [N] say of its pairs.
+    """Add metrics of a training batch's pairs from its answers' `scores` [N].
 
     reward_model/accuracy: share of pairs whose better answer scores higher; .../margin: how much higher, on
     average; .../length_baseline: share whose better answer is the longer one (a tie counts half); .../score: mean

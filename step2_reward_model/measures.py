@@ -1,4 +1,4 @@
-"""What a reward model's scores of ranked answers amount to: accuracy, calibration, and how much of it is length.
+"""Metrics of a reward model on ranked answers: accuracy, calibration, length bias.
 
 Letters: P prompts, M pairs (a better and a worse answer of one prompt), N answers.
 """
@@ -36,7 +36,7 @@ class Measurements:
 
     @property
     def longer_wins(self) -> np.ndarray:
-        """[M] 1 where the better answer is the longer one, 1/2 where they are as long."""
+        """[M] 1 where the better answer is the longer one, 1/2 where the lengths are equal."""
         return (self.length_gaps > 0) + 0.5 * (self.length_gaps == 0)
 
     def metrics(self) -> dict[str, float]:

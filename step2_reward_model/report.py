@@ -20,7 +20,7 @@ from step2_reward_model.measures import (
 
 
 def tables(measured: Measurements) -> list[Table]:
-    """All in all; accuracy by margin; accuracy by the difference of lengths."""
+    """Summary; accuracy by margin; accuracy by difference of length."""
     by_margin = accuracy_by(np.abs(measured.margins) * measured.scale, measured.is_right, MARGIN_EDGES)
     by_length = accuracy_by(measured.length_gaps, measured.is_right, LENGTH_EDGES)
     return [

@@ -1,9 +1,9 @@
-"""Step 2: a language model becomes a reward model, from ranked answers.
+"""Step 2: train a reward model, from a language model, on ranked answers.
 
     deepspeed --module step2_reward_model.train --config configs/quickstart/step2_reward_model.yaml [key=value ...]
 
 The score of an answer is the scalar head's value at its last real token, the EOS. All answers of a prompt are in one
-forward; the loss is the mean over the prompts of the whole optimizer step of the ranking loss of one prompt. Last, the
+forward; the loss is the mean over the prompts of the whole optimizer step of the ranking loss of one prompt. At the end
 scores are shifted and scaled, so that those of the best training answers have mean 0 and deviation 1.
 """
 
@@ -64,7 +64,7 @@ def train(
     output = Path(settings.output)
     dist.print0(f"step 2, reward model: {plan}")
     if not is_reward_model(settings.model, settings.trust_remote_code):
-        dist.print0(f"{settings.model} has no scalar head, a new one is drawn")
+        dist.print0(f"{settings.model} has no scalar head: a new one is initialised")
     model = setup.load_trained(load_reward_model, settings, config, tokenizer, new_head_seed=settings.seed)
     loader = setup.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
@@ -132,12 +132,12 @@ def normalize_scores(
     sample = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.normalize_prompts]
     best = [best_answer(rows[int(row)]) for row in sample]
     lengths = [len(example.ids) for example in best]
-    found: dict[int, float] = {}
+    own: dict[int, float] = {}
     for micro in evaluation_rows(lengths, settings.micro_batch, dist.world_size(), dist.rank()):
         batch = collate_sft(pick(best, micro), tokenizer.pad_token_id).to(device)
         scores = last_token_scores(engine(batch.input_ids, batch.attention_mask), batch.attention_mask)
-        found.update({row: score for row, score in zip(micro, scores.tolist(), strict=True) if row is not None})
-    of_all = {row: score for part in dist.gather_objects(found) for row, score in part.items()}
+        own.update({row: score for row, score in zip(micro, scores.tolist(), strict=True) if row is not None})
+    of_all = {row: score for part in dist.gather_objects(own) for row, score in part.items()}
     scores_in_order = np.array([of_all[row] for row in range(len(best))])
     mean, std = float(scores_in_order.mean()), float(scores_in_order.std())
     if not 0 < std < float("inf"):

@@ -17,7 +17,7 @@ from tristage.batches import PromptBatch, Sequences
 from tristage.data.collate import collate_sft, pick
 from tristage.data.rows import SFTRow
 from tristage.data.store import Rows
-from tristage.data.tokenize import Example, Policy, encode, encode_sampled
+from tristage.data.tokenize import EncodingRules, Example, encode, encode_sampled
 from tristage.dist import progress
 from tristage.errors import UserError
 from tristage.models.loading import max_positions
@@ -157,7 +157,7 @@ def check_turns(settings: PPOConfig, *sets: Rows) -> None:
             turns = rows.turns(i)
             where = f"reward.model ({settings.reward.model}), {rows.where(i)}"
             tried.setdefault(tuple(turn["role"] for turn in turns), SFTRow(turns, "answer", where))
-    policy = Policy("sft", sys.maxsize, train_on="last_answer")
+    policy = EncodingRules("sft", sys.maxsize, train_on="last_answer")
     tokenizer = load_tokenizer(str(settings.reward.model), trust_remote_code=settings.trusts("reward"))
     for found in encode(list(tried.values()), tokenizer, policy):
         if isinstance(found, Exception):

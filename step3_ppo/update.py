@@ -20,7 +20,7 @@ from tristage.algo.masking import masked_sum
 from tristage.algo.ppo import clipped_policy_loss, clipped_value_loss, huber_value_loss, kl_estimate
 from tristage.batches import Experience, SFTBatch
 from tristage.config import BatchPlan
-from tristage.data.loader import MicroBatch, deal
+from tristage.data.loader import RowNumbers, deal
 from tristage.engine import FORWARD_TOLERANCE, StepReport, backward_mean, optimizer_steps
 from tristage.training.metrics import Averages
 
@@ -41,7 +41,7 @@ class MinibatchReport(NamedTuple):
     """What one optimizer step of an iteration's updates did, on this rank."""
 
     step: StepReport  # of actor and critic together: `losses` adds up those of each micro-batch
-    micro_batches: list[MicroBatch]  # rows of the experience
+    micro_batches: list[RowNumbers]  # rows of the experience
 
 
 def ppo_update(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.helpers.tokenizers import TAGGED, chatml, default
 from tristage.data.collate import collate_packed, collate_prompts, collate_ranking, collate_sft, pick
 from tristage.data.rows import SFTRow
-from tristage.data.tokenize import Example, Policy, encode
+from tristage.data.tokenize import EncodingRules, Example, encode
 
 PAD = 0
 LONG = Example([5, 6, 7, 8, 9], prompt_length=3)
@@ -224,7 +224,7 @@ def test_exactly_the_answers_and_their_eos_are_learned(writer, drawn, train_on, 
     ]
     expected = [expected_row(tokenizer, write, turns, train_on) for turns in drawn]
     kept = [(ids, mask) for ids, mask in expected if len(ids) <= max_tokens]
-    found = encode(rows, tokenizer, Policy("sft", max_tokens, train_on=train_on))
+    found = encode(rows, tokenizer, EncodingRules("sft", max_tokens, train_on=train_on))
     examples = [each[0] for each in found if isinstance(each, tuple)]
     assert len(examples) == len(kept)
     if not kept:

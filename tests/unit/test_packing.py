@@ -18,7 +18,7 @@ from tristage.data.collate import collate_sft
 from tristage.data.packing import Blocks, PackedRows, pack
 from tristage.data.sources import open_source
 from tristage.data.store import SCHEMA, Rows, prepare
-from tristage.data.tokenize import Example, Policy
+from tristage.data.tokenize import EncodingRules, Example
 from tristage.quickstart.network import make_tokenizer
 
 thorough = settings(max_examples=80, deadline=None, database=None, derandomize=True)
@@ -171,7 +171,7 @@ def test_an_eos_ends_every_document_of_a_text_file(tmp_path: Path):
     tokenizer = make_tokenizer(words)
     one, two, three = (tokenizer.convert_tokens_to_ids(word) for word in words)
     source = open_source(SourceSettings(path=str(tmp_path / "text.jsonl")))
-    policy = Policy("text", max_tokens=8, too_long="truncate_left")
+    policy = EncodingRules("text", max_tokens=8, too_long="truncate_left")
     documents = prepare(source, tokenizer, policy, skip_bad=False, cache=tmp_path / "cache").rows
     eos = tokenizer.eos_token_id
     stream = [one, two, eos, three, eos, *[one] * 40, eos]

@@ -115,9 +115,9 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numb
         ("rows.json", b'[\n{"prompt": "a"},\n{"prompt" 3}]', ":3: not JSON (Expecting ':' delimiter at column 11)"),
         ("rows.json", b'[\n"\xff"]', ":2: byte 0xff is not UTF-8, convert it"),
         ("rows.json", b'{"prompt": "a"}', ":1: a .json file must hold one list of rows, found dict; name it .jsonl"),
-        ("rows.csv", b'prompt,response\na,b\n"a"b,c\n', ":3: not csv (',' expected after '\"'), mend the line"),
-        ("rows.csv", b'prompt,response\na,b\na,"b\nc\n', ":3: not csv (unexpected end of data), mend the line"),
-        ("rows.tsv", b'prompt\tresponse\n"a"b\tc\n', ":2: not tsv ('\t' expected after '\"'), mend the line"),
+        ("rows.csv", b'prompt,response\na,b\n"a"b,c\n', ":3: not csv (',' expected after '\"'), fix the line"),
+        ("rows.csv", b'prompt,response\na,b\na,"b\nc\n', ":3: not csv (unexpected end of data), fix the line"),
+        ("rows.tsv", b'prompt\tresponse\n"a"b\tc\n', ":2: not tsv ('\t' expected after '\"'), fix the line"),
         ("rows.csv", b'prompt,response\n"a\nb",c\na,\xff\n', ":4: byte 0xff is not UTF-8, convert it"),
         ("rows.txt", b"One.\nTwo\xe9.\n", ":2: byte 0xe9 is not UTF-8, convert it"),
         ("rows.parquet", b"prompt,response\na,b\n", "[0]: not readable as Parquet ("),
@@ -371,7 +371,7 @@ def test_a_hub_failure_is_one_sentence(monkeypatch):
     monkeypatch.setattr(hub, "answers", lambda endpoint: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert refusal("some-org/set", name="en", split="dev") == (
-        "some-org/set: as a hub set it failed (name 'en', subset None, split 'dev'): no route"
+        "some-org/set: could not be loaded as a hub set (name 'en', subset None, split 'dev'): no route"
     )
 
 
@@ -389,7 +389,7 @@ def test_a_folder_laid_out_as_a_hub_set_is_read_as_its_readme_says(hub_set):
     assert read(hub_set, split="test") == [(f"{hub_set}[test][0]", {"prompt": "Hi", "response": "Good day"})]
     assert prompts(hub_set, name="farewells") == ["Bye"]
     assert refusal(hub_set, split="dev").startswith(
-        f"{hub_set}: as a hub set it failed (name None, subset None, split 'dev'): "
+        f"{hub_set}: could not be loaded as a hub set (name None, subset None, split 'dev'): "
     )
 
 
@@ -467,7 +467,7 @@ def test_a_source_without_a_preset_stays_as_it_is():
     "text, sentence",
     [
         ("path: a/b\ncolumn: {prompt: q}\n", "{file}: unknown key `column`; did you mean `columns`?"),
-        ("path: a/b\nlimit: 0\n", "{file}: key `limit`: give a number above 0; it is 0 now"),
+        ("path: a/b\nlimit: 0\n", "{file}: key `limit`: give a number above 0; got 0"),
         ("path: [a\n", "{file}: not a preset: "),
         ("- path: a/b\n", "{file}: not a preset: "),
         ("", "{file}: not a preset: "),
@@ -482,7 +482,7 @@ def test_a_preset_that_cannot_be_used_is_an_error(tmp_path, text, sentence):
 
 
 def test_a_missing_preset_is_an_error():
-    with pytest.raises(UserError, match=r"^settings: key `data.\*.preset`: no file no/such.yaml, here or beside"):
+    with pytest.raises(UserError, match=r"^settings: key `data.\*.preset`: no file no/such.yaml, here or next to"):
         resolve_preset(SourceSettings(preset="no/such.yaml"), SETTINGS)
 
 

@@ -22,12 +22,12 @@ from tristage.data import store
 from tristage.data.rows import read_row
 from tristage.data.sources import open_source
 from tristage.data.store import Prepared, cache_folder, concatenate, prepare
-from tristage.data.tokenize import Example, Policy, encode
+from tristage.data.tokenize import EncodingRules, Example, encode
 from tristage.errors import UserError
 
 WORDS = ("Human:", "Assistant:", "a", "b", "c", "d")  # 2 3 4 5 6 7
 TOKENIZER = word_tokenizer(*WORDS)
-SFT = Policy("sft", 20)
+SFT = EncodingRules("sft", 20)
 
 
 def chat(*contents: str) -> list[dict[str, str]]:
@@ -106,10 +106,10 @@ def test_what_says_nothing_about_the_tokens_of_a_row_makes_no_other_set(file, ca
     "change",
     [
         {"tokenizer": word_tokenizer(*reversed(WORDS))},
-        {"policy": Policy("prompt", 20)},
-        {"policy": Policy("sft", 21)},
-        {"policy": Policy("sft", 20, too_long="truncate_left")},
-        {"policy": Policy("sft", 20, train_on="last_answer")},
+        {"policy": EncodingRules("prompt", 20)},
+        {"policy": EncodingRules("sft", 21)},
+        {"policy": EncodingRules("sft", 20, too_long="truncate_left")},
+        {"policy": EncodingRules("sft", 20, train_on="last_answer")},
         {"limit": 4},
         {"columns": {"prompt": "prompt", "response": "response"}},
         {"clean": [{"columns": ["prompt"], "pattern": "x"}]},
@@ -147,16 +147,16 @@ def test_a_changed_file_of_the_same_size_and_time_is_not_served_stale(file, call
     "rows, policy",
     [
         (DEMONSTRATIONS, SFT),
-        (DEMONSTRATIONS, Policy("sft", 8, "truncate_left")),
-        (DEMONSTRATIONS, Policy("prompt", 20)),
-        (RANKINGS, Policy("ranking", 20)),
-        ([{"text": "a b"}, {"text": "c"}, {"text": "d " * 30}], Policy("text", 0)),
+        (DEMONSTRATIONS, EncodingRules("sft", 8, "truncate_left")),
+        (DEMONSTRATIONS, EncodingRules("prompt", 20)),
+        (RANKINGS, EncodingRules("ranking", 20)),
+        ([{"text": "a b"}, {"text": "c"}, {"text": "d " * 30}], EncodingRules("text", 0)),
     ],
     ids=["sft", "truncated", "prompt", "ranking", "text"],
 )
 def test_items_come_back_as_they_were_encoded(tmp_path, monkeypatch, rows, policy):
     monkeypatch.setattr(store, "CHUNK", 2)
-    monkeypatch.setattr(store, "CHUNKS_A_BATCH", 1)  # several Arrow batches
+    monkeypatch.setattr(store, "CHUNKS_PER_BATCH", 1)  # several Arrow batches
     file = write(tmp_path / "rows.jsonl", rows)
     source = SourceSettings(path=str(file))
     read = [read_row(place, source, policy.kind) for place in open_source(source).rows()]
@@ -166,7 +166,7 @@ def test_items_come_back_as_they_were_encoded(tmp_path, monkeypatch, rows, polic
 
 
 def test_the_columns_of_rows_by_hand(file):
-    rows = prepared(file, policy=Policy("sft", 10, "truncate_left")).rows
+    rows = prepared(file, policy=EncodingRules("sft", 10, "truncate_left")).rows
     assert rows[1] == Example([4, 3, 5, 6, 1, 2, 7, 3, 4, 1], prompt_length=8, also_trained=((2, 5),))
     assert rows.lengths.tolist() == [5, 10, 7, 5] and rows.column("full_length").tolist() == [5, 11, 7, 5]
     assert rows.column("prompt_length").tolist() == [3, 8, 3, 3]
@@ -177,18 +177,18 @@ def test_the_columns_of_rows_by_hand(file):
 
 
 def test_the_length_of_a_ranked_row_is_its_longest_answers(tmp_path):
-    rows = prepared(write(tmp_path / "rows.jsonl", RANKINGS), policy=Policy("ranking", 20)).rows
+    rows = prepared(write(tmp_path / "rows.jsonl", RANKINGS), policy=EncodingRules("ranking", 20)).rows
     assert rows.lengths.tolist() == [6, 7] and rows[0][1] == (2.0, 0.0, 1.0)
 
 
 def test_a_prompt_keeps_its_turns_whole_when_its_tokens_are_cut(tmp_path):
     rows = [{"prompt": "a"}, {"messages": chat("a", "日\n b", "d", "c")}, {"prompt": "b c d"}]
     file = write(tmp_path / "rows.jsonl", rows)
-    found = prepared(file, policy=Policy("prompt", 4, "truncate_left")).rows
+    found = prepared(file, policy=EncodingRules("prompt", 4, "truncate_left")).rows
     turns = [tuple(chat("a")), tuple(chat("a", "日\n b", "d")), tuple(chat("b c d"))]
     assert [found.turns(i) for i in range(3)] == turns
     assert len(found[1].ids) == 4 < found.column("full_length")[1]
-    both = concatenate([found.take(np.array([2, 1])), prepared(file, policy=Policy("prompt", 20)).rows[1:]])
+    both = concatenate([found.take(np.array([2, 1])), prepared(file, policy=EncodingRules("prompt", 20)).rows[1:]])
     assert [both.turns(i) for i in range(4)] == [turns[2], turns[1], turns[1], turns[2]]
 
 
@@ -217,7 +217,7 @@ def test_several_sets_are_read_as_one(file, tmp_path):
 
 
 def test_a_set_without_a_usable_row_is_empty(tmp_path):
-    found = prepared(write(tmp_path / "rows.jsonl", DEMONSTRATIONS), policy=Policy("sft", 2))
+    found = prepared(write(tmp_path / "rows.jsonl", DEMONSTRATIONS), policy=EncodingRules("sft", 2))
     assert len(found.rows) == 0 and list(found.rows) == [] and found.rows.lengths.tolist() == []
     assert found.dropped == {"longer than 2 tokens": 4}
 
@@ -329,7 +329,7 @@ DAMAGES = {"a byte short": lambda content: content[:-1], "empty": lambda _: b"",
 )
 def test_a_set_that_was_damaged_is_made_again(file, calls, monkeypatch, name, damage):
     monkeypatch.setattr(store, "CHUNK", 2)
-    monkeypatch.setattr(store, "CHUNKS_A_BATCH", 1)
+    monkeypatch.setattr(store, "CHUNKS_PER_BATCH", 1)
     whole = list(prepared(file).rows)
     target = file.parent / "cache" / folders(file)[0] / name
     content = damage(target.read_bytes())

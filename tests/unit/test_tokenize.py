@@ -12,7 +12,7 @@ from tests.helpers.tokenizers import DIALOGUE, FORGETS, TAGGED, byte_tokenizer, 
 from tristage.data.rows import PromptRow, RankingRow, Row, SFTRow, TextRow, Unusable
 from tristage.data.special import encode_hidden
 from tristage.data.template import ensure_template, render
-from tristage.data.tokenize import Example, Policy, encode, encode_sampled
+from tristage.data.tokenize import EncodingRules, Example, encode, encode_sampled
 from tristage.errors import UserError
 
 HI = ({"role": "user", "content": "Hi"},)
@@ -34,7 +34,7 @@ def tokenizer(request):
 
 def encoded(tokenizer, row: Row, max_tokens: int = 1000, **options):
     """What becomes of one row: its item, or the sentence that says why it has none."""
-    [found] = encode([row], tokenizer, Policy(KINDS[type(row)], max_tokens, **options))
+    [found] = encode([row], tokenizer, EncodingRules(KINDS[type(row)], max_tokens, **options))
     return found[0] if isinstance(found, tuple) else f"{type(found).__name__}: {found}"
 
 
@@ -164,7 +164,7 @@ def test_rows_come_in_order_whatever_is_wrong_with_some(tokenizer):
     rows = [SFTRow(HI, f"answer {i}", f"f:{i}") for i in range(6)]
     rows[1] = SFTRow(HI, f"stop {tokenizer.eos_token}", "f:1")
     rows[3] = SFTRow(DIALOGUE, "long " * 200, "f:3")
-    found = encode(rows, tokenizer, Policy("sft", 200))
+    found = encode(rows, tokenizer, EncodingRules("sft", 200))
     assert isinstance(found[1], UserError) and str(found[1]).startswith("f:1: the answer holds the EOS token")
     assert isinstance(found[3], Unusable) and str(found[3]) == "longer than 200 tokens"
     for i in (0, 2, 4, 5):
@@ -174,7 +174,7 @@ def test_rows_come_in_order_whatever_is_wrong_with_some(tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_no_rows_give_nothing(tokenizer, kind):
-    assert encode([], tokenizer, Policy(kind, 10)) == []
+    assert encode([], tokenizer, EncodingRules(kind, 10)) == []
 
 
 def test_an_eos_that_is_no_id_of_its_own_is_an_error_that_names_the_row():
@@ -182,7 +182,7 @@ def test_an_eos_that_is_no_id_of_its_own_is_an_error_that_names_the_row():
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[UNK]", unk_token="[UNK]")
     ensure_template(tokenizer)
-    [found] = encode([SFTRow(HI, "Hello unknown", "f:1")], tokenizer, Policy("sft", 100))
+    [found] = encode([SFTRow(HI, "Hello unknown", "f:1")], tokenizer, EncodingRules("sft", 100))
     assert isinstance(found, UserError)
     assert str(found).startswith("f:1: the tokenizer does not end this answer with exactly one EOS id")
 
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_knows_no_places_is_refused_for_earlier_answers_only(mo
     single, earlier = (encoded(tokenizer, row, train_on="last_answer") for row in rows)
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(UserError, match="^f:2: this tokenizer can't tell.*set `data.train_on: last_answer`"):
-        encode(rows, tokenizer, Policy("sft", 1000))
+        encode(rows, tokenizer, EncodingRules("sft", 1000))
     assert encoded(tokenizer, rows[0]) == single
     assert encoded(tokenizer, rows[1], train_on="last_answer") == earlier
 
@@ -256,7 +256,7 @@ PAIR = RankingRow(ABC, ("d", "d e f"), (0.0, 1.0), "")  # 2 4 5 6 3 | 7 1 and 2 
 @pytest.mark.parametrize("row, length", [(DEMONSTRATION, 8), (PROMPT, 5), (PAIR, 9)], ids=["sft", "prompt", "ranking"])
 def test_a_row_of_exactly_the_limit_stays_as_it_is(row, length, too_long):
     whole = encoded(WORDS, row)
-    policy = Policy(KINDS[type(row)], length, too_long)
+    policy = EncodingRules(KINDS[type(row)], length, too_long)
     assert encode([row], WORDS, policy) == [(whole, length)]
 
 
@@ -290,7 +290,7 @@ def test_rows_over_the_limit_by_hand(row, max_tokens, too_long, item):
 @pytest.mark.parametrize("too_long", ["truncate_left", "truncate_right"])
 def test_a_cut_row_tells_its_whole_length(too_long):
     for row, length in ((DEMONSTRATION, 8), (PAIR, 9)):
-        [(_, full_length)] = encode([row], WORDS, Policy(KINDS[type(row)], 7, too_long))
+        [(_, full_length)] = encode([row], WORDS, EncodingRules(KINDS[type(row)], 7, too_long))
         assert full_length == length
 
 

@@ -1,4 +1,4 @@
-"""`tristage doctor [CONFIG]`: what this machine, and a config on it, lack for a run, and what to do about it."""
+"""`tristage doctor [CONFIG]`: check this machine, and optionally a config, for what would stop a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 from tristage import dist
 from tristage.config import RunSettings, SourceSettings, named_paths
-from tristage.data.sources import check_there, resolve_preset
+from tristage.data.sources import require_exists, resolve_preset
 from tristage.data.store import cache_folder
 from tristage.dist import gpu
 from tristage.errors import UserError
@@ -35,7 +35,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class Finding(NamedTuple):
-    """One line: how bad it is ("stop": a run would not start or not end well), what is there, what to do."""
+    """One line: level ("stop": a run would not start or would fail), observation, fix."""
 
     level: Literal["ok", "note", "stop"]
     what: str
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 
 def examine(settings: RunSettings | None, ranks: int) -> Iterator[Finding]:
-    """All findings, in the order in which a run would meet them; `ranks`: how many this machine would get."""
+    """All findings, in the order in which a run would meet them; `ranks`: the number on this machine."""
     yield from packages()
     yield from devices()
     yield from compiled_op(extensions_folder())
@@ -60,23 +60,23 @@ def examine(settings: RunSettings | None, ranks: int) -> Iterator[Finding]:
 
 
 def packages(constraints: Path = ROOT / "constraints.txt") -> Iterator[Finding]:
-    """Python and the packages that matter, beside the versions that the tests passed with."""
+    """Python and the main packages, compared with the versions that the tests passed with."""
     yield Finding("ok", f"python {platform.python_version()} ({sys.executable})")
     tested = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", constraints.read_text(), re.M)) if constraints.is_file() else {}
     for package in MAIN_PACKAGES:
-        found, wanted = installed(package), tested.get(package)
-        if found == "not installed":
+        own, wanted = installed(package), tested.get(package)
+        if own == "not installed":
             yield Finding("stop", f"{package} is not installed", "pip install -c constraints.txt -e .")
-        elif wanted and found.partition("+")[0] != wanted:
-            yield Finding("note", f"{package} {found}", f"the tests passed with {wanted}")
+        elif wanted and own.partition("+")[0] != wanted:
+            yield Finding("note", f"{package} {own}", f"the tests passed with {wanted}")
         else:
-            yield Finding("ok", f"{package} {found}")
+            yield Finding("ok", f"{package} {own}")
 
 
 def devices() -> Iterator[Finding]:
-    """What ranks compute on, what they send with, and which attention kernels are there."""
+    """The devices, communication backend and attention kernels of ranks."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        yield Finding("ok", f"{psutil.cpu_count(logical=False)} CPU cores, no GPU; ranks send with gloo")
+        yield Finding("ok", f"{psutil.cpu_count(logical=False)} CPU cores, no GPU; ranks use gloo")
         if os.environ.get("DS_ACCELERATOR") != "cpu" and (problem := gpu.problem()):
             yield Finding("note", problem)
         return
@@ -90,27 +90,27 @@ def devices() -> Iterator[Finding]:
 
 
 def default_ranks() -> int:
-    """One a GPU; two where there is none, as the launchers have it."""
+    """One per GPU, or two on the CPU, like the launchers."""
     return torch.cuda.device_count() if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else 2
 
 
 def extensions_folder() -> Path:
-    """Where DeepSpeed's compiled ops go: as in launch/common.sh."""
+    """The folder of DeepSpeed's compiled ops, as in launch/common.sh."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", ROOT / ".torch_extensions"))
 
 
 def compiled_op(folder: Path) -> Iterator[Finding]:
-    """Whether the ops that DeepSpeed compiles on first use are there, or can be."""
+    """Whether the ops that DeepSpeed compiles on first use exist, or can be compiled."""
     missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool, path=_path())]
     if torch.cuda.is_available():
         if missing or not shutil.which("nvcc"):
-            yield Finding("note", f"no {', '.join([*missing, 'nvcc'])}", "needed for optimizer offload alone")
+            yield Finding("note", f"no {', '.join([*missing, 'nvcc'])}", "only needed for optimizer offload")
         return
     if missing:
         fix = "apt-get install g++" if "g++" in missing else "pip install ninja"
         yield Finding("stop", f"DeepSpeed's CPU op cannot be compiled or loaded without {', '.join(missing)}", fix)
     elif not list(folder.rglob("deepspeed_shm_comm.so")):
-        yield Finding("note", f"DeepSpeed's CPU op is not in {folder}", "the first launch compiles it, in a minute")
+        yield Finding("note", f"DeepSpeed's CPU op is not in {folder}", "the first launch compiles it in a minute")
     else:
         probe = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)"
         variables = os.environ | {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder), "PATH": _path()}
@@ -128,14 +128,14 @@ def _path() -> str:
 
 
 def locks(folder: Path, minutes: float = 5) -> Iterator[Finding]:
-    """Locks that a killed build left, for which every later run waits for ever."""
+    """Stale build locks, on which every later run would hang."""
     for lock in sorted(folder.rglob("lock")) if folder.is_dir() else []:
         if time.time() - lock.stat().st_mtime > 60 * minutes:
-            yield Finding("stop", f"{lock} is left of a build that was killed", f"rm {lock}, or start any launcher")
+            yield Finding("stop", f"{lock} was left by a killed build", f"rm {lock}, or start any launcher")
 
 
 def shared_memory(folder: Path, ranks: int) -> Iterator[Finding]:
-    """Room for what ranks of one node exchange, and what killed runs left there."""
+    """Room for the buffers of this node's ranks, and those that killed runs left."""
     if not folder.is_dir():
         return
     in_use = {path for process in psutil.process_iter() for path in _mapped(process, folder)}
@@ -156,29 +156,29 @@ def _mapped(process: psutil.Process, folder: Path) -> list[str]:
 
 
 def several_nodes() -> Iterator[Finding]:
-    """What --hostfile needs here."""
+    """The programs that --hostfile needs."""
     missing = [tool for tool in ("ssh", "pdsh") if not shutil.which(tool)]
     if missing:
-        fix = "needed for --hostfile alone: apt-get install pdsh openssh-client"
+        fix = "only needed for --hostfile: apt-get install pdsh openssh-client"
         yield Finding("note", f"no {', '.join(missing)}", fix)
 
 
 def room(what: str, free: int, need: int, fix: str) -> Finding:
-    """A finding about `free` bytes where `need` bytes must be."""
-    told = f"{what}: {free / GIB:.1f} GiB free"
-    return Finding("ok", told) if free >= need else Finding("stop", f"{told}, {need / GIB:.1f} needed", fix)
+    """Whether `free` bytes are at least the `need` bytes."""
+    fact = f"{what}: {free / GIB:.1f} GiB free"
+    return Finding("ok", fact) if free >= need else Finding("stop", f"{fact}, {need / GIB:.1f} needed", fix)
 
 
 def disk(what: str, folder: Path) -> Finding:
-    """A finding about the disk that will hold `folder`, which need not be there yet."""
-    there = next_existing(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    """A finding about the disk that will hold `folder`, which need not exist yet."""
+    existing = next_existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding("stop", f"{what}: {folder} cannot be written", "choose another folder")
-    return room(f"disk for {what} ({folder})", free_on_disk(there), GIB, "make room or choose another folder")
+    return room(f"disk for {what} ({folder})", free_on_disk(existing), GIB, "make room or choose another folder")
 
 
 def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
-    """What a config names: batches, DeepSpeed JSONs, models, data, output."""
+    """Check what a config names: batches, DeepSpeed JSONs, models, data, output."""
     try:
         yield Finding("ok", f"batches: {settings.plan(ranks)}")
     except UserError as error:
@@ -204,7 +204,7 @@ def _check_folder(settings: RunSettings, key: str, path: str) -> None:
 
 
 def memory(settings: RunSettings, ranks: int) -> Iterator[Finding]:
-    """What the run's plan needs beside what is free here; nothing where its models are not there to be read."""
+    """Compare the run's memory plan with the memory that is free here; nothing if its models cannot be read."""
     device = torch.device("cuda" if dist.uses_gpu(settings.device) else "cpu")
     here = min(ranks, torch.cuda.device_count()) if device.type == "cuda" else ranks
     free = free_for_rank(device, here)
@@ -220,12 +220,12 @@ def memory(settings: RunSettings, ranks: int) -> Iterator[Finding]:
 def _source(source: SourceSettings, settings: RunSettings) -> Finding:
     try:
         source = resolve_preset(source, settings)
-        check_there(source)
+        require_exists(source)
     except UserError as error:
         return Finding("stop", f"data: {error}")
     path = str(source.path)
     if os.path.exists(path):
         if os.access(path, os.R_OK):
             return Finding("ok", f"data: {path}")
-        return Finding("stop", f"data: {path} cannot be read", "give its reader the right to")
-    return Finding("note", f"data: {path} is taken for a hub id", "`tristage data check` reads it")
+        return Finding("stop", f"data: {path} cannot be read", "make it readable for this user")
+    return Finding("note", f"data: {path}: not a local path; treated as a hub id", "`tristage data check` reads it")

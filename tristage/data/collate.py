@@ -58,7 +58,7 @@ def _answered(example: Example) -> list[int]:
 
 
 def collate_ranking(items: Sequence[RankedExamples | None], pad_id: int) -> PreferenceBatch:
-    """All answers of all prompts, one a row, right padded; K may differ by prompt."""
+    """All answers of all prompts, one per row, right padded; K may differ by prompt."""
     pad_answer = Example([pad_id], prompt_length=1)
     filled = _fill(items, ([pad_answer, pad_answer], (0.0, 1.0)))
     answers = [example for examples, _ in filled for example in examples]

@@ -1,6 +1,6 @@
 """The hub that ids of models and data sets come from: queried once, so that no library retries for a minute without it.
 
-Whoever opens an id calls `prepare` before, and puts `problem` in its error message.
+Code that opens an id calls `prepare` first, and puts `problem` into its error message.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIMEOUT = 5.0  # seconds
 
 
 def prepare(path: str) -> None:
-    """Before the id `path` is opened: without an answer from the hub, this process goes on with its cache alone."""
+    """Call before opening the id `path`: if the hub does not answer, this process uses its cache only."""
     if not Path(path).exists() and not constants.is_offline_mode() and not answers(constants.ENDPOINT):
         os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
         constants.HF_HUB_OFFLINE = True
@@ -27,7 +27,7 @@ def prepare(path: str) -> None:
 
 
 def problem(path: str) -> str | None:
-    """Why an id could not be opened, and the fix; None where it is a folder, or the hub has answered."""
+    """Why an id could not be opened, and the fix; None if it is a folder, or the hub has answered."""
     if Path(path).exists() or not constants.is_offline_mode():
         return None
     return (

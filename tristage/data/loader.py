@@ -1,7 +1,7 @@
-"""Which rows, when: a pure function of (settings, step), so that resuming at a step needs no saved position.
+"""Which rows are in a step: a pure function of (settings, step), so that resuming needs no saved position.
 
 The rows of optimizer step k depend on the seed and the global batch alone; the number of ranks and the
-micro-batch only decide who runs them.
+micro-batch only decide which rank runs them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from tristage.config import BatchPlan
 from tristage.errors import UserError
 
 WINDOW_STEPS = 50  # group_by_length: longer windows waste less padding and mix less
-MicroBatch = list[int | None]  # row indices; None is a filler that keeps the ranks in step and counts nowhere
+RowNumbers = list[int | None]  # of a micro-batch; None: a filler that keeps the ranks in step and is not counted
 
 
 class Loader:
     """Epoch after epoch, each in a fresh order, cut into steps of `plan.global_batch` rows; the last is short.
 
-    `lengths` has the number of tokens of each row: rows of like length share a micro-batch, to save padding. With
-    `group_by_length` they share a step, too: each window of 50 steps' rows is sorted, and its steps shuffled.
+    `lengths` has the number of tokens of each row: rows of similar length share a micro-batch, to save padding. With
+    `group_by_length` they also share a step: each window of 50 steps' rows is sorted, and its steps shuffled.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Loader:
             raise UserError(f"{len(lengths)} rows x {epochs} epochs leave nothing to train on, give more")
 
     def which_limit(self) -> str:
-        """Which of `epochs` and `max_steps` ends the run, and what becomes of the other."""
+        """A sentence on which of `epochs` and `max_steps` ends the run, and on the other one."""
         epochs = f"epochs {self.epochs:g} over {len(self.lengths)} rows"
         if self.total_steps < self.steps_of_epochs:
             return f"max_steps ends the run at step {self.total_steps}; {epochs} would be {self.steps_of_epochs} steps"
@@ -55,12 +55,12 @@ class Loader:
         more = f"; max_steps {self.max_steps} is not reached" if unreached else ""
         return f"{epochs} end the run at step {self.total_steps}{more}"
 
-    def step_rows(self, step: int) -> list[MicroBatch]:
+    def step_rows(self, step: int) -> list[RowNumbers]:
         """This rank's share of step `step` (0-based): `accumulation` lists of `micro_batch` rows."""
         return deal(self.all_rows(step), self.lengths, self.plan, self.rank)
 
     def all_rows(self, step: int) -> list[int]:
-        """All ranks' rows of a step, in the order in which they were drawn; twice the same, maybe, between epochs."""
+        """All ranks' rows of a step, in drawing order; a row can appear twice in a step that spans two epochs."""
         assert 0 <= step < self.total_steps, f"step {step} of {self.total_steps}"
         start = step * self.plan.global_batch
         stop = min(start + self.plan.global_batch, self.total_rows)
@@ -79,7 +79,7 @@ class Loader:
         return self._grouped(order, epoch, rng) if self.group_by_length else order
 
     def _grouped(self, order: np.ndarray, epoch: int, rng: np.random.Generator) -> np.ndarray:
-        """`order` with rows of like length next to each other, in pieces that are the epoch's steps."""
+        """`order` with rows of similar length next to each other, in pieces that are the epoch's steps."""
         batch = self.plan.global_batch
         head = -epoch * len(order) % batch  # rows that complete the step which the epoch before began
         window = WINDOW_STEPS * batch
@@ -87,26 +87,26 @@ class Loader:
         ordered = [rows[np.argsort(-self.lengths[rows], kind="stable")] for rows in windows]
         steps = [rows[start : start + batch] for rows in ordered for start in range(0, len(rows), batch)]
         whole = [step for step in steps if len(step) == batch]
-        short = [step for step in steps if len(step) < batch]  # one at most, and last: it shares its step
+        short = [step for step in steps if len(step) < batch]  # at most one, and last: the next epoch completes it
         return np.concatenate([order[:head], *(whole[i] for i in rng.permutation(len(whole))), *short])
 
 
 def evaluation_rows(
     lengths: Sequence[int] | np.ndarray, micro_batch: int, world_size: int, rank: int
-) -> list[MicroBatch]:
-    """Every row exactly once over all ranks, in as many micro-batches on each rank."""
+) -> list[RowNumbers]:
+    """Every row exactly once over all ranks, in the same number of micro-batches on each rank."""
     accumulation = math.ceil(len(lengths) / (micro_batch * world_size))
     plan = BatchPlan.make(accumulation * micro_batch * world_size, micro_batch, world_size)
     return deal(list(range(len(lengths))), lengths, plan, rank)
 
 
-def deal(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, plan: BatchPlan, rank: int) -> list[MicroBatch]:
-    """`rank`'s micro-batches of one step's `rows`, which may be fewer than the plan's (fillers make them up).
+def deal(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, plan: BatchPlan, rank: int) -> list[RowNumbers]:
+    """`rank`'s micro-batches of one step's `rows`, which may be fewer than the plan's (fillers complete them).
 
-    Sorted, longest first (a row too big for the memory shows at once), and dealt in blocks like cards:
+    Sorted, longest first (so that out-of-memory shows on the first micro-batch), and dealt in blocks like cards:
     micro_batch 2, 2 ranks, lengths 9 8 7 6 5 4 3:   rank 0: [9 8] [5 4]   rank 1: [7 6] [3 None]
     """
     by_length = sorted(rows, key=lambda row: (-lengths[row], row))
-    dealt: MicroBatch = [*by_length, *[None] * (plan.global_batch - len(rows))]
+    dealt: RowNumbers = [*by_length, *[None] * (plan.global_batch - len(rows))]
     starts = range(rank * plan.micro_batch, len(dealt), plan.micro_batch * plan.world_size)
     return [dealt[start : start + plan.micro_batch] for start in starts]

@@ -1,11 +1,11 @@
 """Raw rows to typed text.
 
-A row is read by its columns, the richest layout first (see `LAYOUTS`), and serves every simpler step: a ranking
-row gives a demonstration (its best answer) and a prompt. Columns that no layout reads are listed in `Row.unused`,
-so that they can be counted; a column without which the rest means something else (an image, tools, a label that
-says "bad answer") is refused. What a user can fix (broken JSON, a missing column, an empty answer) is an error that
-names the row. What published sets are known to contain and nobody can fix (see `Unusable`) is dropped and counted,
-alike for every step, so that all steps see the same rows.
+A row is read by its columns, the richest layout first (see `LAYOUTS`), and is also converted for simpler steps: a
+ranking row gives a demonstration (its best answer) and a prompt. Columns that no layout reads are listed in
+`Row.unused`, so that they can be counted; a column without which the rest means something else (an image, tools, a
+label that says "bad answer") is refused. What a user can fix (broken JSON, a missing column, an empty answer) is an
+error that names the row. Known defects of published sets (see `Unusable`) are dropped and counted, in every step alike,
+so that all steps see the same rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tristage.config import Kind, SourceSettings
-from tristage.data.sources import MORE_CELLS, Place, load_json
+from tristage.data.sources import EXTRA_CELLS_KEY, SourceRow, load_json
 from tristage.errors import UserError
 
 Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -53,7 +53,7 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A dialogue that waits for the assistant's turn."""
+    """A dialogue whose next turn is the assistant's."""
 
     prompt: tuple[Turn, ...]
     where: str  # "file:line" or "file[index]"
@@ -76,7 +76,7 @@ class RankingRow:
 
     prompt: tuple[Turn, ...]
     answers: tuple[str, ...]
-    ranks: tuple[float, ...]  # one an answer, the lowest is the best
+    ranks: tuple[float, ...]  # one per answer, the lowest is the best
     where: str
     unused: tuple[str, ...] = field(default=(), compare=False)
 
@@ -97,7 +97,7 @@ class Unusable(Exception):
     """The row is well formed but teaches nothing or cannot be split; the message is the reason to count."""
 
 
-def read_row(place: Place, source: SourceSettings, kind: Kind) -> Row:
+def read_row(place: SourceRow, source: SourceSettings, kind: Kind) -> Row:
     """One raw row as the type that `kind` needs.
 
     Raises:
@@ -110,7 +110,7 @@ def read_row(place: Place, source: SourceSettings, kind: Kind) -> Row:
     raw = load_json(payload, where) if isinstance(payload, bytes) else payload
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a row must be an object with named columns, found {_type_name(raw)}")
-    if MORE_CELLS in raw:
+    if EXTRA_CELLS_KEY in raw:
         raise UserError(f"{where}: more cells than the first line names columns; quote the cell that was cut in two")
     if source.columns:
         raw = {ours: _pick(raw, theirs, where) for ours, theirs in source.columns.items()}
@@ -122,7 +122,7 @@ def read_row(place: Place, source: SourceSettings, kind: Kind) -> Row:
         raw = raw | {"ranks": list(range(len(raw["responses"])))}
     _refuse_what_changes_the_meaning(raw, where)
     row, used = _parse(raw, where, kind)
-    row = _serve(row, kind, raw)
+    row = _convert(row, kind, raw)
     if isinstance(row, SFTRow):
         _refuse_bad_answer(raw, where)
     return dataclasses.replace(row, unused=tuple(_unused(raw, used)))
@@ -232,13 +232,13 @@ def _guess(raw: dict[str, Any], kind: Kind) -> str:
 
 
 def _is_dialogue(value: object) -> bool:
-    """A list of messages that starts with a question or what comes before it."""
+    """Whether `value` is a list of messages that starts with a user or system turn."""
     if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], dict):
         return False
     return value[0].get("role", value[0].get("from")) in ("system", "user", "human")
 
 
-def _serve(row: Row, kind: Kind, raw: dict[str, Any]) -> Row:
+def _convert(row: Row, kind: Kind, raw: dict[str, Any]) -> Row:
     """`row` as the simpler type that `kind` needs."""
     if kind == "text" and isinstance(row, TextRow):
         return row
@@ -258,10 +258,10 @@ def _serve(row: Row, kind: Kind, raw: dict[str, Any]) -> Row:
         "text": "plain text (text)",
     }
     kinds = {TextRow: "plain text", SFTRow: "a prompt and one answer", RankingRow: "ranked answers"}
-    found = kinds.get(type(row), "a prompt")
+    actual = kinds.get(type(row), "a prompt")
     guess = _guess(raw, kind)
     fix = f"; {guess}" if guess else ""
-    raise UserError(f"{row.where}: this step needs {needed[kind]} in every row, found only {found}{fix}")
+    raise UserError(f"{row.where}: this step needs {needed[kind]} in every row, found only {actual}{fix}")
 
 
 def _parse_pair(raw: dict[str, Any], where: str, column: str = "prompt") -> RankingRow:

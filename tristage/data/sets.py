@@ -1,4 +1,4 @@
-"""A step's training and held-out sets: opened, tokenised or found tokenised, shared out by prompt, checked."""
+"""A step's training and held-out sets: opened, tokenised (or read from the cache), split by prompt, checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tristage.data.packing import Blocks
 from tristage.data.sources import open_source, resolve_preset
 from tristage.data.store import Prepared, Rows, cache_folder, concatenate, prepare
 from tristage.data.template import Tokenizer
-from tristage.data.tokenize import Policy
+from tristage.data.tokenize import EncodingRules
 from tristage.errors import UserError
 
 NAMES_SHOWN = 8  # of columns, or of special tokens, in one sentence
@@ -69,7 +69,7 @@ def load_sets(settings: RunSettings, tokenizer: Tokenizer, check: bool = True) -
 
 
 def why_empty(side: str, settings: RunSettings) -> str:
-    """That the "training" or "held-out" set has no row, and the setting that decides it."""
+    """A sentence that the "training" or "held-out" set is empty, with the setting to change."""
     data = settings.data
     if side == "held-out" and not data.heldout:
         return (
@@ -92,30 +92,30 @@ def load_heldout(settings: RunSettings, tokenizer: Tokenizer) -> Rows:
 
 
 def load_parts(settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool = False) -> tuple[list[Part], list[Part]]:
-    """(training, held-out) parts, one a source, before anything is joined, weighted or checked."""
+    """(training, held-out) parts, one per source, before anything is joined, weighted or checked."""
     data = settings.data
-    whole = [_prepare(source, settings, tokenizer, _policy(settings), skip_bad, data.limit) for source in data.train]
-    train = [_share(part, _trained_here(part.rows, settings)) for part in whole]
+    whole = [_prepare(source, settings, tokenizer, _rules(settings), skip_bad, data.limit) for source in data.train]
+    train = [_share(part, _in_this_steps_share(part.rows, settings)) for part in whole]
     if data.heldout:
         return train, _heldout_parts(settings, tokenizer, skip_bad)
     return train, [_share(part, _held_out(part.rows, settings)) for part in whole]
 
 
 def _heldout_parts(settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool) -> list[Part]:
-    tokens = _policy(settings)
+    tokens = _rules(settings)
     return [_prepare(source, settings, tokenizer, tokens, skip_bad, None) for source in settings.data.heldout]
 
 
-def _policy(settings: RunSettings) -> Policy:
-    return Policy(settings.kind, settings.row_tokens, settings.data.too_long, settings.data.train_on)
+def _rules(settings: RunSettings) -> EncodingRules:
+    return EncodingRules(settings.kind, settings.row_tokens, settings.data.too_long, settings.data.train_on)
 
 
 def load_text_blocks(
     sources: Sequence[SourceSettings], settings: RunSettings, tokenizer: Tokenizer, block_tokens: int
 ) -> Blocks:
-    """The pretraining mix: plain text of `sources`, joined and cut into blocks. Raises UserError as load_sets."""
-    policy = Policy("text", 0)
-    parts = [_prepare(source, settings, tokenizer, policy, skip_bad=False, limit=None) for source in sources]
+    """The pretraining mix: plain text of `sources`, joined and cut into blocks. Raises UserError like load_sets."""
+    rules = EncodingRules("text", 0)
+    parts = [_prepare(source, settings, tokenizer, rules, skip_bad=False, limit=None) for source in sources]
     return Blocks(
         concatenate([_weighted(part.rows, part.source.weight, settings.data.split_seed) for part in parts]),
         block_tokens,
@@ -128,7 +128,7 @@ def overlap(train: Rows, heldout: Rows) -> np.ndarray:
 
 
 def report(part: Part, side: str, with_dropped: bool = True) -> None:
-    """Say how many rows a source gave. Rows split off another set leave its dropped ones to that set's line."""
+    """Print how many rows a source gave. Rows split off another set leave the dropped ones to that set's line."""
     counts = [f"{count} {reason}" for reason, count in part.prepared.dropped.items()]
     truncated = int((part.rows.column("full_length") > part.rows.lengths).sum())
     words = f"{part.name}: {side} rows: {len(part.rows)}"
@@ -146,7 +146,7 @@ def report(part: Part, side: str, with_dropped: bool = True) -> None:
 
 
 def notes(part: Part) -> list[str]:
-    """What is in the rows of a source without being trained on as a reader may think, one sentence each."""
+    """Sentences on content of a source that is not trained on, or not in the way one may expect."""
     unused = sorted(part.prepared.unused.items(), key=lambda column: -column[1])
     sentences = []
     if unused:
@@ -164,7 +164,7 @@ def _prepare(
     source: SourceSettings,
     settings: RunSettings,
     tokenizer: Tokenizer,
-    policy: Policy,
+    rules: EncodingRules,
     skip_bad: bool,
     limit: int | None,
 ) -> Part:
@@ -174,7 +174,7 @@ def _prepare(
     skip = skip_bad or (source.on_bad_row or data.on_bad_row) == "skip"
     cache = cache_folder(data.cache)
     opened = open_source(source, data.max_row_bytes)
-    prepared = prepare(opened, tokenizer, policy, skip_bad=skip, cache=cache, workers=data.workers)
+    prepared = prepare(opened, tokenizer, rules, skip_bad=skip, cache=cache, workers=data.workers)
     if not len(prepared.rows) and not skip_bad:
         reasons = prepared.dropped + Counter({"malformed": prepared.bad})
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it is empty"
@@ -193,8 +193,8 @@ def _held_out(rows: Rows, settings: RunSettings) -> np.ndarray:
     return _position(rows, "held out", settings.data.split_seed) < settings.data.heldout_fraction
 
 
-def _trained_here(rows: Rows, settings: RunSettings) -> np.ndarray:
-    """[rows] bool, True on what is not held out and falls to this step."""
+def _in_this_steps_share(rows: Rows, settings: RunSettings) -> np.ndarray:
+    """[rows] bool, True on rows that are not held out and are in this step's share."""
     data = settings.data
     mine = np.full(len(rows), True)
     if not data.heldout:
@@ -207,7 +207,7 @@ def _trained_here(rows: Rows, settings: RunSettings) -> np.ndarray:
 
 
 def _weighted(rows: Rows, weight: float, seed: int) -> Rows:
-    """Whole copies of all rows, and of a fixed share of them one more."""
+    """int(weight) copies of all rows, and one more of a fixed share of them."""
     if weight == 1:
         return rows
     more = np.flatnonzero(_position(rows, "weight", seed) < weight % 1)
@@ -215,7 +215,7 @@ def _weighted(rows: Rows, weight: float, seed: int) -> Rows:
 
 
 def _position(rows: Rows, purpose: str, seed: int) -> np.ndarray:
-    """[rows] in [0, 1), a uniform number for each prompt: the same wherever it stands and whatever stands beside it."""
+    """[rows] in [0, 1), a uniform number per prompt: it depends on neither its position nor the other rows."""
     salt = int.from_bytes(hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=8).digest(), "big")
     with np.errstate(over="ignore"):
         z = rows.column("prompt_hash").astype(np.uint64) ^ np.uint64(salt)
@@ -226,6 +226,6 @@ def _position(rows: Rows, purpose: str, seed: int) -> np.ndarray:
 
 
 def fingerprint(sets: Sequence[Rows]) -> str:
-    """Of the tokenised data of a run, to compare between nodes."""
+    """A fingerprint of the tokenised data of a run, to compare between nodes."""
     taken = (hashlib.sha256(rows.column("row_hash").tobytes()).hexdigest()[:12] for rows in sets)
     return " ".join(f"{rows.fingerprint}:{len(rows)}:{which}" for rows, which in zip(sets, taken, strict=True))

@@ -1,8 +1,8 @@
-"""Where rows come from: files, folders, saved data sets and hub sets, to raw rows with their places.
+"""Reads raw rows, each with its place, from files, folders, saved data sets and hub sets.
 
-A JSON line stays bytes here, so that whoever parses the row (one of several processes) also decodes it. A row of more
-than `max_row_bytes` becomes an error in its place, and of a line no more than that is ever held in memory. (A `.json`
-file is one list, which is read whole.)
+A JSON line stays bytes here, so that the worker that parses the row also decodes it. A row of more than `max_row_bytes`
+becomes an error in its place, and no more than that of a line is ever held in memory. (A `.json` file is one list,
+which is read completely.)
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from tristage.config.problems import explain
 from tristage.data import hub
 from tristage.errors import UserError
 
-# A JSON line, a row that its format has already decoded, or why there is none.
+# A JSON line, a row that its format has already decoded, or the reason why there is none.
 Payload = bytes | dict[str, Any] | UserError | object
-Place = tuple[str, Payload]  # where it is ("file:line" or "file[index]"), and what is there
+SourceRow = tuple[str, Payload]  # its place ("file:line" or "file[index]"), and its content
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
-LFS_POINTER = b"version https://git-lfs"  # how a file starts that Git LFS has not fetched
+LFS_POINTER = b"version https://git-lfs"  # start of a file that Git LFS has not fetched
 HUB_SECONDS = 5.0  # for the hub to answer at all
-MORE_CELLS = "(more cells than columns)"  # the key of those, in a row of a CSV file
+EXTRA_CELLS_KEY = "(more cells than columns)"  # key of the surplus cells of a CSV row
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|training|test|testing|eval|valid|validation|val|dev)(?=$|[^a-z])")
 _SAME_SPLIT = {"training": "train", "testing": "test", "eval": "test", "valid": "validation", "val": "validation"}
@@ -47,20 +47,20 @@ _SAME_SPLIT["dev"] = "validation"
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source that is known to be there; nothing of it has been read yet."""
+    """A source that exists; none of its rows have been read yet."""
 
     name: str  # for messages
     settings: SourceSettings
     max_row_bytes: int
-    rows: Callable[[], Iterator[Place]]
-    content: Callable[[], str]  # a hash that changes with any byte of it
+    rows: Callable[[], Iterator[SourceRow]]
+    content: Callable[[], str]  # a hash of every byte of it
 
 
 def resolve_preset(source: SourceSettings, settings: RunSettings) -> SourceSettings:
-    """`source` with what its preset gives for the keys that it does not set itself.
+    """`source`, completed by its preset for keys that it does not set itself.
 
     Raises:
-        UserError: no such preset, keys that a source has not, or still no path.
+        UserError: no such preset, keys that a source does not have, or still no path.
     """
     if source.preset is not None:
         file = find_file(source.preset, settings, "data.*.preset")
@@ -77,13 +77,13 @@ def resolve_preset(source: SourceSettings, settings: RunSettings) -> SourceSetti
     for rule in source.clean:
         try:
             re.sub(rule.pattern, rule.replacement, "")
-        except (re.error, IndexError) as error:  # IndexError: the replacement names a group that is not there
+        except (re.error, IndexError) as error:  # IndexError: the replacement names a group that does not exist
             raise UserError(f"{source.path}: `clean` pattern {rule.pattern!r} is not valid ({error})") from None
     return source
 
 
-def check_there(source: SourceSettings) -> None:
-    """Raises UserError where `source` is no file or folder, and no id of a hub set either."""
+def require_exists(source: SourceSettings) -> None:
+    """Raises UserError if `source` is neither a file, a folder nor the id of a hub set."""
     path = Path(str(source.path))
     is_id = _HUB_ID.fullmatch(str(source.path)) and not path.name.endswith((*SUFFIXES, ".gz", ".arrow"))
     if not path.exists() and not is_id:
@@ -91,16 +91,16 @@ def check_there(source: SourceSettings) -> None:
 
 
 def open_source(source: SourceSettings, max_row_bytes: int = MAX_ROW_BYTES) -> OpenSource:
-    """Find out what `source` is. Raises UserError when it does not exist or is of no kind that can be read."""
+    """Open `source`, whatever it is. Raises UserError if it does not exist or cannot be read."""
     rows, content = _find(source, max_row_bytes)
     return OpenSource(str(source.path), source, max_row_bytes, lambda: _within(rows(), max_row_bytes), content)
 
 
-Found = tuple[Callable[[], Iterator[Place]], Callable[[], str]]  # `rows` and `content` of an OpenSource
+Found = tuple[Callable[[], Iterator[SourceRow]], Callable[[], str]]  # `rows` and `content` of an OpenSource
 
 
 def _find(source: SourceSettings, max_row_bytes: int) -> Found:
-    check_there(source)
+    require_exists(source)
     path = Path(str(source.path))
     if not path.exists():
         return _hub_source(source)
@@ -139,7 +139,7 @@ def row_bytes(payload: object) -> int:
     return 8
 
 
-def _within(rows: Iterator[Place], max_row_bytes: int) -> Iterator[Place]:
+def _within(rows: Iterator[SourceRow], max_row_bytes: int) -> Iterator[SourceRow]:
     for where, payload in rows:
         yield where, payload if row_bytes(payload) <= max_row_bytes else _too_large(where, max_row_bytes)
 
@@ -152,7 +152,7 @@ def _too_large(where: str, max_row_bytes: int) -> UserError:
 
 
 def _describes_its_files(folder: Path) -> bool:
-    """A hub set's README that says which files make which split."""
+    """Whether the folder has a hub set's README that assigns files to splits."""
     readme = folder / "README.md"
     return (
         readme.is_file() and re.search(r"^(configs|data_files):", readme.read_text(errors="replace"), re.M) is not None
@@ -160,7 +160,7 @@ def _describes_its_files(folder: Path) -> bool:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """Data files of `split`, told by their names ("train-00000.parquet", "test/rows.jsonl"); all when none tells."""
+    """Data files of `split`, by their names ("train-00000.parquet", "test/rows.jsonl"); all if no name has a split."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES[:-1]))
     files = files or sorted(folder.rglob("*.txt"))
     if not files:
@@ -182,7 +182,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
 
 
 def _hash_files(files: Sequence[Path]) -> str:
-    """Of names and contents. 1 GB takes about a second."""
+    """A hash of names and contents. 1 GB takes about a second."""
     whole = hashlib.sha256()
     for file in files:
         try:
@@ -195,7 +195,7 @@ def _hash_files(files: Sequence[Path]) -> str:
 
 
 def _hash_folder(folder: Path) -> str:
-    """Of all files in it that are not hidden, with their paths."""
+    """A hash of all files in it that are not hidden, with their paths."""
     paths = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     seen = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     contents = _hash_files([folder / path for path in seen])
@@ -218,12 +218,12 @@ def _digest(stream: Any) -> Any:
 
 
 def _refuse_pointer(file: Path) -> None:
-    with contextlib.suppress(OSError), file.open("rb") as stream:  # who can't read it hears so when it is read
+    with contextlib.suppress(OSError), file.open("rb") as stream:  # an unreadable file is reported later
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{file}: is a Git LFS pointer, not the data; run `git lfs pull` where it was cloned")
 
 
-def _file_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
+def _file_rows(file: Path, max_row_bytes: int) -> Iterator[SourceRow]:
     try:
         if file.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl_rows(file, max_row_bytes)
@@ -242,7 +242,7 @@ def _file_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
         raise UserError(f"{file}: cannot be read ({problem}), check the file") from error
 
 
-def _jsonl_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
+def _jsonl_rows(file: Path, max_row_bytes: int) -> Iterator[SourceRow]:
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
@@ -258,18 +258,18 @@ def _jsonl_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
         raise UserError(f"{file}:{number + 1}: the gzip stream breaks here ({error}), copy it again") from error
 
 
-def _json_rows(file: Path) -> Iterator[Place]:
+def _json_rows(file: Path) -> Iterator[SourceRow]:
     rows = load_json(file.read_bytes(), f"{file}:1")
     if not isinstance(rows, list):
         raise UserError(
             f"{file}:1: a .json file must hold one list of rows, found {type(rows).__name__}; "
-            "name it .jsonl if it has one row a line"
+            "name it .jsonl if it has one row per line"
         )
     for i, row in enumerate(rows):
         yield f"{file}[{i}]", row
 
 
-def _csv_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
+def _csv_rows(file: Path, max_row_bytes: int) -> Iterator[SourceRow]:
     """The first line names the columns; every cell is text. A cell or line that is too large ends the file."""
     csv.field_size_limit(max_row_bytes)
     delimiter = "\t" if file.suffix == ".tsv" else ","
@@ -283,19 +283,19 @@ def _csv_rows(file: Path, max_row_bytes: int) -> Iterator[Place]:
             for cells in reader:
                 if cells:  # not a blank line
                     row: dict[str, Any] = dict(itertools.zip_longest(names, cells[: len(names)]))
-                    more = {MORE_CELLS: cells[len(names) :]} if len(cells) > len(names) else {}
+                    more = {EXTRA_CELLS_KEY: cells[len(names) :]} if len(cells) > len(names) else {}
                     yield f"{file}:{last + 1}", row | more
                 last = reader.line_num
     except UnicodeDecodeError as error:
         _decode(file.read_bytes(), file, 1)
-        raise AssertionError("a file that did not decode decodes") from error
+        raise AssertionError(f"{file}: decoding failed and then succeeded") from error
     except csv.Error as error:
         if "field limit" in str(error):  # a line is no longer than its cells
             raise _too_large(f"{file}:{last + 1}", max_row_bytes) from None
-        raise UserError(f"{file}:{last + 1}: not {file.suffix[1:]} ({error}), mend the line") from error
+        raise UserError(f"{file}:{last + 1}: not {file.suffix[1:]} ({error}), fix the line") from error
 
 
-def _parquet_rows(file: Path) -> Iterator[Place]:
+def _parquet_rows(file: Path) -> Iterator[SourceRow]:
     index = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=128):
@@ -324,20 +324,20 @@ def load_json(data: bytes, where: str) -> object:
         raise UserError(f"{where}: the key {str(error)!r} is in one object twice, remove one of them") from None
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at column {error.colno}"
-        raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({problem}), mend the line") from error
+        raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({problem}), fix the line") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists thousands deep
-        raise UserError(f"{where}: not JSON that can be read ({error}), mend the line") from error
+        raise UserError(f"{where}: not JSON that can be read ({error}), fix the line") from error
 
 
 class _KeyTwice(ValueError):
-    """The message is the key. Python's json would take the last value in silence."""
+    """The message is the key. Python's json would silently take the last value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise _KeyTwice(Counter(name for name, _ in pairs).most_common(1)[0][0])
-    return found
+    return values
 
 
 # -- saved and hub sets ------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def _hub_source(source: SourceSettings) -> Found:
     path, folder, cache, content = str(source.path), source.subset, None, None
     hub.prepare(path)
     if Path(path).is_dir():
-        # The library's cache knows a local folder by its name and README only; an edited file would go unseen.
+        # The library's cache identifies a local folder by its name and README only; an edited file would not be read.
         content = _hash_folder(Path(path))
         cache = str(Path(datasets.config.HF_DATASETS_CACHE) / content)
     try:
@@ -374,8 +374,8 @@ def _hub_source(source: SourceSettings) -> Found:
             raise UserError(problem) from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise UserError(
-            f"{path}: as a hub set it failed (name {source.name!r}, subset {folder!r}, split {source.split!r}): "
-            f"{error}{cause}"
+            f"{path}: could not be loaded as a hub set (name {source.name!r}, subset {folder!r}, "
+            f"split {source.split!r}): {error}{cause}"
         ) from error
     where = f"{path}[{source.split}]"
     return (lambda: ((f"{where}[{i}]", row) for i, row in enumerate(rows))), lambda: content or str(rows._fingerprint)

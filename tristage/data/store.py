@@ -1,9 +1,10 @@
 """Tokenised once, then memory-mapped: every rank of a node reads the same pages of one Arrow file.
 
-A set lives in CACHE/<key>/, where the key is a hash of everything that its tokens depend on: the bytes of the
-source, how it is read, the tokenizer, its template, the token limit and policy, and the versions of the code that
-made it. It is written beside, flushed and renamed, so a folder with that name is whole; a checksum tells if it still
-is. Preparing happens before ranks join a process group: no rank can time out in a collective while another tokenises.
+A set is in CACHE/<key>/, where the key is a hash of everything that its tokens depend on: the bytes of the source, how
+it is read, the tokenizer, its template, the encoding rules (token limit among them), and the versions of the code that
+made it. It is written as <key>.partial-*, synced and renamed, so a folder with the final name is complete; a checksum
+shows later damage. Sets are prepared before ranks join a process group: no rank can time out in a collective while
+another tokenises.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ import tristage
 from tristage import dist
 from tristage.config import SourceSettings
 from tristage.data.rows import PromptRow, Row, Turn, Unusable, prompt_hash, read_row, row_hash
-from tristage.data.sources import OpenSource, Place, row_bytes
+from tristage.data.sources import OpenSource, SourceRow, row_bytes
 from tristage.data.special import spelled_in
 from tristage.data.template import Tokenizer, template_fingerprint
-from tristage.data.tokenize import Example, Item, Policy, encode
+from tristage.data.tokenize import EncodingRules, Example, Item, encode
 from tristage.errors import UserError
 
 FORMAT = 4  # raise it when the schema or the meaning of a column changes
 CHUNK = 512  # rows that one call of the tokenizer and one task of a worker hold
 CHUNK_BYTES = 2**20  # of rows in a chunk of more than one: tokenising takes 140 to 220 times as much memory
-CHUNKS_A_BATCH = 32  # chunks that one batch of the Arrow file holds
+CHUNKS_PER_BATCH = 32  # chunks that one batch of the Arrow file holds
 ROWS_BEFORE_WORKERS = 16 * CHUNK  # starting processes takes seconds; a smaller set is done by then
 
 SCHEMA = pyarrow.schema(
@@ -52,7 +53,7 @@ SCHEMA = pyarrow.schema(
         "lengths": pyarrow.list_(pyarrow.int32()),  # tokens of each, prompt included
         "prompt_length": pyarrow.int32(),
         "also_trained": pyarrow.list_(pyarrow.int32()),  # start, stop, start, stop, ...
-        "ranks": pyarrow.list_(pyarrow.float64()),  # one an answer; empty unless ranked
+        "ranks": pyarrow.list_(pyarrow.float64()),  # one per answer; empty unless ranked
         "length": pyarrow.int32(),  # of the longest answer, prompt included
         "full_length": pyarrow.int32(),  # before it was cut to the limit
         "prompt_hash": pyarrow.int64(),
@@ -64,7 +65,7 @@ SCHEMA = pyarrow.schema(
 
 
 class Rows(Sequence[Any]):
-    """Tokenised rows, mapped: an item is read from the file when it is asked for."""
+    """Tokenised rows, memory-mapped: an item is read from the file when it is accessed."""
 
     def __init__(self, table: pyarrow.Table, fingerprint: str, index: np.ndarray | None = None) -> None:
         self._table, self.fingerprint = table, fingerprint
@@ -97,12 +98,12 @@ class Rows(Sequence[Any]):
         return values.to_numpy().tolist() if len(values) else []
 
     def column(self, name: str) -> np.ndarray:
-        """A numeric column of SCHEMA, one number a row."""
+        """A numeric column of SCHEMA, one number per row."""
         return self._table[name].to_numpy()[self._index]
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """[rows] int32, tokens of each row's longest answer; read once, for it is asked for at every turn."""
+        """[rows] int32, tokens of each row's longest answer; cached: used on every access."""
         return self.column("length")
 
     def tokens(self, i: int, start: int, stop: int) -> list[int]:
@@ -113,7 +114,7 @@ class Rows(Sequence[Any]):
         return str(self._table["where"][int(self._index[i])])
 
     def turns(self, i: int) -> tuple[Turn, ...]:
-        """The whole prompt of a row of kind "prompt", as it was before it became tokens and was cut to the limit."""
+        """The whole prompt of a row of kind "prompt", before it was tokenised and cut to the limit."""
         return tuple(json.loads(self._table["turns"][int(self._index[i])].as_py()))
 
     def take(self, index: np.ndarray) -> Rows:
@@ -130,11 +131,11 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 class Prepared:
-    """A finished folder of the cache: its rows, and what became of the others."""
+    """A finished folder of the cache: its rows, and counts of those left out."""
 
     def __init__(self, folder: Path) -> None:
         meta = json.loads((folder / "meta.json").read_text())
-        self.dropped: Counter[str] = Counter(meta["dropped"])  # by reason, of no fault of the user's
+        self.dropped: Counter[str] = Counter(meta["dropped"])  # by reason; not the user's fault
         self.bad: int = meta["bad"]  # malformed and skipped
         self.unused: dict[str, int] = meta["unused"]  # column that no layout reads -> rows that have it
         self.spelled: dict[str, tuple[int, str]] = meta["spelled"]  # special token -> rows with its text, the first one
@@ -155,29 +156,29 @@ def cache_folder(setting: str | None) -> Path:
 
 
 def prepare(
-    source: OpenSource, tokenizer: Tokenizer, policy: Policy, *, skip_bad: bool, cache: Path, workers: int = 0
+    source: OpenSource, tokenizer: Tokenizer, rules: EncodingRules, *, skip_bad: bool, cache: Path, workers: int = 0
 ) -> Prepared:
-    """The tokenised rows of a source, made now by local rank 0 unless they are there; other ranks wait for it.
+    """The tokenised rows of a source, from the cache, or made now by local rank 0 while other ranks wait.
 
     Raises:
         UserError: a malformed row (unless `skip_bad`), an unreadable source, a cache that can't be written.
     """
-    key = _key(source, tokenizer, policy)
+    key = _key(source, tokenizer, rules)
     folder = cache / key
     if dist.local_rank() != 0:
         while not _is_whole(folder):  # the launcher ends us when local rank 0 fails
             time.sleep(0.2)
         return Prepared(folder)
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds the rows' text; what is there keeps its mode
-        with FileLock(cache / f"{key}.lock"):  # of another run that wants the same set at the same time
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds text; an existing folder keeps its mode
+        with FileLock(cache / f"{key}.lock"):  # held by another run that prepares the same set
             if not _is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                for partial in cache.glob(f"{key}.partial-*"):  # of a run that was killed: we hold the lock
+                for partial in cache.glob(f"{key}.partial-*"):  # left by a killed run: this one holds the lock
                     shutil.rmtree(partial, ignore_errors=True)
                 partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=cache))
                 try:
-                    _write(partial, source, tokenizer, policy, skip_bad, workers)
+                    _write(partial, source, tokenizer, rules, skip_bad, workers)
                     os.rename(partial, folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -190,9 +191,9 @@ def prepare(
 
 
 def _is_whole(folder: Path) -> bool:
-    """A folder is renamed into place when it is complete; a failing disk or somebody else may have changed it since.
+    """Whether the rows match their checksum: the folder was complete when renamed, but may have been damaged since.
 
-    Every rank looks for itself: no rank may map rows that local rank 0 is about to make anew.
+    Every rank checks for itself: no rank may map rows that local rank 0 is about to make again.
     """
     try:
         meta, rows = json.loads((folder / "meta.json").read_text()), folder / "rows.arrow"
@@ -202,18 +203,18 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _checksum(path: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()
 
 
-def _key(source: OpenSource, tokenizer: Tokenizer, policy: Policy) -> str:
+def _key(source: OpenSource, tokenizer: Tokenizer, rules: EncodingRules) -> str:
     read_by = source.settings.model_dump(exclude={"preset", "weight", "on_bad_row"}, mode="json")
     read_by["max_row_bytes"] = source.max_row_bytes
     made_by = [FORMAT, tristage.__version__, version("transformers"), version("tokenizers")]
-    tokens = [template_fingerprint(tokenizer), tokenizer.bos_token, vars(policy)]
+    tokens = [template_fingerprint(tokenizer), tokenizer.bos_token, vars(rules)]
     parts = [made_by, source.content(), read_by, tokens]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -223,24 +224,24 @@ def _key(source: OpenSource, tokenizer: Tokenizer, policy: Policy) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one raw row: its columns of SCHEMA, or why there are none."""
+    """The result of one raw row: its columns of SCHEMA, or the reason why it has none."""
 
     where: str
     columns: dict[str, Any] | None
     reason: str = ""
-    at_fault: bool = False  # malformed, which is the user's to fix
+    at_fault: bool = False  # malformed, so the user must fix it
     unused: tuple[str, ...] = ()  # columns of the raw row that no layout reads
     spelled: tuple[str, ...] = ()  # special tokens whose text is in its contents
 
 
 def _write(
-    folder: Path, source: OpenSource, tokenizer: Tokenizer, policy: Policy, skip_bad: bool, workers: int
+    folder: Path, source: OpenSource, tokenizer: Tokenizer, rules: EncodingRules, skip_bad: bool, workers: int
 ) -> None:
     dropped: Counter[str] = Counter()
     unused: Counter[str] = Counter()
     spelled: dict[str, tuple[int, str]] = {}
     kept = bad = 0
-    limit, told = source.settings.limit, time.monotonic()
+    limit, printed_at = source.settings.limit, time.monotonic()
     with (
         (folder / "rows.arrow").open("wb") as arrow,
         (folder / "left_out.jsonl").open("w") as left_out,
@@ -254,7 +255,7 @@ def _write(
                 stream.write_table(pyarrow.Table.from_batches(waiting).combine_chunks())
                 waiting.clear()
 
-        for outcomes in _outcomes(source, tokenizer, policy, workers):
+        for outcomes in _outcomes(source, tokenizer, rules, workers):
             columns: list[dict[str, Any]] = []
             for row in outcomes:
                 if kept + len(columns) == limit:
@@ -273,13 +274,13 @@ def _write(
                 dropped[row.reason] += not row.at_fault
             if columns:
                 waiting.append(pyarrow.RecordBatch.from_pylist(columns, schema=SCHEMA))
-            if len(waiting) == CHUNKS_A_BATCH:
+            if len(waiting) == CHUNKS_PER_BATCH:
                 flush()
             kept += len(columns)
             if kept == limit:
                 break
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
+            if time.monotonic() - printed_at > 10:
+                printed_at = time.monotonic()
                 print(f"{source.name}: {kept} rows tokenised", flush=True)
         flush()
     rows = folder / "rows.arrow"
@@ -292,25 +293,25 @@ def _write(
             os.fsync(written.fileno())
 
 
-def _outcomes(source: OpenSource, tokenizer: Tokenizer, policy: Policy, workers: int) -> Iterator[list[Outcome]]:
-    """Chunk after chunk in the source's order; by several processes once there are many rows."""
+def _outcomes(source: OpenSource, tokenizer: Tokenizer, rules: EncodingRules, workers: int) -> Iterator[list[Outcome]]:
+    """Chunks in the source's order; encoded by several processes once there are many rows."""
     chunks = _chunks(source.rows())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or min(cores, 32)
     first = itertools.islice(chunks, ROWS_BEFORE_WORKERS // CHUNK)
     for chunk in chunks if workers == 1 else first:
-        yield encode_chunk(chunk, source.settings, tokenizer, policy)
+        yield encode_chunk(chunk, source.settings, tokenizer, rules)
     following = next(chunks, None)
     if following is None:
         return
     # spawn: a forked copy of a process that has threads (torch, tokenizers) can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (source.settings, tokenizer, policy)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (source.settings, tokenizer, rules)) as pool:
         waiting: collections.deque[Any] = collections.deque()
         try:
             for chunk in itertools.chain([following], chunks):
                 waiting.append(pool.submit(_encode_in_worker, chunk))
-                if len(waiting) > 4 * workers:  # what is read but not yet written stays bounded
+                if len(waiting) > 4 * workers:  # bounds what is read but not yet written
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -318,9 +319,9 @@ def _outcomes(source: OpenSource, tokenizer: Tokenizer, policy: Policy, workers:
             pool.shutdown(cancel_futures=True)
 
 
-def _chunks(rows: Iterable[Place]) -> Iterator[list[Place]]:
+def _chunks(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
     """At most CHUNK rows, and CHUNK_BYTES unless one row alone has more."""
-    chunk: list[Place] = []
+    chunk: list[SourceRow] = []
     size = 0
     for place in rows:
         more = row_bytes(place[1])
@@ -333,28 +334,30 @@ def _chunks(rows: Iterable[Place]) -> Iterator[list[Place]]:
         yield chunk
 
 
-_worker: tuple[SourceSettings, Tokenizer, Policy]
+_worker: tuple[SourceSettings, Tokenizer, EncodingRules]
 
 
-def _start_worker(source: SourceSettings, tokenizer: Tokenizer, policy: Policy) -> None:
+def _start_worker(source: SourceSettings, tokenizer: Tokenizer, rules: EncodingRules) -> None:
     global _worker
-    _worker = source, tokenizer, policy
+    _worker = source, tokenizer, rules
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
 
-def _encode_in_worker(chunk: list[Place]) -> list[Outcome]:
+def _encode_in_worker(chunk: list[SourceRow]) -> list[Outcome]:
     return encode_chunk(chunk, *_worker)
 
 
-def encode_chunk(chunk: Sequence[Place], source: SourceSettings, tokenizer: Tokenizer, policy: Policy) -> list[Outcome]:
-    """What becomes of each raw row, in order."""
+def encode_chunk(
+    chunk: Sequence[SourceRow], source: SourceSettings, tokenizer: Tokenizer, rules: EncodingRules
+) -> list[Outcome]:
+    """The outcome of each raw row, in order."""
     read: list[Row | Exception] = []
     for place in chunk:
         try:
-            read.append(read_row(place, source, policy.kind))
+            read.append(read_row(place, source, rules.kind))
         except (UserError, Unusable) as reason:
             read.append(reason)
-    encoded = iter(encode([row for row in read if not isinstance(row, Exception)], tokenizer, policy))
+    encoded = iter(encode([row for row in read if not isinstance(row, Exception)], tokenizer, rules))
     outcomes: list[Outcome] = []
     for (where, _), row in zip(chunk, read, strict=True):
         found = row if isinstance(row, Exception) else next(encoded)

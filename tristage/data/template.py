@@ -49,7 +49,7 @@ def read_template(settings: RunSettings) -> str | None:
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{file}:{error.lineno}: not a Jinja template ({error.message}); mend that line") from None
+        raise UserError(f"{file}:{error.lineno}: not a Jinja template ({error.message}); fix that line") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason}); give a Jinja template") from None
     return text

@@ -2,8 +2,8 @@
 
 The prompt and the answer are tokenised apart and joined, so that the ids of a prompt in training are exactly
 those that a rollout starts from (tokenised together, a pair could merge across the border). Special tokens
-come from the template alone (see special.py). Rows over the token limit meet one policy (`data.too_long`) in every
-step.
+come from the template alone (see special.py). Rows over the token limit are treated alike (`data.too_long`) in
+every step.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Item = Example | RankedExamples
 
 
 @dataclass(frozen=True)
-class Policy:
-    """How rows become tokens: part of what a tokenised set is keyed by."""
+class EncodingRules:
+    """How rows become tokens: part of the cache key of a tokenised set."""
 
     kind: Kind
     max_tokens: int
@@ -54,7 +54,9 @@ class _Text:
     where: str
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, policy: Policy) -> list[tuple[Item, int] | UserError | Unusable]:
+def encode(
+    rows: Sequence[Row], tokenizer: Tokenizer, rules: EncodingRules
+) -> list[tuple[Item, int] | UserError | Unusable]:
     """For each row: (its item, its length before it was cut to the limit), or why it has none.
 
     The length of a ranked item is that of its longest answer.
@@ -62,11 +64,11 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, policy: Policy) -> list[tu
     rendered: list[list[_Text] | UserError] = []
     for row in rows:
         try:
-            rendered.append(_texts(row, tokenizer, policy))
+            rendered.append(_texts(row, tokenizer, rules))
         except UserError as error:
             rendered.append(error)
     texts = [text for found in rendered if not isinstance(found, UserError) for text in found]
-    examples = iter(_tokenize(texts, tokenizer, policy))
+    examples = iter(_tokenize(texts, tokenizer, rules))
     results: list[tuple[Item, int] | UserError | Unusable] = []
     for row, found in zip(rows, rendered, strict=True):
         if isinstance(found, UserError):
@@ -75,22 +77,22 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, policy: Policy) -> list[tu
         own = [next(examples) for _ in found]
         problems = [example for example in own if isinstance(example, UserError)]
         whole = [example for example in own if isinstance(example, Example)]
-        results.append(problems[0] if problems else _fitted(row, whole, tokenizer, policy))
+        results.append(problems[0] if problems else _fitted(row, whole, tokenizer, rules))
     return results
 
 
 def encode_sampled(
     prompt: Sequence[Turn], response: str, ended: bool, tokenizer: Tokenizer, max_tokens: int | None
 ) -> Example:
-    """A prompt and the response that another model sampled, in the tokens of this one; see render_sampled.
+    """A prompt and a response sampled by another model, in the tokens of this one; see render_sampled.
 
-    What is over `max_tokens` loses its oldest tokens, but for a BOS. The answer always has a token: of one that comes
-    to nothing (only white space, cut off) it is the prompt's last.
+    Beyond `max_tokens` the oldest tokens are cut, except a BOS. The answer always has a token: if nothing is left of it
+    (only white space, cut off), the prompt's last.
 
     Raises:
         UserError: the template refuses the dialogue.
     """
-    # What a model has only spelled out must not become a special token here.
+    # Text such as '</s>' that the model merely spelled must not be parsed as a special token.
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.add(tokenizer.eos_token)
     spelled = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
@@ -99,12 +101,12 @@ def encode_sampled(
     where = "a sampled response"
     try:
         turns = hide_turns(prompt, tokenizer, where)
-    except UserError:  # it has no plain text for them, and a rollout can't be refused
+    except UserError:  # this tokenizer cannot spell them as plain text, and a rollout can't be refused
         turns = tuple({**turn, "content": spelled.sub("", turn["content"])} for turn in prompt)
     texts = render_sampled(tokenizer, turns, response, ended, where=where)
-    (asked, _), (said, _) = _to_ids(tokenizer, list(texts), False)
-    whole = Example(asked + said, min(len(asked), len(asked + said) - 1))
-    return _cut_left(whole, tokenizer, max_tokens)
+    (prompt_ids, _), (answer_ids, _) = _to_ids(tokenizer, list(texts), False)
+    ids = prompt_ids + answer_ids
+    return _cut_left(Example(ids, min(len(prompt_ids), len(ids) - 1)), tokenizer, max_tokens)
 
 
 def _cut_left(example: Example, tokenizer: Tokenizer, max_tokens: int | None) -> Example:
@@ -119,7 +121,7 @@ def _leading_bos(example: Example, tokenizer: Tokenizer) -> int:
     return int(tokenizer.bos_token_id is not None and example.ids[:1] == [tokenizer.bos_token_id])
 
 
-def _texts(row: Row, tokenizer: Tokenizer, policy: Policy) -> list[_Text]:
+def _texts(row: Row, tokenizer: Tokenizer, rules: EncodingRules) -> list[_Text]:
     row = hide(row, tokenizer)
     if isinstance(row, TextRow):
         return [_Text(row.text, None, [], row.where)]
@@ -130,13 +132,13 @@ def _texts(row: Row, tokenizer: Tokenizer, policy: Policy) -> list[_Text]:
     for answer in answers:
         prompt, ended = render(tokenizer, row.prompt, answer, where=row.where)
         earlier = []
-        if isinstance(row, SFTRow) and policy.train_on == "answers":
+        if isinstance(row, SFTRow) and rules.train_on == "answers":
             earlier = earlier_answers(tokenizer, row.prompt, prompt, where=row.where)
         texts.append(_Text(prompt, ended, earlier, row.where))
     return texts
 
 
-def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer, policy: Policy) -> list[Example | UserError]:
+def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer, rules: EncodingRules) -> list[Example | UserError]:
     if not texts:
         return []
     with_spans = [text.where for text in texts if text.earlier]
@@ -149,7 +151,7 @@ def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer, policy: Policy) -> l
     eos = tokenizer.eos_token_id
     found: list[Example | UserError] = []
     for text, (prompt, places), (answer, _) in zip(texts, prompts, answers, strict=True):
-        if policy.kind == "text":
+        if rules.kind == "text":
             found.append(Example([*prompt, eos], 0))
         elif text.answer is not None and (answer[-1] != eos or answer.count(eos) != 1):
             found.append(
@@ -160,7 +162,7 @@ def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer, policy: Policy) -> l
             )
         else:
             earlier = [_token_span(span, places) for span in text.earlier]
-            if policy.train_on == "everything" and text.answer is not None:
+            if rules.train_on == "everything" and text.answer is not None:
                 earlier = [(0, len(prompt))]
             found.append(Example(prompt + answer, len(prompt), tuple(earlier)))
     return found
@@ -183,7 +185,7 @@ def _to_ids(tokenizer: Tokenizer, texts: list[str], with_places: bool) -> list[t
 
 
 def _token_span(characters: Span, places: list[Span]) -> Span:
-    """The tokens that lie wholly within some characters."""
+    """The tokens that lie entirely within some characters."""
     inside = [
         i for i, (start, stop) in enumerate(places) if characters[0] <= start and stop <= characters[1] and stop > start
     ]
@@ -193,13 +195,15 @@ def _token_span(characters: Span, places: list[Span]) -> Span:
 # -- the token limit ---------------------------------------------------------------------------------------
 
 
-def _fitted(row: Row, examples: list[Example], tokenizer: Tokenizer, policy: Policy) -> tuple[Item, int] | Unusable:
-    """The row's item within the limit. One cut for all answers of a prompt: they must still answer the same."""
+def _fitted(
+    row: Row, examples: list[Example], tokenizer: Tokenizer, rules: EncodingRules
+) -> tuple[Item, int] | Unusable:
+    """The row's item within the limit. All answers of a prompt get the same cut, so that they still share it."""
     longest = max(len(example.ids) for example in examples)
-    if longest > policy.max_tokens and policy.kind != "text":
+    if longest > rules.max_tokens and rules.kind != "text":
         try:
-            cut = _CUTS[policy.too_long]
-            examples = [cut(example, longest - policy.max_tokens, tokenizer, policy) for example in examples]
+            cut = _CUTS[rules.too_long]
+            examples = [cut(example, longest - rules.max_tokens, tokenizer, rules) for example in examples]
         except Unusable as reason:
             return reason
         if isinstance(row, RankingRow) and all(example.ids == examples[0].ids for example in examples):
@@ -207,15 +211,15 @@ def _fitted(row: Row, examples: list[Example], tokenizer: Tokenizer, policy: Pol
     return ((examples, row.ranks) if isinstance(row, RankingRow) else examples[0]), longest
 
 
-def _drop(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -> Example:
-    raise Unusable(f"longer than {policy.max_tokens} tokens")
+def _drop(example: Example, excess: int, tokenizer: Tokenizer, rules: EncodingRules) -> Example:
+    raise Unusable(f"longer than {rules.max_tokens} tokens")
 
 
-def _truncate_left(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -> Example:
-    """Cut the oldest tokens of the prompt, but for a BOS; a prompt that would vanish drops the row."""
+def _truncate_left(example: Example, excess: int, tokenizer: Tokenizer, rules: EncodingRules) -> Example:
+    """Cut the oldest tokens of the prompt, except a BOS; drop the row if no prompt would be left."""
     kept = _leading_bos(example, tokenizer)
     if example.prompt_length - excess <= kept:
-        raise Unusable(f"answer alone longer than {policy.max_tokens - 1 - kept} tokens")
+        raise Unusable(f"answer alone longer than {rules.max_tokens - 1 - kept} tokens")
     spans = ((max(start - excess, kept), stop - excess) for start, stop in example.also_trained)
     return dataclasses.replace(
         example,
@@ -225,12 +229,12 @@ def _truncate_left(example: Example, excess: int, tokenizer: Tokenizer, policy: 
     )
 
 
-def _truncate_right(example: Example, excess: int, tokenizer: Tokenizer, policy: Policy) -> Example:
-    """Cut the end of the answer, which then has no EOS; a prompt that leaves no room for one drops the row."""
-    if example.prompt_length >= policy.max_tokens:
-        room = int(policy.kind != "prompt")
-        raise Unusable(f"prompt alone longer than {policy.max_tokens - room} tokens")
-    return dataclasses.replace(example, ids=example.ids[: policy.max_tokens])
+def _truncate_right(example: Example, excess: int, tokenizer: Tokenizer, rules: EncodingRules) -> Example:
+    """Cut the end of the answer, which then has no EOS; drop the row if the prompt leaves no room for one."""
+    if example.prompt_length >= rules.max_tokens:
+        room = int(rules.kind != "prompt")
+        raise Unusable(f"prompt alone longer than {rules.max_tokens - room} tokens")
+    return dataclasses.replace(example, ids=example.ids[: rules.max_tokens])
 
 
 _CUTS = {"drop": _drop, "truncate_left": _truncate_left, "truncate_right": _truncate_right}

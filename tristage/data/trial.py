@@ -1,11 +1,11 @@
 """A chat template is a program that came with a model: tried on short dialogues before a row is rendered.
 
-The trial is a process of its own, since nothing in this one can stop a loop in a template or bound what it allocates.
-It is forked, which costs 20 ms where a new process would import transformers for seconds; it only runs Jinja and ends,
-so the threads of this process, which it lacks, are not missed. If it hangs nonetheless, the template passes.
+The trial is a separate process, since nothing in this one can stop a loop in a template or bound what it allocates.
+It is forked, which takes 20 ms, while a new process would import transformers for seconds; it only runs Jinja and ends,
+so it does not need this process's threads. If it hangs nonetheless, the template passes.
 
-Bounded are time and memory of short dialogues of all roles. Not bounded is what a template does with some rows only:
-one that makes a thousand times as much of a long content, or waits for a certain word.
+This bounds time and memory for short dialogues of all roles, but not what a template does with some rows only: it may
+multiply a long content a thousand times, or wait for a certain word.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tristage.errors import UserError
 
 MEMORY, CPU_SECONDS = 2**30, 5
-SECONDS = 60.0  # of the clock, after which a trial that got no processor is given up
+SECONDS = 60.0  # by the clock, after which a trial that got no processor is given up
 _TURNS = [{"role": role, "content": "Hi"} for role in ("system", "user", "assistant", "user", "assistant")]
 _DIALOGUES = (_TURNS[1:2], _TURNS[1:3], _TURNS[:2], _TURNS)
 
@@ -72,7 +72,7 @@ def _render_dialogues(template: str, special: dict[str, Any], memory: int, cpu_s
                     render_jinja_template([turns], chat_template=template, add_generation_prompt=prompt, **special)
                 except (MemoryError, OverflowError, RecursionError):
                     raise
-                except Exception:  # it refuses such a dialogue, and will say why when a row is one
+                except Exception:  # it refuses such a dialogue, and will be reported for a row that is one
                     continue
         code = 0
     finally:

@@ -3,7 +3,7 @@
     python -m tristage.launch.check_config [--models-later] MODULE CONFIG [key=value ...]
 
 `--models-later`: steps before this one will write the models that it names.
-The launchers call `check_config`, jobs that start ranks another way call the command; the ranks repeat these checks and
+The launchers call `check_config`; jobs that start ranks another way run the command. The ranks repeat these checks and
 add others.
 """
 
@@ -20,7 +20,7 @@ from tristage.config import (
     require_folder_or_hub_id,
     settings_class,
 )
-from tristage.data.sources import check_there, resolve_preset
+from tristage.data.sources import require_exists, resolve_preset
 from tristage.errors import UserError
 from tristage.launch.nodes import read_nodes
 from tristage.launch.options import ranks_asked
@@ -45,8 +45,8 @@ def check_config(words: Sequence[str], options: Sequence[str], models: bool = Tr
     A node that starts ranks on others need not hold their models and data.
 
     Args:
-        options: of the launcher; with a hostfile or a count the batches are compared with the ranks.
-        models: False where steps before this one will write the models.
+        options: of the launcher; with a hostfile or a count, batches are checked against the number of ranks.
+        models: False if steps before this one will write the models.
 
     Raises:
         UserError: what is wrong, with file, key and fix.
@@ -69,7 +69,7 @@ def check_named(settings: RunSettings, models: bool, data: bool) -> None:
     for source in (*settings.data.train, *settings.data.heldout):
         source = resolve_preset(source, settings)
         if data:
-            check_there(source)
+            require_exists(source)
 
 
 def check_path(settings: RunSettings, key: str, value: str) -> None:
