@@ -1,4 +1,4 @@
-"""Step 1: a pretrained language model learns to answer, from demonstrations.
+"""Step 1: supervised fine-tuning of a pretrained language model on demonstrations.
 
     deepspeed --module step1_sft.train --config configs/quickstart/step1_sft.yaml [key=value ...]
 
@@ -84,17 +84,17 @@ def train(
 
 @torch.no_grad()
 def check_packing(engine: Any, pack: list[Example], settings: SFTConfig, pad_id: int, device: torch.device) -> None:
-    """Packed examples must have the log-probabilities that they have alone. Raises UserError. A collective."""
+    """Check that packed examples have the log-probabilities that they have alone. A collective. Raises UserError."""
     engine.eval()
-    found = []
+    packed_and_alone = []
     for batch in (collate_packed([pack], pad_id).to(device), collate_sft(pack, pad_id).to(device)):
         logprobs, _ = engine(batch.input_ids, batch.attention_mask, batch.loss_mask, position_ids=batch.position_ids)
-        found.append(logprobs[batch.loss_mask[:, 1:]])  # row by row: both batches have the tokens in the same order
-    difference = float((found[0] - found[1]).abs().mean())
+        packed_and_alone.append(logprobs[batch.loss_mask[:, 1:]])  # row by row: the same tokens in the same order
+    difference = float((packed_and_alone[0] - packed_and_alone[1]).abs().mean())
     if not difference < FORWARD_TOLERANCE[settings.precision]:
         raise UserError(
             f"{settings.file}: key `packing`: log-probabilities of packed rows differ by {difference:.2g} from those "
-            "of the rows alone, this model sees across them; set `packing: false`"
+            "of the rows alone: this model attends across rows; set `packing: false`"
         )
 
 

@@ -65,7 +65,7 @@ class DPOConfig(TrainSettings):
         if self.gamma is not None:
             raise ValueError(f"key `gamma`: {self.loss} has no target margin; remove it or use `loss: simpo`")
         if self.reference is None:
-            raise ValueError(f"key `reference.deepspeed` is missing; {self.loss} asks a reference model, add it")
+            raise ValueError(f"key `reference.deepspeed` is missing; {self.loss} needs a reference model, add it")
         return self
 
     @property

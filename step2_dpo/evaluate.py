@@ -1,4 +1,4 @@
-"""Held-out loss, accuracy and margins of a policy's implicit rewards, beside what "the longer answer wins" would reach.
+"""Held-out loss, accuracy and margins of a policy's implicit rewards, and the accuracy of "the longer answer wins".
 
     python -m step2_dpo.evaluate --config configs/quickstart/step2_dpo.yaml model=OUT/final reference.model=START
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from step2_dpo.config import DPOConfig
 from step2_dpo.heldout import evaluate
-from step2_dpo.reference import ask_reference, check_reference, no_reference
+from step2_dpo.reference import check_reference, load_reference, no_reference
 from tristage import dist
 from tristage.config import load_config
 from tristage.data.sets import load_heldout
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     reference_config = check_reference(settings, plan, tokenizer)
     heldout = load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
-    reference = no_reference if reference_config is None else ask_reference(settings, reference_config, tokenizer)
+    reference = no_reference if reference_config is None else load_reference(settings, reference_config, tokenizer)
     model = load_causal_lm(settings.model, tokenizer, engine_config=config, **setup.loading(settings))
     metrics = evaluate(frozen_engine(model, config), reference, heldout, settings, tokenizer, device)
     for name, value in metrics.items():

@@ -1,4 +1,4 @@
-"""What the answers' log-probabilities say of a batch's pairs: the loss of each prompt, implicit rewards, metrics."""
+"""From answers' log-probabilities to the loss of each prompt, implicit rewards, and metrics of pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def prompt_losses(
 ) -> torch.Tensor:
     """logprobs [N], ref_logprobs [N] -> [prompts]: the mean of the loss over each prompt's untied pairs; 0 without any.
 
-    With two answers a prompt this is the loss of its one pair.
+    With two answers per prompt this is the loss of its one pair.
     """
     better, worse = ranking_pairs(batch.prompt_index, batch.ranks)
     if settings.loss in MEANS:
@@ -44,7 +44,7 @@ def implicit_rewards(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor | None, batch: PreferenceBatch, settings: DPOConfig
 ) -> torch.Tensor:
     """[N]: beta * log(policy / reference) of each answer, without a reference beta * log(policy); a mean per token
-    where the loss compares those."""
+    if the loss compares those."""
     rewards = settings.beta * (logprobs if ref_logprobs is None else logprobs - ref_logprobs)
     return rewards / answer_lengths(batch) if settings.loss in MEANS else rewards
 
@@ -61,10 +61,10 @@ def pair_metrics(
     batch: PreferenceBatch,
     settings: DPOConfig,
 ) -> None:
-    """Add what the answers' log-probabilities [N] say of a batch's pairs (a better and a worse answer of one prompt).
+    """Add metrics of a batch's pairs (a better and a worse answer of one prompt) from log-probabilities [N].
 
     dpo/accuracy: share of pairs whose better answer has the higher implicit reward; .../length_baseline: share whose
-    better answer is the longer one (a tie counts half in both: an untouched policy knows nothing); .../margin: how
+    better answer is the longer one (a tie counts half in both, so an untrained policy gets 0.5); .../margin: how
     much higher the reward is, on average; .../chosen_reward, .../rejected_reward, .../chosen_logprob and
     .../rejected_logprob: means of the better and of the worse answers.
     """
@@ -72,7 +72,7 @@ def pair_metrics(
     real = batch.is_real[batch.prompt_index[better]]
     better, worse = better[real], worse[real]
     rewards, lengths = implicit_rewards(logprobs, ref_logprobs, batch, settings), answer_lengths(batch)
-    found = {
+    metrics = {
         "accuracy": _wins(rewards[better], rewards[worse]),
         "margin": rewards[better] - rewards[worse],
         "chosen_reward": rewards[better],
@@ -81,7 +81,7 @@ def pair_metrics(
         "rejected_logprob": logprobs[worse],
         "length_baseline": _wins(lengths[better], lengths[worse]),
     }
-    for name, values in found.items():
+    for name, values in metrics.items():
         averages.add(f"dpo/{name}", values.sum(), len(better))
 
 

@@ -3,7 +3,7 @@
     deepspeed --module step2_dpo.train --config configs/quickstart/step2_dpo.yaml [key=value ...]
 
 All answers of a prompt are in one forward; the loss is the mean over the prompts of the whole optimizer step of the
-mean over one prompt's pairs. Before the first step the policy must be its reference to the model's precision.
+mean over one prompt's pairs. Before the first step the policy must equal its reference to the model's precision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from step2_dpo.config import DPOConfig
 from step2_dpo.heldout import evaluate
 from step2_dpo.loss import answer_lengths, pair_metrics, prompt_losses
-from step2_dpo.reference import MicroBatch, Reference, answer_logprobs, check_reference, make_references
+from step2_dpo.reference import Reference, RowNumbers, answer_logprobs, check_reference, make_references
 from tristage import dist
 from tristage.batches import PreferenceBatch
 from tristage.checkpoint import load_checkpoint
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     plan, config, tokenizer = setup.check_training(settings)
     reference_config = check_reference(settings, plan, tokenizer)
     if reference_config is not None:
-        setup.check_one_hpz(settings, {"deepspeed": config, "reference.deepspeed": reference_config})
+        setup.require_single_hpz_engine(settings, {"deepspeed": config, "reference.deepspeed": reference_config})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, reference_config, tokenizer, *sets)
 
@@ -70,7 +70,7 @@ def train(
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch = Stopwatch(device)
 
-    def collated(step: int) -> list[tuple[MicroBatch, PreferenceBatch]]:
+    def collated(step: int) -> list[tuple[RowNumbers, PreferenceBatch]]:
         micro_batches = loader.step_rows(step - 1)
         return [(micro, collate_ranking(pick(rows, micro), tokenizer.pad_token_id)) for micro in micro_batches]
 
@@ -96,7 +96,7 @@ def train(
 def dpo_step(
     engine: Any,
     reference: Reference,
-    micro_batches: list[tuple[MicroBatch, PreferenceBatch]],
+    micro_batches: list[tuple[RowNumbers, PreferenceBatch]],
     settings: DPOConfig,
     device: torch.device,
 ) -> tuple[dict[str, float], StepReport]:
@@ -122,7 +122,7 @@ def dpo_step(
 def check_start(
     engine: Any,
     reference: Reference,
-    micro_batches: list[tuple[MicroBatch, PreferenceBatch]],
+    micro_batches: list[tuple[RowNumbers, PreferenceBatch]],
     settings: DPOConfig,
     device: torch.device,
 ) -> None:
@@ -139,9 +139,9 @@ def check_start(
     engine.train()
     micro, batch = micro_batches[0]
     batch = batch.to(device)
-    said = reference(micro, batch)
-    assert said is not None
-    log_ratios = (answer_logprobs(engine, batch) - said).abs() / answer_lengths(batch).sqrt()
+    ref_logprobs = reference(micro, batch)
+    assert ref_logprobs is not None
+    log_ratios = (answer_logprobs(engine, batch) - ref_logprobs).abs() / answer_lengths(batch).sqrt()
     real = batch.is_real[batch.prompt_index]
     # nan compares as small, so it counts as infinite
     largest = float(log_ratios.nan_to_num(nan=torch.inf).masked_fill(~real, 0.0).max())
@@ -149,8 +149,8 @@ def check_start(
     tolerance = FORWARD_TOLERANCE[settings.precision]
     if worst > tolerance:
         raise RuntimeError(
-            f"before the first step an answer's log-ratio to the reference is {worst:.2e} a (root of a) token, and all "
-            f"implicit margins should be 0 (tolerance {tolerance}): policy and reference start from "
+            f"before the first step the log-ratio of an answer to the reference is {worst:.2e} per square root "
+            f"of its length, and all margins should be 0 (tolerance {tolerance}): policy and reference start from "
             f"{settings.model} but their forwards differ; report this with the model's config.json"
         )
 

@@ -47,7 +47,7 @@ def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, 
             found[name] = setup.frozen_config(settings, engine.deepspeed, key, plan)
         else:
             found[name] = setup.trained_config(settings, engine.deepspeed, key, plan, engine.optimizer.clip_norm)
-    setup.check_one_hpz(settings, {f"{name}.deepspeed": config for name, config in found.items()})
+    setup.require_single_hpz_engine(settings, {f"{name}.deepspeed": config for name, config in found.items()})
     return found
 
 

@@ -135,7 +135,7 @@ def train(
                 metrics |= losses | throughput(experience, watch)
             except NotFiniteError as broken:
                 rows = [names[row] for row in broken.rows]
-                health.note_bad(iteration, broken.what, [{"rows": rows}] if dist.is_main() else [])
+                health.record_bad_step(iteration, broken.what, [{"rows": rows}] if dist.is_main() else [])
                 metrics = watch.take()
             log.write(iteration, "train", metrics)
             last = iteration == settings.iterations

@@ -18,7 +18,7 @@ BatchType = TypeVar("BatchType", bound="_Batch")
 
 
 class _Batch:
-    """What every batch can do."""
+    """Base of every batch."""
 
     def to(self: BatchType, device: torch.device | str) -> BatchType:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass below is a dataclass
@@ -40,7 +40,7 @@ class SFTBatch(_Batch):
 
 @dataclass(frozen=True, eq=False)
 class PreferenceBatch(_Batch):
-    """Prompts with several ranked answers each, one answer a row, right padded."""
+    """Prompts with several ranked answers each, one answer per row, right padded."""
 
     input_ids: torch.Tensor  # [N,T] long
     attention_mask: torch.Tensor  # [N,T] bool
@@ -119,12 +119,12 @@ class Sequences:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Rows of `Sequences` with T <= P+R columns left; knows the way back to [b,R]."""
+    """Rows of `Sequences` with T <= P+R columns left, and the offsets to map results back to [b,R]."""
 
     ids: torch.Tensor  # [b,T] long
     mask: torch.Tensor  # [b,T] bool
     prompt_columns: int
-    response_columns: int  # R of the whole, which `align` pads to
+    response_columns: int  # R of the `Sequences`, to which `align` pads
 
     @property
     def score_mask(self) -> torch.Tensor:
@@ -133,7 +133,7 @@ class MicroBatch:
         return self.mask & (columns >= self.prompt_columns)
 
     def align(self, x: torch.Tensor) -> torch.Tensor:
-        """x [b,T-1], whose column t speaks of token t+1 -> [b,R]."""
+        """x [b,T-1], whose column t belongs to token t+1 -> [b,R]."""
         response = x[:, self.prompt_columns - 1 :]
         return functional.pad(response, (0, self.response_columns - response.shape[1]))
 

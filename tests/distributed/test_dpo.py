@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import step2_dpo.train
 from step2_dpo.config import DPOConfig
-from step2_dpo.reference import Known
+from step2_dpo.reference import PrecomputedReference
 from tests.helpers import tiny
 from tests.helpers.gradients import (
     CPU,
@@ -59,7 +59,7 @@ RTOL, ATOL = 1e-5, 2e-6  # margins are small differences of log-probabilities of
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
-def reference_of(path: str, rows: list[Any]) -> Known:
+def reference_of(path: str, rows: list[Any]) -> PrecomputedReference:
     """Log-probabilities near those of the policy in `path`: log-ratios of some nats, both ways."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     answers = [answer for examples, _ in rows for answer in examples]
@@ -67,10 +67,10 @@ def reference_of(path: str, rows: list[Any]) -> Known:
         said = [float(row_logprobs(model, answer.ids, answer.prompt_length).sum()) for answer in answers]
     noise = np.random.default_rng(0).normal(scale=3.0, size=len(said))
     starts = np.cumsum([0, *(len(examples) for examples, _ in rows)])
-    return Known((np.array(said) + noise).astype(np.float32), starts)
+    return PrecomputedReference((np.array(said) + noise).astype(np.float32), starts)
 
 
-def prompt_row(loss: str, rows: list[Any], known: Known) -> Callable[[Any, Any], tuple[torch.Tensor, int]]:
+def prompt_row(loss: str, rows: list[Any], known: PrecomputedReference) -> Callable[[Any, Any], tuple[torch.Tensor, int]]:
     """The loss of one prompt, written out; `rows` find its place."""
 
     def one(model: Any, row: Any) -> tuple[torch.Tensor, int]:

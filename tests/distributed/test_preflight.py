@@ -29,7 +29,7 @@ def _check(rank: int, folder: str) -> list[str]:
     """What this rank says in turn: all agree, for each name rank 1's fact differs, the output is not shared."""
     device = dist.init("cpu")
     facts = preflight._facts(device) | {"node": f"node-{rank}"}
-    preflight.SECONDS_TO_SEE = 0.5
+    preflight.FILE_VISIBLE_SECONDS = 0.5
     told = []
     for differs, elsewhere in [({}, False), *(({name: "0.1"}, False) for name in NAMES), ({}, True)]:
         preflight._facts = lambda _, differs=differs: facts | (differs if rank == 1 else {})
@@ -74,7 +74,7 @@ def test_ranks_that_send_with_different_backends_or_never_join_are_named_at_once
     (first, seconds), (second, _) = run_ranks(2, _join, [free_port() for _ in range(3)])
     assert first[:2] == second[:2]
     for told, backends in zip(first, (("gloo", "nccl"), ("nccl", "gloo")), strict=False):
-        assert re.match(rf"rank 1 on \S+ would send with {backends[0]}, rank 0 on \S+ with {backends[1]}: ", told)
+        assert re.match(rf"rank 1 on \S+ would use backend {backends[0]}, rank 0 on \S+ {backends[1]}: ", told)
     assert first[2].startswith("rank 1 did not join; see what")
     assert "waiting for rank 1 to join" in capfd.readouterr().out
     assert seconds < 15  # and not the timeout

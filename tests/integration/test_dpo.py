@@ -46,7 +46,7 @@ KILLED = {"parts": "asked", "precomputed_parts": "precomputed"}  # killed at ste
 
 
 def asks_nobody() -> Any:
-    return mock.patch.object(reference, "ask_reference", side_effect=AssertionError("the reference was asked again"))
+    return mock.patch.object(reference, "load_reference", side_effect=AssertionError("the reference was loaded again"))
 
 
 def run_all(rank: int, argvs: dict[str, list[str]]) -> None:
@@ -154,11 +154,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(parts: str, whole: str, fold
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-# -- the reference, asked once -----------------------------------------------------------------------------
+# -- the reference, precomputed -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["precomputed", "precomputed_zero3"])
-def test_a_reference_asked_once_trains_as_one_asked_at_every_step(name: str, folder: Path) -> None:
+def test_a_precomputed_reference_trains_as_a_live_one(name: str, folder: Path) -> None:
     for split in ("train", "heldout"):
         for mine, its in zip(lines(folder, name, split), lines(folder, "asked", split), strict=True):
             assert mine["step"] == its["step"]
@@ -205,13 +205,13 @@ def make(folder: Path, name: str, stage: int, *words: str) -> list[torch.nn.Modu
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_the_weights_of_a_reference_that_was_asked_are_freed(stage: int, folder: Path) -> None:
+def test_the_weights_of_a_precomputed_reference_are_freed(stage: int, folder: Path) -> None:
     (model,) = make(folder, f"freed{stage}", stage)
     held = [tensor for p in model.parameters() for tensor in (p, getattr(p, "ds_tensor", p))]
     assert held and sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
 
 
-def test_other_rows_another_reference_or_another_precision_are_asked_about_again(folder: Path) -> None:
+def test_other_rows_another_reference_or_another_precision_are_computed_again(folder: Path) -> None:
     other = tiny.copy_model(str(folder / "model"), folder / "other_model")
     cases = ("data.heldout_limit=5", "data.split_seed=1", f"reference.model={other}", "precision=bf16")
     for words in ([], *([word] for word in cases)):
@@ -227,7 +227,7 @@ def test_a_policy_that_is_not_its_reference_stops_before_the_first_step(folder: 
     with np.load(file) as stored:
         moved = {name: values + 0.01 if name.endswith("logprobs") else values for name, values in stored.items()}
     np.savez(file, **moved)
-    with tiny.one_rank(), pytest.raises(RuntimeError, match=r"before the first step an answer's log-ratio .* is \d"):
+    with tiny.one_rank(), pytest.raises(RuntimeError, match=r"the log-ratio of an answer .* is \d"):
         step2_dpo.train.main(["--config", str(folder / "moved/dpo.yaml"), PRECOMPUTE, "max_steps=2"])
     assert not read_metrics(folder / "moved/dpo/metrics.jsonl")
 
@@ -284,17 +284,17 @@ WRONG = {
         ["gamma=1.0"], "{config}: key `gamma`: sigmoid has no target margin; remove it or use `loss: simpo`",
     ),
     "no reference": (
-        ["reference=null"], "{config}: key `reference.deepspeed` is missing; sigmoid asks a reference model, add it",
+        ["reference=null"], "{config}: key `reference.deepspeed` is missing; sigmoid needs a reference model, add it",
     ),
     "reference at ZeRO 1": (
         ["reference.deepspeed=" + tiny.deepspeed_json(1)],
-        "{config}: key `reference.deepspeed`: ZeRO stage 1 shards gradients and optimizer, which a frozen model has "
-        "not; use stage 0 or 3",
+        "{config}: key `reference.deepspeed`: ZeRO stage 1 shards gradients and optimizer, which a frozen model does "
+        "not have; use stage 0 or 3",
     ),
     "reference at ZeRO 2": (
         ["reference.deepspeed=" + tiny.deepspeed_json(2)],
-        "{config}: key `reference.deepspeed`: ZeRO stage 2 shards gradients and optimizer, which a frozen model has "
-        "not; use stage 0 or 3",
+        "{config}: key `reference.deepspeed`: ZeRO stage 2 shards gradients and optimizer, which a frozen model does "
+        "not have; use stage 0 or 3",
     ),
     "missing reference": (
         ["reference.model=./none"],

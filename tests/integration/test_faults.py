@@ -127,7 +127,7 @@ def test_a_reward_function_that_hangs_on_one_rank_is_named_with_the_stacks_of_al
     ranks = Ranks(2, step3_ppo.train.main, argv, tmp_path / "log", FAULT=f"hang:{tmp_path / 'happened'}")
     assert ranks.codes() == [EXIT_STALLED, EXIT_STALLED]
     assert re.search(
-        r"error: rank 1 on \S+ \(pid \d+, in reward function faulty after step 1\) did not move for 1\d s and the "
+        r"error: rank 1 on \S+ \(pid \d+, in reward function faulty after step 1\) made no progress for 1\d s and the "
         r"others wait for it \(rank 0: .*waiting for the others, rank 1: reward function faulty\)",
         (tmp_path / "log").read_text(),
     )
@@ -141,7 +141,7 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_all(base, tmp_path):
     wait_until(lambda: steps_done(output) >= 3)
     os.kill(rank_pids(output)[0], signal.SIGSTOP)
     assert ranks.codes() == [EXIT_STALLED, EXIT_STALLED]
-    assert re.search(r"error: rank 0 on .* gave no sign of life for \d+ s", (tmp_path / "log").read_text())
+    assert re.search(r"error: rank 0 on .* sent no heartbeat for \d+ s", (tmp_path / "log").read_text())
     assert all("step1_sft/train.py" in text for text in stacks(output))
 
 

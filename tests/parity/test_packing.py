@@ -123,6 +123,6 @@ def test_step_1_stops_at_a_model_that_sees_across_packed_rows(
     settings = tiny.sft_config(tmp_path, folders["opt"], "unused.jsonl")
     if noticed:
         monkeypatch.setattr(loading, "MASK_WITHOUT_POSITIONS", ())
-    refused = pytest.raises(UserError, match="this model sees across them; set `packing: false`")
+    refused = pytest.raises(UserError, match="this model attends across rows; set `packing: false`")
     with refused if noticed else contextlib.nullcontext():
         check_packing(policy, examples[:3], settings, pad_id, torch.device("cpu"))

@@ -230,14 +230,14 @@ def test_a_damaged_file_is_reported_and_the_checkpoint_before_is_used(settings, 
     assert resume(settings) == (1, 10)
     said = capsys.readouterr().out
     assert f"warning: {path.parents[len(Path(name).parents) - 1]}: " in said and Path(name).name in said
-    assert f"going on from {root_of(settings) / 'step_000001'}, the newest that is whole" in said
+    assert f"resuming from {root_of(settings) / 'step_000001'}, the newest that is not damaged" in said
 
 
 def test_when_none_is_whole_the_run_stops_and_says_why(settings):
     for step in (1, 2):
         save(settings, step)
         flip(root_of(settings) / f"step_00000{step}" / "state.json", 800)
-    with pytest.raises(UserError, match="no checkpoint is whole.*02: state.json is damaged.*step_000001.*never"):
+    with pytest.raises(UserError, match="every checkpoint is damaged.*02: state.json is damaged.*step_000001.*never"):
         find_checkpoint(settings)
 
 
@@ -563,7 +563,7 @@ def test_a_checkpoint_that_was_asked_for_by_name_has_no_substitute(settings, tmp
     save(settings, 1)
     save(settings, 2)
     (root_of(settings) / "step_000002" / "state.json").write_text("")
-    with pytest.raises(UserError, match="no checkpoint is whole .*state.json has 0 bytes"):
+    with pytest.raises(UserError, match="every checkpoint is damaged .*state.json has 0 bytes"):
         find_checkpoint(with_overrides(tmp_path, f"resume={root_of(settings) / 'step_000002'}"))
 
 
@@ -592,7 +592,7 @@ def test_what_makes_another_run_stops_with_both_values(settings, tmp_path, capsy
     with pytest.raises(UserError, match=f"other settings: .*{key}: .* -> .*resume_changed=true.*resume=never"):
         find_checkpoint(with_overrides(tmp_path, change))
     assert resume(with_overrides(tmp_path, change, "resume_changed=true")) == (1, 10)
-    assert "going on (resume_changed)" in capsys.readouterr().out
+    assert "resuming (resume_changed)" in capsys.readouterr().out
     assert resume(with_overrides(tmp_path, change, "resume=never")) == (0, -1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from step2_dpo.config import DPOConfig, ReferenceModel
 from step2_dpo.loss import implicit_rewards, pair_metrics, prompt_losses
-from step2_dpo.reference import Known
+from step2_dpo.reference import PrecomputedReference
 from tests.helpers import oracles
 from tristage.algo.losses import dpo_loss, simpo_loss
 from tristage.batches import PreferenceBatch
@@ -306,7 +306,7 @@ def test_simpos_rewards_are_means_a_token() -> None:
 
 
 def test_what_the_reference_said_is_found_by_row_whatever_stands_beside_it() -> None:
-    known = Known(np.arange(9, dtype=np.float32), np.array([0, 4, 6, 9]))  # rows of 4, 2 and 3 answers
+    known = PrecomputedReference(np.arange(9, dtype=np.float32), np.array([0, 4, 6, 9]))  # rows of 4, 2 and 3 answers
     first, second, third = (
         ([Example([5, 1], 1)] * len(lengths), tuple(map(float, range(len(lengths))))) for lengths in ANSWER_LENGTHS
     )

@@ -26,7 +26,7 @@ from tristage.errors import UserError
 
 REPO = Path(__file__).parents[2]
 NAMES = [(kind, name) for kind, names in REQUIRED.items() for name in names]
-SCALER = {"init_scale": 2.0**8, "scale_window": 10, "min_scale": 1.0, "delayed_shift": 1}
+LOSS_SCALER_FIELDS = {"init_scale": 2.0**8, "scale_window": 10, "min_scale": 1.0, "delayed_shift": 1}
 
 
 def make(stage: int, precision: str = "float32", trained: bool = True) -> Any:
@@ -49,7 +49,7 @@ def engines() -> Iterator[dict[str, Any]]:
 def owners(engines: dict[str, Any]) -> dict[str, Any]:
     """An object of every kind, as the installed DeepSpeed makes them; this machine may have no fp16 and no offload."""
     found = {kind: owner for engine in engines.values() for kind, owner in _owners(engine)}
-    found["fp16 loss scaler"] = DynamicLossScaler(**SCALER, consecutive_hysteresis=False)
+    found["fp16 loss scaler"] = DynamicLossScaler(**LOSS_SCALER_FIELDS, consecutive_hysteresis=False)
     dynamic = {"low_precision_dtype": torch.float16, "dynamic_loss_scale": True, "static_loss_scale": 1.0}
     found["fp16 loss scaler without ZeRO"] = LossScaleConfig(**dynamic, dynamic_loss_args=None)
     names = DeepSpeedZeroOptimizer_Stage3.__init__.__code__.co_names

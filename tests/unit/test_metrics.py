@@ -291,11 +291,11 @@ def test_bad_steps_are_noted_or_one_sentence(tmp_path):
     settings = sft_config(tmp_path, "m", "r")
     health = Health(settings)
     with pytest.raises(UserError, match="sft/bad_batches: was removed"):
-        health.note_bad(1, "loss", [{"rows": ["a"]}])
+        health.record_bad_step(1, "loss", [{"rows": ["a"]}])
     with pytest.raises(UserError, match="sft/health.jsonl: was removed"):
-        health.note_bad(1, "loss", [])
+        health.record_bad_step(1, "loss", [])
     (tmp_path / "sft").mkdir()
-    health.note_bad(1, "loss", [{"rows": ["ä"]}])
+    health.record_bad_step(1, "loss", [{"rows": ["ä"]}])
     assert "ä" in (tmp_path / "sft/bad_batches/step_000001_rank0.jsonl").read_text()
     assert json.loads((tmp_path / "sft/health.jsonl").read_text())["ranks"] == [0]
 

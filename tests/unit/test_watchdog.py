@@ -1,4 +1,4 @@
-"""What the watchdog makes of the other ranks' signs of life, by a clock that the test sets."""
+"""The watchdog's decisions on the other ranks' heartbeats, by a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Ended(Exception):
 
 
 class World:
-    """Rank 0 of three under a watchdog whose clock is `now`; the signs of the others are written by hand."""
+    """Rank 0 of three under a watchdog whose clock is `now`; the heartbeats of the others are written by hand."""
 
     def __init__(self, folder: Path, rank: int = 0, ranks: int = 3):
         self.now = 1000.0
-        self.signs: dict[int, dict[str, Any]] = {}
+        self.heartbeats: dict[int, dict[str, Any]] = {}
         self.folder = folder
         self.dog = Watchdog(-1)
         with self.clock():
@@ -43,8 +43,8 @@ class World:
         progress.current.step = 4
         own = own_id()._asdict() | {"host": "a"}
         for peer in self.dog.peers:
-            self.signs[peer] = own | {"step": 4, "phase": "step", "place": 10, "moves": 20, "beat": 1}
-            self.signs[peer] |= {"state": "running", "verdict": None}
+            self.heartbeats[peer] = own | {"step": 4, "phase": "step", "place": 10, "moves": 20, "beat": 1}
+            self.heartbeats[peer] |= {"state": "running", "verdict": None}
 
     def clock(self) -> Any:
         return mock.patch.object(watchdog.time, "monotonic", lambda: self.now)
@@ -53,10 +53,10 @@ class World:
         """That many seconds; raises Ended. The ranks not `silent` beat each second, those `moving` get on."""
         for _ in range(seconds):
             self.now += 1
-            for peer, sign in self.signs.items():
-                sign["beat"] += peer not in silent
-                sign["moves"] += peer in moving
-                (self.folder / f"rank_{peer:05d}.json").write_text(json.dumps(sign))
+            for peer, heartbeat in self.heartbeats.items():
+                heartbeat["beat"] += peer not in silent
+                heartbeat["moves"] += peer in moving
+                (self.folder / f"rank_{peer:05d}.json").write_text(json.dumps(heartbeat))
             with self.clock():
                 self.dog.beat()
                 self.dog.check()
@@ -100,14 +100,14 @@ def test_ranks_that_get_on_are_left_alone_however_long_it_takes(world):
 
 def test_a_silent_rank_is_named(world, capsys):
     said = ending(world, capsys, silent=(2,), moving=(1,))
-    assert said.startswith("error: rank 2 on ") and "gave no sign of life for 9" in said
-    watchdog.os.kill.assert_called_once()  # a stopped process goes on, to write its stacks
+    assert said.startswith("error: rank 2 on ") and "sent no heartbeat for 9" in said
+    watchdog.os.kill.assert_called_once()  # a stopped process is woken, to write its stacks
 
 
 def test_of_ranks_that_stand_still_the_one_that_is_behind_is_named(world, capsys):
-    world.signs[1] |= {"place": 9, "phase": "reward function f"}
+    world.heartbeats[1] |= {"place": 9, "phase": "reward function f"}
     said = ending(world, capsys)
-    assert said.startswith("error: rank 1 on ") and "in reward function f after step 4) did not move for 9" in said
+    assert said.startswith("error: rank 1 on ") and "in reward function f after step 4) made no progress for 9" in said
 
 
 def test_where_no_rank_is_behind_all_are_listed(world, capsys):
@@ -120,12 +120,12 @@ def test_this_rank_can_be_the_one_that_is_behind(world, capsys):
     assert ending(world, capsys).startswith("error: rank 0 on ")
 
 
-@pytest.mark.parametrize("sign", [{"phase": "save"}, {"step": None}])
-def test_saving_and_the_first_step_may_take_three_times_as_long(world, capsys, sign):
-    world.signs[1] |= sign
+@pytest.mark.parametrize("heartbeat", [{"phase": "save"}, {"step": None}])
+def test_saving_and_the_first_step_may_take_three_times_as_long(world, capsys, heartbeat):
+    world.heartbeats[1] |= heartbeat
     world.live(290)
     world.assert_left_alone()
-    assert " did not move for 29" in ending(world, capsys, 20)
+    assert " made no progress for 29" in ending(world, capsys, 20)
 
 
 def test_time_in_which_this_process_was_stopped_does_not_count(world):
@@ -137,7 +137,7 @@ def test_time_in_which_this_process_was_stopped_does_not_count(world):
 
 
 def test_a_rank_that_is_done_may_be_silent(world):
-    world.signs[1] |= {"state": "done"}
+    world.heartbeats[1] |= {"state": "done"}
     for _ in range(5):
         world.live(90, silent=(1,))
         world.live(1, silent=(1,), moving=(2,))
@@ -145,7 +145,7 @@ def test_a_rank_that_is_done_may_be_silent(world):
 
 
 def test_a_rank_that_was_never_seen_is_not_watched(world):
-    del world.signs[1]
+    del world.heartbeats[1]
     for _ in range(5):
         world.live(90)
         world.live(1, moving=(2,))
@@ -154,11 +154,13 @@ def test_a_rank_that_was_never_seen_is_not_watched(world):
 
 
 @pytest.mark.parametrize(
-    "sign", [{"state": "failed"}, {"pid": 2**22 + 1}, {"started": 1}], ids=["failed", "no process", "another process"]
+    "heartbeat",
+    [{"state": "failed"}, {"pid": 2**22 + 1}, {"started": 1}],
+    ids=["failed", "no process", "another process"],
 )
-def test_a_rank_that_is_gone_ends_the_others_after_the_launcher_had_time_to_see_it(world, capsys, sign):
+def test_a_lost_rank_ends_the_others_after_the_launcher_had_time_to_see_it(world, capsys, heartbeat):
     world.live(3)
-    world.signs[2] |= sign
+    world.heartbeats[2] |= heartbeat
     world.live(8)
     assert "rank 2 on" in ending(world, capsys, 3)
 
@@ -176,7 +178,7 @@ def test_a_step_of_the_clock_ends_nothing(world):
 
 
 def test_a_process_of_another_machine_is_not_looked_for_here(world):
-    world.signs[2] |= {"machine": "elsewhere", "pid": 2**22 + 1}
+    world.heartbeats[2] |= {"machine": "elsewhere", "pid": 2**22 + 1}
     world.live(20)
     world.assert_left_alone()
 
@@ -184,7 +186,7 @@ def test_a_process_of_another_machine_is_not_looked_for_here(world):
 def test_the_launchers_signal_ends_a_rank_that_lost_another_at_once(world, capsys):
     world.dog.may_save = True
     world.live(1)
-    world.signs[2] |= {"pid": 2**22 + 1}
+    world.heartbeats[2] |= {"pid": 2**22 + 1}
     world.dog.signalled(15)
     assert "rank 2 on" in ending(world, capsys, 1)
 
@@ -194,20 +196,20 @@ def test_the_verdict_of_rank_0_ends_the_others_which_write_their_stacks(tmp_path
     other = World(tmp_path / "other", rank=2)
     assert other.dog.peers == [0]
     other.live(3)
-    other.signs[0]["verdict"] = "rank 1 did not move"
+    other.heartbeats[0]["verdict"] = "rank 1 made no progress"
     with pytest.raises(Ended):
         other.live(1)
     text = (tmp_path / "other/stacks_rank_00002.txt").read_text()
-    assert "rank 1 did not move" in text and "test_watchdog.py" in text
+    assert "rank 1 made no progress" in text and "test_watchdog.py" in text
 
 
-def test_a_sign_of_life_is_always_as_long(world):
+def test_a_heartbeat_always_has_the_same_size(world):
     for place in (1, 10**9):
         progress.current.place = place
         progress.current.phase = "a reward function of a long name " * place if place < 10 else "\u00e4\u4e2d" * 500
         world.dog.verdict = "\u4e2d" * 400
         world.dog.beat()
-        assert world.dog.file.stat().st_size == watchdog.SIGN_OF_LIFE
+        assert world.dog.file.stat().st_size == watchdog.HEARTBEAT_BYTES
         assert json.loads(world.dog.file.read_text())["place"] == place
 
 

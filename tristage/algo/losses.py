@@ -29,7 +29,7 @@ def lm_loss(logits: Tensor, ids: Tensor, loss_mask: Tensor) -> Tensor:
     Nothing predicts the first token, whatever its mask. Only logits that predict a trained token are read.
     """
     rows, positions = loss_mask[:, 1:].nonzero(as_tuple=True)
-    nll = -token_logprobs(logits[rows, positions], ids[rows, positions + 1])  # the one place that shifts
+    nll = -token_logprobs(logits[rows, positions], ids[rows, positions + 1])  # position t-1 predicts token t
     return nll.new_zeros(ids.shape[0], ids.shape[1] - 1).index_put((rows, positions), nll)
 
 
@@ -68,7 +68,7 @@ def ranking_loss(
     label_smoothing: float = 0.0,
     centering: float = 0.0,
 ) -> Tensor:
-    """scores [N], prompt_index long [N], ranks [N] -> [P]: one loss a prompt, from the ranks of its answers.
+    """scores [N], prompt_index long [N], ranks [N] -> [P]: one loss per prompt, from the ranks of its answers.
 
     The values of prompt_index are 0..P-1, each present; prompts may have different numbers of answers. The
     lowest rank is the best, 0 as a rule; ties are allowed.
@@ -104,13 +104,13 @@ def token_ranking_loss(
     label_smoothing: float = 0.0,
     centering: float = 0.0,
 ) -> Tensor:
-    """values [N,T], input_ids [N,T], attention_mask [N,T], prompt_index [N], ranks [N] -> [P]: one loss a prompt.
+    """values [N,T], input_ids [N,T], attention_mask [N,T], prompt_index [N], ranks [N] -> [P]: one loss per prompt.
 
-    DeepSpeed-Chat's: of a pair, the mean of comparison_loss over the tokens t from the first at which the two rows
-    differ to the end of the shorter one (DeepSpeed-Chat went on to the longer one's end, over the other's padding). If
-    one is the beginning of the other, as when both were cut, their last real tokens are compared. Then the mean over
+    As in DeepSpeed-Chat: of a pair, the mean of comparison_loss over the tokens t from the first at which the two rows
+    differ to the end of the shorter one (DeepSpeed-Chat: to the longer one's end, over the other's padding). If one is
+    the beginning of the other, as when both were cut, their last real tokens are compared. Then the mean over
     the untied pairs of each prompt. Rows are right padded. For example, with EOS 2:
-      better 5 6 7 8 2     are compared at t = 3 and 4: before, both have been read alike,
+      better 5 6 7 8 2     are compared at t = 3 and 4: before, both have read the same,
       worse  5 6 7 9 4 2   and t = 5 of the worse one has no counterpart
     """
     better, worse = ranking_pairs(prompt_index, ranks)
@@ -152,7 +152,7 @@ def elo_ratings(
     start at 0 and all games of a round are rated at once, so that no order of games matters:
       R_i += K * sum over j of (S_ij - 1 / (1 + 10^((R_j - R_i) / 400)))      S_ij 1 won, 1/2 drawn, 0 lost (Elo 1978)
     and the result is R * ln(10) / 400, whose difference d means a chance of sigmoid(d). The rounds are finite since the
-    most likely ratings of a ranking are not: who always wins rises for ever. What one wins another loses, so each
+    most likely ratings of a ranking are not: who always wins rises forever. What one wins another loses, so each
     prompt's mean stays 0. Two answers end 1.90 apart, a chance of 0.87.
     """
     ranks = at_least_float32(ranks)
@@ -189,8 +189,8 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     form: DPOForm = "sigmoid",
 ) -> Tensor:
-    """Log-probabilities of answers, each [B] -> [B]: one loss a pair. "sigmoid" wants sums over an answer's tokens,
-    "ipo" means: the paper's results are of means, as its authors told TRL's (see step2_dpo/README.md).
+    """Log-probabilities of answers, each [B] -> [B]: one loss per pair. "sigmoid" takes sums over an answer's
+    tokens, "ipo" means: the paper's results are of means, according to its authors (see docs/step2-dpo.md).
 
     With gap = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected):
       "sigmoid": -log sigmoid(beta * gap)    (Rafailov et al. 2023, "Direct Preference Optimization", eq. 7);
@@ -207,7 +207,7 @@ def dpo_loss(
 
 
 def simpo_loss(policy_chosen_mean: Tensor, policy_rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
-    """Mean log-probability a token of each answer, [B], [B] -> [B]: -log sigmoid(beta * (chosen - rejected) - gamma).
+    """Mean log-probability per token of each answer, [B], [B] -> [B]: -log sigmoid(beta * (chosen - rejected) - gamma).
 
     No reference; `gamma` is the margin to reach (Meng et al. 2024, "SimPO", eq. 6).
     """

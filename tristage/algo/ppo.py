@@ -182,7 +182,7 @@ class KLController:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl: float, num_responses: int) -> None:
-        """`kl`: mean over an iteration's responses, nats a response. nan leaves the coefficient alone."""
+        """`kl`: mean over an iteration's responses, in nats per response. nan leaves the coefficient unchanged."""
         if self.target is None or not math.isfinite(kl):
             return
         error = min(max(kl / self.target - 1, -_MAX_KL_ERROR), _MAX_KL_ERROR)
@@ -202,7 +202,7 @@ class RunningMoments:
         self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: sum of (x - mean)^2
 
     def update(self, x: Tensor) -> None:
-        """x [B]; non-finite numbers are passed over."""
+        """x [B]; non-finite numbers are ignored."""
         x = x[x.isfinite()].double()
         if not len(x):
             return

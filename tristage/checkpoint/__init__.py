@@ -1,4 +1,4 @@
-"""Checkpoints to continue from: all state of a step in one folder, whole or absent, verified before it is used.
+"""Checkpoints to resume from: all state of a step in one folder, complete or absent, verified before it is used.
 
     OUT/checkpoints/step_000200/{actor/, critic/, own/, random_rank0.json, state.json, manifest.json}
     OUT/checkpoints/latest                  the newest folder's name, for people and scripts; nothing here reads it
@@ -9,11 +9,11 @@ with a valid manifest is used; sizes and checksums of all its files are compared
 
 from tristage.checkpoint.finding import Checkpoint, Models, find_checkpoint
 from tristage.checkpoint.loading import load_checkpoint
-from tristage.checkpoint.saving import MARGIN, save_checkpoint
+from tristage.checkpoint.saving import NON_TENSOR_BYTES, save_checkpoint
 
 __all__ = [
+    "NON_TENSOR_BYTES",
     "Checkpoint",
-    "MARGIN",
     "Models",
     "find_checkpoint",
     "load_checkpoint",

@@ -22,7 +22,7 @@ Models = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint that this run continues from."""
+    """A complete checkpoint that this run resumes from."""
 
     folder: Path
     state: dict[str, Any]  # state.json
@@ -33,7 +33,7 @@ class Checkpoint:
         return self.state["control"]  # type: ignore[no-any-return]
 
     def pieces(self, name: str) -> PieceReader | None:
-        """An engine's tensors, or those that were given as `own`; None of what was not saved."""
+        """An engine's tensors, or those given as `own`; None if they were not saved."""
         return PieceReader(self.folder / name, self.state["ranks"]) if (self.folder / name).is_dir() else None
 
 
@@ -42,16 +42,16 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """The newest whole checkpoint that `resume` allows, after comparing its run with this one. A collective.
 
-    Every file is read and compared with the manifest; one that does not hold is reported, and the next is tried.
-    All ranks come to the same answer, which is rank 0's.
+    Every file is read and compared with the manifest; a damaged checkpoint is reported, and the next is tried.
+    All ranks get rank 0's answer.
 
     Args:
         data: fingerprint of the rows.
-        models: fingerprint of each model by its key. Those that train must be the same, too, although the checkpoint
-            has their weights: their folder gives the tokenizer, what LoRA freezes, and by default the reference.
+        models: fingerprint of each model by its key. Trained models must also be the same, although the checkpoint has
+            their weights: their folder gives the tokenizer, the weights that LoRA freezes, and the default reference.
 
     Raises:
-        UserError: there are checkpoints but none is whole; `resume` names nothing; the run has changed.
+        UserError: every checkpoint is damaged; `resume` points to no checkpoint; the settings have changed.
     """
     if settings.resume == "never":
         return None
@@ -63,14 +63,15 @@ def find_checkpoint(
         wrong = _verify(folder)
         if wrong is None:
             if broken:
-                dist.print0(f"going on from {folder}, the newest that is whole")
+                dist.print0(f"resuming from {folder}, the newest that is not damaged")
             state = dist.gather_objects(_state_of(folder) if dist.is_main() else None)[0]
             _compare(folder, state, settings, data, models)
             return Checkpoint(folder, state)
         broken.append(f"{folder}: {wrong}")
         dist.print0(f"warning: {broken[-1]}")
     if broken:
-        raise UserError(f"no checkpoint is whole ({'; '.join(broken)}); restore one, or start again with resume=never")
+        problems = "; ".join(broken)
+        raise UserError(f"every checkpoint is damaged ({problems}); restore one, or start again with resume=never")
     return None
 
 
@@ -79,14 +80,14 @@ def _candidates(settings: RunSettings) -> tuple[list[Path], str | None]:
     if settings.resume == "auto":
         return _newest_first(Path(settings.output) / "checkpoints"), None
     path = Path(settings.resume)
-    # A job that is queued again has the same command line, and must not lose what it has done since.
-    mine = _newest_first(Path(settings.output) / "checkpoints")
-    since = [folder for folder in mine if _resumed(_state_of(folder)) in (settings.resume, None)]
+    # A requeued job has the same command line, and must not lose what it has done since.
+    own = _newest_first(Path(settings.output) / "checkpoints")
+    since = [folder for folder in own if _resumed(_state_of(folder)) in (settings.resume, None)]
     if (path / "state.json").is_file() or (path / MANIFEST).is_file():
         return [*since, path], None
     for root in (path / "checkpoints", path):
-        if found := _newest_first(root):
-            return [*since, *(folder for folder in found if folder not in since)], None
+        if folders := _newest_first(root):
+            return [*since, *(folder for folder in folders if folder not in since)], None
     return since, None if since else (
         f"{settings.file}: key `resume`: there is no checkpoint in {path}; give a folder such as "
         "OUT/checkpoints/step_000200, a run's output folder, auto or never"
@@ -94,7 +95,7 @@ def _candidates(settings: RunSettings) -> tuple[list[Path], str | None]:
 
 
 def _resumed(state: dict[str, Any]) -> Any:
-    """`resume` of the run that wrote a state; None of one that cannot be read, which is then found damaged."""
+    """`resume` of the run that wrote a state; None if it cannot be read, which `_verify` reports."""
     return state.get("settings", {}).get("resume")
 
 
@@ -104,7 +105,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _newest_first(root: Path) -> list[Path]:
-    # Those without a readable manifest come first: which is newer cannot be known, and they must not go unnoticed.
+    # Those without a readable manifest come first: their age is unknown, and the damage must be reported.
     def age(folder: Path) -> tuple[bool, int, str]:
         manifest = read_manifest(folder)
         readable = isinstance(manifest, Manifest)
@@ -114,7 +115,7 @@ def _newest_first(root: Path) -> list[Path]:
 
 
 def _number(folder: Path) -> int:
-    """Place in the order of saving; -1 of a folder that is not whole by its manifest and sizes."""
+    """Place in the order of saving; -1 if the folder does not match its manifest in files and sizes."""
     manifest = read_manifest(folder)
     return manifest.number if isinstance(manifest, Manifest) and wrong_size(folder, manifest.files) is None else -1
 
@@ -129,32 +130,32 @@ def _state_of(folder: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; the ranks share the reading. A collective."""
-    found: Manifest | str = ""
+    """What is wrong with a checkpoint, or None; the ranks share the reading. A collective."""
+    manifest: Manifest | str = ""
     if dist.is_main():
-        found = read_manifest(folder)
-        if isinstance(found, Manifest):
-            found = wrong_size(folder, found.files) or found
-    found = dist.gather_objects(found)[0]
-    if isinstance(found, str):
-        return found
-    problems = dist.gather_objects(wrong_content(folder, found.files, dist.rank(), dist.world_size()))
+        manifest = read_manifest(folder)
+        if isinstance(manifest, Manifest):
+            manifest = wrong_size(folder, manifest.files) or manifest
+    manifest = dist.gather_objects(manifest)[0]
+    if isinstance(manifest, str):
+        return manifest
+    problems = dist.gather_objects(wrong_content(folder, manifest.files, dist.rank(), dist.world_size()))
     return next((problem for problem in problems if problem), None)
 
 
 def _compare(folder: Path, then: dict[str, Any], settings: RunSettings, data: str | None, models: Models) -> None:
-    """Say what has changed since the checkpoint, and stop when the run would not be the same one."""
+    """Print what has changed since the checkpoint; raise UserError if it would change the result."""
     free, other = changed_settings(then["settings"], settings)
     if data is not None and then["data"] is not None and data != then["data"]:
-        other["the rows of `data`, their template or library versions"] = "others now"
+        other["the rows of `data`, their template or library versions"] = "have changed"
     other |= changed_inputs(then.get("models", {}), models, named_models(settings))
-    told = {key: change for key, change in free.items() if not key.startswith(("resume", "output"))}
-    if told:
-        dist.print0(f"changed since {folder}, without effect on the result: {listed(told)}")
+    shown = {key: change for key, change in free.items() if not key.startswith(("resume", "output"))}
+    if shown:
+        dist.print0(f"changed since {folder}, without effect on the result: {listed(shown)}")
     if other and settings.resume_changed:
-        dist.print0(f"warning: changed since {folder}: {listed(other)}; going on (resume_changed)")
+        dist.print0(f"warning: changed since {folder}: {listed(other)}; resuming (resume_changed)")
     elif other:
         raise UserError(
-            f"{folder}: was written by a run with other settings: {listed(other)}; put them back, go on with "
-            "the new ones by resume_changed=true, or start again with resume=never"
+            f"{folder}: was written by a run with other settings: {listed(other)}; put them back, resume "
+            "with the new ones (resume_changed=true), or start again with resume=never"
         )

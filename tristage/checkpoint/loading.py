@@ -1,4 +1,4 @@
-"""Put a checkpoint back into engines and random states, after a look at the disk's room for the next ones."""
+"""Restore a checkpoint into engines and random states, after checking that the disk has room for the next ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from tristage import dist
 from tristage.checkpoint.finding import Checkpoint
-from tristage.checkpoint.saving import MARGIN
+from tristage.checkpoint.saving import NON_TENSOR_BYTES
 from tristage.config import RunSettings
 from tristage.engine.state import engine_size, restore_engine
 from tristage.errors import UserError
@@ -20,10 +20,10 @@ from tristage.storage.free_space import free_on_disk
 
 
 def load_checkpoint(settings: RunSettings, found: Checkpoint | None, engines: dict[str, Any]) -> int:
-    """Restore engines and random states from what `find_checkpoint` found; its step, 0 of None. A collective.
+    """Restore engines and random states from the result of `find_checkpoint`; returns its step, or 0. A collective.
 
     Raises:
-        UserError: the disk has no room for the checkpoints to come, or the checkpoint is of other models.
+        UserError: the disk has no room for further checkpoints, or the checkpoint is of other models.
     """
     _check_room(settings, engines, found)
     if found is None:
@@ -40,7 +40,7 @@ def load_checkpoint(settings: RunSettings, found: Checkpoint | None, engines: di
             f"run has {dist.world_size()} at {stages}: weights, moments, schedule and place in the data carry over"
         )
     drawn = found.folder / f"random_rank{dist.rank()}.json"
-    if drawn.is_file():  # not of ranks that there were none of
+    if drawn.is_file():  # absent if the run had fewer ranks
         _set_random_state(json.loads(drawn.read_text()))
     dist.barrier()
     dist.print0(f"resumed from {found.folder}")
@@ -48,8 +48,8 @@ def load_checkpoint(settings: RunSettings, found: Checkpoint | None, engines: di
 
 
 def _check_room(settings: RunSettings, engines: dict[str, Any], found: Checkpoint | None) -> None:
-    """Refuse, before training, a disk without room for two checkpoints; one is there when a run goes on."""
-    size = sum(dist.gather_objects(sum(map(engine_size, engines.values())))) + MARGIN
+    """Refuse, before training, a disk without room for two checkpoints; a resumed run already has one."""
+    size = sum(dist.gather_objects(sum(map(engine_size, engines.values())))) + NON_TENSOR_BYTES
     need = size if found is not None else 2 * size
     free = dist.gather_objects(free_on_disk(Path(settings.output)))[0]
     if settings.check_disk and free < need:

@@ -32,7 +32,7 @@ from tristage.storage.durable import (
 from tristage.storage.free_space import free_on_disk
 from tristage.storage.pieces import Piece, write_pieces
 
-MARGIN = 1 << 20  # bytes of a checkpoint that are no tensors, generously
+NON_TENSOR_BYTES = 1 << 20  # a generous allowance for JSON files
 T = TypeVar("T")
 
 
@@ -46,12 +46,12 @@ def save_checkpoint(
 ) -> None:
     """Write checkpoint `step`, then point `latest` at it, then remove what need not be kept. A collective.
 
-    `control` (numbers, the same on every rank) and `own` (this rank's pieces) are what else carries over; `heldout`
-    are the held-out metrics of the step on rank 0, where it has any. Data order and sampling are functions of
-    (seed, step); the global random states are kept besides, for functions of the user's that draw.
+    `control` (numbers, the same on every rank) and `own` (this rank's pieces) are saved with the engines; `heldout`
+    are the step's held-out metrics, on rank 0, if it has any. Data order and sampling are functions of (seed, step);
+    the global random states are also saved, for user functions that draw.
 
     Raises:
-        UserError: on every rank, when one cannot write; nothing of the checkpoint is left then, and older ones are.
+        UserError: on every rank, if one cannot write; the partial checkpoint is removed, older ones are kept.
     """
     root = Path(settings.output) / "checkpoints"
     folder = root / f"step_{step:06d}"
@@ -60,7 +60,7 @@ def save_checkpoint(
     if own is not None:
         shards["own"] = own
     mine = sum(piece.size for pieces in shards.values() for piece in pieces)
-    need = sum(dist.gather_objects(mine)) + MARGIN
+    need = sum(dist.gather_objects(mine)) + NON_TENSOR_BYTES
     state = {
         "step": step,
         "ranks": dist.world_size(),
@@ -87,27 +87,27 @@ def save_checkpoint(
         drawn = f"random_rank{rank}.json"
         return entries | {drawn: write_text(partial / drawn, json.dumps(_random_state()))}
 
-    _together(prepare, partial, need)
-    written = _together(write, partial, need)
+    _on_all_ranks(prepare, partial, need)
+    written = _on_all_ranks(write, partial, need)
 
     def finish() -> None:
         if dist.is_main():
             files = {name: entry for part in written for name, entry in part.items()}
-            values = state | _inputs_of(settings) | {"best": _judge(settings.keep_best, heldout)}
+            values = state | _inputs_of(settings) | {"best": _best_record(settings.keep_best, heldout)}
             files["state.json"] = write_text(partial / "state.json", json.dumps(values, indent=1))
             _publish(root, folder, partial, files)
             _rotate(root, settings)
 
-    _together(finish, partial, need)
+    _on_all_ranks(finish, partial, need)
 
 
 def _publish(root: Path, folder: Path, partial: Path, files: dict[str, Entry]) -> None:
-    """Make a finished folder count: its manifest, every name on the disk, the rename, and last the pointer."""
+    """Publish a complete folder: write its manifest, sync every name, rename it, and last update the pointer."""
     number = 1 + max(map(_number, _folders(root)), default=0)
     write_text(partial / MANIFEST, manifest_text(files, number))
     for inside in (*(path for path in partial.iterdir() if path.is_dir()), partial):
         sync(inside)
-    if folder.exists():  # of an earlier attempt; it stays one to continue from until the new one has its name
+    if folder.exists():  # of an earlier attempt; it stays usable until the new one has its name
         aside = folder.with_name(folder.name + ".old")
         remove_tree(aside)
         os.rename(folder, aside)
@@ -118,7 +118,7 @@ def _publish(root: Path, folder: Path, partial: Path, files: dict[str, Entry]) -
 
 
 def _rotate(root: Path, settings: RunSettings) -> None:
-    """Remove what is neither among the newest nor kept for its step or its metric. The newest is whole, and stays."""
+    """Remove checkpoints that are neither among the newest nor kept for their step or metric."""
     numbers = {folder: _number(folder) for folder in _folders(root)}
     whole = sorted((f for f, number in numbers.items() if number >= 0 and f.suffix != ".old"), key=numbers.__getitem__)
     keep = set(whole[-settings.keep_last :])
@@ -128,23 +128,23 @@ def _rotate(root: Path, settings: RunSettings) -> None:
         keep |= _best(whole, settings.keep_best)
     for old in numbers:
         if old not in keep:
-            going = old.with_name(old.name + ".partial")  # half of a folder must not look like a checkpoint
+            going = old.with_name(old.name + ".partial")  # a half-deleted folder must not look like a checkpoint
             remove_tree(going)
             os.rename(old, going)
             remove_tree(going)
 
 
 def _best(folders: Iterable[Path], rule: KeepBest) -> set[Path]:
-    """The folder with the best value of the metric, the oldest of several; none when no folder has one."""
+    """The folder with the best value of the metric, the oldest if several have it; empty if no folder has one."""
     values = {}
     for folder in folders:
-        judged = _state_of(folder).get("best") or {}
-        if judged.get("metric") == rule.metric:
-            values[folder] = judged["value"] if rule.lower_is_better else -judged["value"]
+        record = _state_of(folder).get("best") or {}
+        if record.get("metric") == rule.metric:
+            values[folder] = record["value"] if rule.lower_is_better else -record["value"]
     return {min(values, key=lambda folder: values[folder])} if values else set()
 
 
-def _judge(rule: KeepBest | None, heldout: Mapping[str, float] | None) -> dict[str, Any] | None:
+def _best_record(rule: KeepBest | None, heldout: Mapping[str, float] | None) -> dict[str, Any] | None:
     if rule is None or heldout is None:
         return None
     if rule.metric not in heldout:
@@ -153,8 +153,8 @@ def _judge(rule: KeepBest | None, heldout: Mapping[str, float] | None) -> dict[s
     return {"metric": rule.metric, "value": value} if math.isfinite(value) else None
 
 
-def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
-    """What `action` returned on each rank, in rank order. When the disk fails on one, all stop. A collective."""
+def _on_all_ranks(action: Callable[[], T], partial: Path, need: int) -> list[T]:
+    """Run `action` on every rank; its results in rank order. If the disk fails on one, all raise. A collective."""
     result, problem, root = None, None, partial.parent
     try:
         result = action()
@@ -167,7 +167,7 @@ def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
                 "make room, or set `output` to a larger disk; the checkpoints before it are whole"
             )
         else:
-            hint = "all nodes must see `output`" if error.errno == errno.ENOENT else "mend that"
+            hint = "all nodes must see `output`" if error.errno == errno.ENOENT else "fix that and start again"
             problem = f"{error.filename or root}: {partial.stem} cannot be written ({error.strerror}); {hint}"
     outcomes = dist.gather_objects((result, problem))
     problems = [problem for _, problem in outcomes if problem]
@@ -179,7 +179,7 @@ def _together(action: Callable[[], T], partial: Path, need: int) -> list[T]:
 
 
 def _inputs_of(settings: RunSettings) -> dict[str, Any]:
-    """The fingerprints of this run's rows and models, as run.start noted them."""
+    """The fingerprints of this run's rows and models, from environment.json (run.start)."""
     noted = Path(settings.output) / "environment.json"
     values = json.loads(noted.read_text()) if noted.is_file() else {}
     return {"data": values.get("data"), "models": values.get("models", {})}

@@ -1,4 +1,4 @@
-"""Who this rank is, and what ranks tell each other: reductions, gathers, barriers."""
+"""Who this rank is, and what ranks exchange: reductions, gathers, barriers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _waiting(collective: F) -> F:
-    """The watchdog sees that a rank in here has come further than one that is not."""
+    """Mark the rank as waiting, so that the watchdog can tell which rank is late."""
 
     @functools.wraps(collective)
     def noted(*arguments: Any, **named: Any) -> Any:
@@ -39,8 +39,8 @@ def world_size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
-def of_this_node() -> str:
-    """" (rank 3 on HOST)" where ranks run on several nodes and this is not the first; else nothing."""
+def node_suffix() -> str:
+    """" (rank 3 on HOST)" where ranks run on several nodes and this is not rank 0; otherwise empty."""
     several = int(os.environ.get("LOCAL_SIZE", "1")) < int(os.environ.get("WORLD_SIZE", "1"))
     return f" (rank {rank()} on {platform.node()})" if several and rank() != 0 and "LOCAL_SIZE" in os.environ else ""
 
@@ -57,13 +57,13 @@ def print0(*words: object) -> None:
 
 @_waiting
 def sum_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Sum of each named number over ranks, in float64. Every rank must give the same names."""
+    """Sum of each named number over ranks, in float64. Every rank must pass the same names."""
     return _reduce_named(values, device, torch_dist.ReduceOp.SUM)
 
 
 @_waiting
 def max_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Largest of each named number over ranks; as sum_over_ranks."""
+    """Largest of each named number over ranks; like sum_over_ranks."""
     return _reduce_named(values, device, torch_dist.ReduceOp.MAX)
 
 

@@ -17,7 +17,7 @@ from tristage.machine.devices import has_nvidia_gpu
 
 
 def problem(root: Path = Path("/")) -> str:
-    """Why torch cannot use the NVIDIA GPU of this machine; nothing if it can, there is none, or the user hid it."""
+    """Why torch cannot use the NVIDIA GPU of this machine; empty if it can, there is none, or the user hid it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's warning would repeat it, in several lines
         if torch.cuda.is_available():
@@ -40,6 +40,6 @@ def _reason() -> str:
 
 
 if __name__ == "__main__":
-    if found := problem():
-        print(f"warning: {found}; ranks run on the CPU (--cpu N if that is intended)", file=sys.stderr)
+    if reason := problem():
+        print(f"warning: {reason}; ranks run on the CPU (--cpu N if that is intended)", file=sys.stderr)
     print(torch.cuda.device_count())

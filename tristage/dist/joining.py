@@ -1,4 +1,4 @@
-"""How ranks become a process group, and leave it: devices, the store where they meet."""
+"""Joining the process group and leaving it: devices, and the store at which the ranks meet."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ EXIT_PORT_TAKEN = 2  # as of any port that is taken; the launcher knows this cas
 
 
 def check_device(device: str, where: str) -> None:
-    """Refuse a device that this machine cannot give, before anything is set up.
+    """Refuse a device that this machine does not have, before anything is set up.
 
     Raises:
-        UserError: a GPU was asked for and there is none, or the CPU was asked for on a GPU machine without
-            telling DeepSpeed, which picks its device by itself.
+        UserError: there is no GPU for `cuda`, or `cpu` was set on a GPU machine without DS_ACCELERATOR, from which
+            DeepSpeed picks its device.
     """
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
@@ -41,7 +41,7 @@ def check_device(device: str, where: str) -> None:
         raise UserError(f"{where}: key `device` is cpu on a machine with GPUs; set DS_ACCELERATOR=cpu to force it")
     if uses_gpu(device) and local_rank() >= torch.cuda.device_count():
         raise UserError(
-            f"{where}: this node was asked for {local_rank() + 1} ranks but shows {torch.cuda.device_count()} GPUs; "
+            f"{where}: this node has to run {local_rank() + 1} ranks but shows {torch.cuda.device_count()} GPUs; "
             "lower --num_gpus"
         )
 
@@ -52,7 +52,7 @@ def uses_gpu(device: str) -> bool:
 
 
 def current_device() -> torch.device:
-    """This rank's device, once `init` was called."""
+    """This rank's device, after `init`."""
     use_gpu = torch_dist.is_initialized() and torch_dist.get_backend() == "nccl"
     return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
 
@@ -61,8 +61,8 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
     """Join the process group that the deepspeed launcher describes (alone: a group of one); this rank's device.
 
     Raises:
-        UserError: the port where the ranks meet is taken; a rank that never came; ranks that would send with
-            different backends, which would wait for each other until the timeout.
+        UserError: the port where the ranks meet is in use; a rank did not join; ranks would use different backends
+            and wait for each other until the timeout.
     """
     use_gpu = uses_gpu(device)
     backend = "nccl" if use_gpu else "gloo"
@@ -75,7 +75,7 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
         # the store of torchrun's agent outlives a restart of the ranks
         attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         store = torch_dist.PrefixStore(attempt, _store(ranks, limit))
-        _meet(store, ranks, backend, timeout_seconds)
+        _rendezvous(store, ranks, backend, timeout_seconds)
         if use_gpu:
             torch.cuda.set_device(local_rank())
         torch_dist.init_process_group(backend, store=store, rank=rank(), world_size=ranks, timeout=limit)
@@ -140,7 +140,7 @@ def _listen(address: str, port: int) -> int | None:
 
 
 def _launcher_picks_again() -> bool:
-    """Whether the launcher picked the port, and not the user; if so, tell it to pick another (launch/common.sh)."""
+    """Whether the launcher picked the port, and not the user; if so, have it pick another (launch/supervise.py)."""
     mark = Path(os.environ.get("PYTHON_TRISTAGE_RUN", ""))
     try:
         (mark / "port_picked").rename(mark / "port_taken")
@@ -161,8 +161,8 @@ def _rendezvous_error(error: Exception, address: str, port: int) -> str:
     )
 
 
-def _meet(store: torch_dist.Store, ranks: int, backend: str, timeout_seconds: float) -> None:
-    """Rank 0 looks at what all ranks are about to join with, and tells all. It says who is missing meanwhile."""
+def _rendezvous(store: torch_dist.Store, ranks: int, backend: str, timeout_seconds: float) -> None:
+    """Rank 0 compares every rank's backend and publishes the verdict; until all have arrived it prints who is missing."""
     store.set(f"joins/{rank()}", json.dumps([platform.node(), backend]))
     missing = set(range(ranks))
     if is_main():
@@ -175,24 +175,24 @@ def _meet(store: torch_dist.Store, ranks: int, backend: str, timeout_seconds: fl
                 missing = {other for other in missing if not store.check([f"joins/{other}"])}
                 print0(f"waiting for {_listed(missing)} to join")
         store.set("verdict", _verdict(store, ranks, missing))
-    if told := store.get("verdict").decode():
+    if problem := store.get("verdict").decode():
         store.set(f"heard/{rank()}", "")
-        if is_main():  # the store ends with this process: not before all have heard
+        if is_main():  # the store ends with this process: wait until all have read it
             with contextlib.suppress(torch_dist.DistStoreError):
                 heard = [f"heard/{other}" for other in range(ranks) if other not in missing]
                 store.wait(heard, timedelta(seconds=SECONDS_TO_HEAR))
-        raise UserError(told)
+        raise UserError(problem)
 
 
 def _verdict(store: torch_dist.Store, ranks: int, missing: set[int]) -> str:
-    """What keeps the ranks from joining, or nothing."""
+    """Why the ranks cannot join; empty if they can."""
     if missing:
         return f"{_listed(missing)} did not join; see what they, or the launchers of their nodes, printed"
     joins = [json.loads(store.get(f"joins/{other}")) for other in range(ranks)]
     for other, (node, backend) in enumerate(joins):
         if backend != joins[0][1]:
             return (
-                f"rank {other} on {node} would send with {backend}, rank 0 on {joins[0][0]} with {joins[0][1]}: one of "
+                f"rank {other} on {node} would use backend {backend}, rank 0 on {joins[0][0]} {joins[0][1]}: one of "
                 "them sees a GPU and the other does not; compare `nvidia-smi` and DS_ACCELERATOR on both"
             )
     return ""
@@ -205,7 +205,7 @@ def _listed(ranks: set[int]) -> str:
 def shutdown() -> None:
     """Leave the process group; safe to call twice.
 
-    DeepSpeed's CPU op never removes its buffer in shared memory: 66 MiB a rank and run, until the machine restarts.
+    DeepSpeed's CPU op never removes its buffer in shared memory: 66 MiB per rank and run, until reboot.
     """
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()

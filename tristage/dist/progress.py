@@ -1,4 +1,4 @@
-"""How far this rank's main thread is, as it says itself; the watchdog shows it to the other ranks."""
+"""How far this rank's main thread has come; the watchdog publishes it to the other ranks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 
 class Progress:
-    """Where this rank's main thread is, as it says itself."""
+    """Where this rank's main thread is, as it reports itself."""
 
     def __init__(self) -> None:
-        self.step: int | None = None  # the last finished one of this process
+        self.step: int | None = None  # the last one that this process finished
         self.phase = "start"
         self.place = self.moves = 0
 
     def enter(self, phase: str) -> str:
-        """Begin a phase, which every rank does at this point; the phase before."""
+        """Enter a phase, which every rank does at this point; returns the phase before."""
         before, self.phase = self.phase, phase
         self.place += 1
         self.moves += 1
@@ -28,7 +28,7 @@ current = Progress()
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """All ranks are in here together, if not at the same time."""
+    """Every rank enters this phase, though not simultaneously."""
     before = current.enter(name)
     yield
     current.enter(before)
@@ -36,18 +36,18 @@ def phase(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def doing(name: str) -> Iterator[None]:
-    """As `phase`, of what not every rank does."""
+    """Like `phase`, for work that only some ranks do."""
     before, current.phase = current.phase, name
     yield
     current.phase = before
-    moved()
+    made_progress()
 
 
-def moved() -> None:
-    """Something got done, if not on every rank: each forward of an engine's model calls this."""
+def made_progress() -> None:
+    """Count a piece of work, on this rank at least: each forward of an engine's model calls this."""
     current.moves += 1
 
 
 def finished(step: int) -> None:
     current.step = step
-    moved()
+    made_progress()

@@ -1,4 +1,4 @@
-"""A moving average of an engine's weights in float32, spread over the ranks, that can stand in for the weights.
+"""A moving average of an engine's weights in float32, distributed over the ranks, that can replace the weights.
 
 Under ZeRO-3 a rank averages its own partition of each parameter; else each parameter is averaged by one rank.
 """
@@ -18,18 +18,18 @@ from tristage.storage.pieces import Piece, PieceReader
 
 
 class WeightAverage:
-    """At each optimizer step average <- decay * average + (1 - decay) * weights; before step `start` the weights."""
+    """At each optimizer step average <- decay * average + (1 - decay) * weights; until step `start` a copy."""
 
     def __init__(self, engine: Any, decay: float, start: int = 0) -> None:
         self.engine, self.decay, self.start = engine, decay, start
         self.partitioned = engine.zero_optimization_stage() == 3
-        self.averages = {name: self._own(p).detach().float().clone() for name, p in self._mine()}
+        self.averages = {name: self._own(p).detach().float().clone() for name, p in self._averaged_here()}
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad]
 
-    def _mine(self) -> list[tuple[str, nn.Parameter]]:
-        """What this rank averages."""
+    def _averaged_here(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that this rank averages."""
         ranks = 1 if self.partitioned else dist.world_size()
         return [pair for i, pair in enumerate(self._parameters()) if i % ranks == (dist.rank() if ranks > 1 else 0)]
 
@@ -38,10 +38,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, skipped: bool) -> None:
-        """After optimizer step `step` (0-based); a skipped one changed nothing and counts for nothing."""
+        """Call after optimizer step `step` (0-based); a skipped step is not counted."""
         if skipped:
             return
-        for name, parameter in self._mine():
+        for name, parameter in self._averaged_here():
             weights = self._own(parameter).float()
             if step < self.start:
                 self.averages[name].copy_(weights)
@@ -50,7 +50,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The engine with the average for its weights, for evaluation and export. A collective; no training inside."""
+        """Use the average as the engine's weights, for evaluation and export. A collective; do not train inside."""
         kept = {name: self._own(p).detach().cpu().clone() for name, p in self._parameters()}
         self._write()
         try:
@@ -72,23 +72,24 @@ class WeightAverage:
         refresh_persistent(self.engine)
 
     def pieces(self) -> list[Piece]:
-        """This rank's share, as the checkpoint keeps it: any number of ranks and ZeRO stage reads it back."""
-        return [Piece(name, *self._place(p), self.averages[name].view(-1)[: self._real(p)]) for name, p in self._mine()]
+        """This rank's share, for the checkpoint: any number of ranks and any ZeRO stage can read it."""
+        own = self._averaged_here()
+        return [Piece(n, *self._place(p), self.averages[n].view(-1)[: self._unpadded_numel(p)]) for n, p in own]
 
     def restore(self, pieces: PieceReader) -> None:
-        """Raises UserError when the averages are of another model."""
-        for name, parameter in self._mine():
+        """Read the averages of a checkpoint. Raises UserError if they are of another model."""
+        for name, parameter in self._averaged_here():
             start, _ = self._place(parameter)
-            pieces.read(name, start, self.averages[name].view(-1)[: self._real(parameter)])
+            pieces.read(name, start, self.averages[name].view(-1)[: self._unpadded_numel(parameter)])
 
     def _place(self, parameter: Any) -> tuple[int, int]:
-        """(first element that this rank averages, elements of the whole parameter)."""
+        """(first element that this rank averages, elements of the entire parameter)."""
         if not self.partitioned:
             return 0, parameter.numel()
         rank: int = self.engine.optimizer._get_param_partition_rank(parameter)
         return min(rank * parameter.ds_tensor.numel(), parameter.ds_numel), parameter.ds_numel
 
-    def _real(self, parameter: Any) -> int:
-        """Elements of this rank's share that are no padding."""
+    def _unpadded_numel(self, parameter: Any) -> int:
+        """Elements of this rank's share without padding."""
         start, total = self._place(parameter)
         return min(int(self._own(parameter).numel()), total - start)

@@ -28,8 +28,8 @@ from tristage.errors import UserError
 from tristage.storage.free_space import free_for_rank
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# By how much rounding may move a token's log-probability between two forwards of the same weights: beyond it something
-# is wrong (dropout left on, another mask, rows that see each other).
+# How far rounding may move a token's log-probability between two forwards of the same weights: beyond that something is
+# wrong (dropout left on, another mask, rows that see each other).
 FORWARD_TOLERANCE = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 
 
@@ -57,7 +57,7 @@ def engine_config(template: dict[str, Any], precision: str, plan: BatchPlan, cli
 
 
 def check_zero_support(config: dict[str, Any], has_gpu: bool, where: str) -> None:
-    """What `config` asks of ZeRO++ and of disks must be there: DeepSpeed would stop in a traceback, models loaded.
+    """Refuse ZeRO++ or NVMe settings this machine cannot serve: DeepSpeed would fail with a traceback later.
 
     Raises:
         UserError: names the setting.
@@ -67,14 +67,14 @@ def check_zero_support(config: dict[str, Any], has_gpu: bool, where: str) -> Non
         if zero.get(name) and not has_gpu:
             raise UserError(f"{where}: zero_optimization.{name} has kernels for GPUs only; remove it")
     for name in ("offload_optimizer", "offload_param"):
-        if (zero.get(name) or {}).get("device") == "nvme" and not _reads_disks():
+        if (zero.get(name) or {}).get("device") == "nvme" and not _has_async_io():
             raise UserError(
                 f"{where}: zero_optimization.{name} to nvme needs the library libaio, which a compiler does not find "
                 "here; install its development package, or offload to cpu"
             )
 
 
-def _reads_disks() -> bool:
+def _has_async_io() -> bool:
     return bool(get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible())
 
 
@@ -101,7 +101,7 @@ def train_engine(
 
 
 def _keep_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Float32 at ZeRO 0 is the one path that clips without noting the norm: DeepSpeed would report none."""
+    """Record the norm in float32 at ZeRO 0, the one path where DeepSpeed clips without storing it."""
 
     def clip() -> None:
         engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
@@ -110,9 +110,9 @@ def _keep_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """A model that only answers forward passes (reference, reward), whole on each rank or partitioned (ZeRO-3).
+    """A model for forward passes only (reference, reward), complete on each rank or partitioned (ZeRO-3).
 
-    ZeRO 1 and 2 shard gradients and optimizer, which it has not: they mean whole.
+    ZeRO 1 and 2 shard gradients and optimizer, which it does not have: they are treated as ZeRO 0.
     """
     if zero_stage(config) in (1, 2):
         config = config | {"zero_optimization": {"stage": 0}}
@@ -126,12 +126,10 @@ def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpe
 
 
 def _prepare(model: Any, config: dict[str, Any]) -> None:
-    """Make each forward a heartbeat, and tell ZeRO-3 which weights a wrapper uses outside the modules that own them
-    (the output projection).
-    """
+    """Count each forward as progress; register with ZeRO-3 weights used outside their modules (output head)."""
     # The backbone runs both in the wrapper's forward and, token by token, in the inner model's `generate`.
     inner = getattr(model, "model", model)
-    getattr(inner, "base_model", inner).register_forward_hook(lambda *_: progress.moved())
+    getattr(inner, "base_model", inner).register_forward_hook(lambda *_: progress.made_progress())
     if zero_stage(config) == 3 and hasattr(model, "external_parameters"):
         for parameter in model.external_parameters():
             register_external_parameter(model, parameter)
@@ -156,14 +154,14 @@ def backward_mean(engine: deepspeed.DeepSpeedEngine, loss_sum: torch.Tensor, glo
 
 
 def gathered(parameters: list[nn.Parameter], config: dict[str, Any] | None) -> contextlib.AbstractContextManager[Any]:
-    """Under a ZeRO-3 `config`, the parameters whole inside the block; what rank 0 writes there is kept."""
+    """Under a ZeRO-3 `config`, gather the parameters inside the block; what rank 0 writes there is kept."""
     if config is None or zero_stage(config) != 3:
         return contextlib.nullcontext()
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """All weights on the CPU of rank 0 (elsewhere empty); under ZeRO-3 gathered a module at a time."""
+    """All weights on the CPU of rank 0 (elsewhere empty); under ZeRO-3 gathered module by module."""
     if engine.zero_optimization_stage() == 3:
         return engine._zero3_consolidated_16bit_state_dict() or {}
     if not dist.is_main():
@@ -173,10 +171,10 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
 
 @contextlib.contextmanager
 def generation_mode(engine: deepspeed.DeepSpeedEngine, gather: bool = True) -> Iterator[bool]:
-    """Evaluation mode with the parameters whole for as long as the block lasts; yields whether they are.
+    """Evaluation mode, with parameters gathered for the whole block; yields whether they are complete.
 
     Under ZeRO-3 every token would otherwise gather all parameters again. Gathering once is not enough: the
-    module hooks hand the parameters back after the first forward, so they come off for the block. With whole
+    module hooks release the parameters after the first forward, so they are removed for the block. With complete
     parameters ranks need not wait for each other; with `gather=False` they must all run the same forwards.
     """
     was_training = engine.module.training
@@ -198,7 +196,7 @@ def _whole_parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         offload._remove_module_hooks()
-        offload.forward_hooks.clear()  # it keeps the handles of removed hooks: a list that grew with every rollout
+        offload.forward_hooks.clear()  # it keeps handles of removed hooks, a list that would grow with every rollout
         offload.backward_hooks.clear()
         try:
             yield
@@ -207,7 +205,7 @@ def _whole_parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
 
 def refresh_persistent(engine: deepspeed.DeepSpeedEngine) -> None:
-    """After partitions were written by hand: ZeRO-3 keeps small parameters whole as well, which then need renewing."""
+    """Call after writing ds_tensor directly: ZeRO-3 also keeps small parameters whole, and those copies are stale."""
     small = engine.optimizer.persistent_parameters if engine.zero_optimization_stage() == 3 else []
     if small:
         small[0].partition(small)
@@ -215,7 +213,7 @@ def refresh_persistent(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def free_weights(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Give the weights' memory back; dropping the engine would not: under ZeRO-3 DeepSpeed keeps its module."""
+    """Free the weights' memory. Dropping the engine would not: under ZeRO-3 DeepSpeed keeps its module."""
     for parameter in engine.module.parameters():
         share = parameter.ds_tensor if engine.zero_optimization_stage() == 3 else parameter  # of this rank
         for tensor in (parameter, share):

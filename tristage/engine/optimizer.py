@@ -23,12 +23,12 @@ def _adamw(model: nn.Module, config: dict[str, Any], settings: OptimizerSettings
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    knobs: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    adam_options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
     if not torch.cuda.is_available():
-        return torch.optim.AdamW(groups, **knobs)
+        return torch.optim.AdamW(groups, **adam_options)
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **knobs)
-    return torch.optim.AdamW(groups, fused=True, **knobs)
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam_options)
+    return torch.optim.AdamW(groups, fused=True, **adam_options)
 
 
 def schedule_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:

@@ -18,7 +18,7 @@ from tristage.errors import UserError
 from tristage.storage.pieces import Piece, PieceReader
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # fp16's
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -26,15 +26,15 @@ class Share(NamedTuple):
     """This rank's part of one trained parameter, inside a tensor that the optimizer knows."""
 
     name: str
-    start: int  # place in the flattened parameter
+    start: int  # index in the flattened parameter
     total: int
-    owner: torch.Tensor  # what the optimizer steps: the parameter, its float32 copy, or a flat partition of many
-    offset: int  # place in the flattened owner
+    owner: torch.Tensor  # what the optimizer updates: the parameter, its float32 copy, or a flat partition of many
+    offset: int  # index in the flattened owner
     numel: int
-    writes: bool  # False where another rank holds the same
+    writes: bool  # False if another rank writes the same
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[numel] of the owner, or of a moment that is shaped as it is; a view."""
+        """[numel] of the owner, or of a moment of the same shape; a view."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
@@ -55,14 +55,14 @@ def engine_pieces(engine: Any) -> list[Piece]:
 
 
 def engine_size(engine: Any) -> int:
-    """Bytes that this rank's pieces have once the optimizer has stepped."""
+    """Bytes of this rank's pieces once the optimizer has stepped."""
     mine = (share for share in _shares(engine) if share.writes)
     return sum((1 + len(MOMENTS)) * share.numel * share.owner.element_size() for share in mine)
 
 
 @torch.no_grad()
 def restore_engine(engine: Any, pieces: PieceReader, numbers: dict[str, Any]) -> None:
-    """Put back what `engine_pieces` and `engine_numbers` gave: weights, moments, schedule, counters. A collective.
+    """Restore the result of `engine_pieces` and `engine_numbers`: weights, moments, schedule, counters. A collective.
 
     Raises:
         UserError: they are of another model.
@@ -80,7 +80,7 @@ def restore_engine(engine: Any, pieces: PieceReader, numbers: dict[str, Any]) ->
             state = _new_adam_state(engine, share.owner, float(step))
             for moment in MOMENTS:
                 pieces.read(f"{moment}/{share.name}", share.start, share.of(state[moment]))
-    _renew_weights(engine)
+    _refresh_model_weights(engine)
     for counter in COUNTERS:
         setattr(engine, counter, numbers[counter])
     _set_schedule(engine.lr_scheduler, numbers["schedule_step"])
@@ -92,15 +92,16 @@ def restore_engine(engine: Any, pieces: PieceReader, numbers: dict[str, Any]) ->
 def engine_numbers(engine: Any) -> dict[str, Any]:
     """Counters, place in the schedule and fp16's loss scale; the same on every rank, and JSON."""
     scaler = _loss_scaler(engine)
+    scaler_fields = {} if scaler is None else vars(scaler)
     return {
         **{counter: int(getattr(engine, counter)) for counter in COUNTERS},
         "schedule_step": engine.lr_scheduler.last_epoch,
-        "loss_scaler": {name: vars(scaler)[name] for name in SCALER if scaler is not None and name in vars(scaler)},
+        "loss_scaler": {name: scaler_fields[name] for name in LOSS_SCALER_FIELDS if name in scaler_fields},
     }
 
 
 def _shares(engine: Any) -> Iterator[Share]:
-    """In the order of the model's parameters."""
+    """This rank's shares, in the order of the model's parameters."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     masters = _whole_masters(optimizer)
     trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
@@ -127,7 +128,7 @@ def _zero3_share(optimizer: Any, name: str, parameter: Any) -> Iterator[Share]:
 
 
 def _whole_masters(optimizer: Any) -> dict[int, nn.Parameter]:
-    """Parameter id -> its float32 copy, where ZeRO 0 trains in bf16 or fp16; nothing in float32."""
+    """Parameter id -> its float32 copy, if ZeRO 0 trains in bf16 or fp16; empty in float32."""
     groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
     return {id(p): master for low, high in groups for p, master in zip(low, high, strict=True)}
 
@@ -143,7 +144,7 @@ def _adam_state(engine: Any, owner: torch.Tensor) -> dict[str, Any]:
 
 
 def _new_adam_state(engine: Any, owner: torch.Tensor, step: float) -> dict[str, Any]:
-    """The optimizer's state of `owner`, as it is after its first step, which makes it."""
+    """The optimizer's state of `owner`, created as after its first step."""
     optimizer = _optimizer_of(engine, owner)
     state = optimizer.state[owner]
     if not state:
@@ -156,8 +157,8 @@ def _new_adam_state(engine: Any, owner: torch.Tensor, step: float) -> dict[str, 
     return state  # type: ignore[no-any-return]
 
 
-def _renew_weights(engine: Any) -> None:
-    """The weights that the model computes with, from the float32 ones."""
+def _refresh_model_weights(engine: Any) -> None:
+    """Copy the float32 weights to those that the model computes with."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         for parameter in engine.module.parameters():
@@ -176,7 +177,7 @@ def _renew_weights(engine: Any) -> None:
 
 
 def _set_schedule(scheduler: Any, step: int) -> None:
-    """As after `step` steps; peak rates and shape are the settings', which may have been changed on purpose."""
+    """Set the schedule as after `step` steps; peak rates and shape come from the settings, which may have changed."""
     rates = [base * shape(step) for base, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     state, changed = scheduler.state_dict(), {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
     assert changed.keys() <= state.keys(), "torch's schedulers keep their place under other names"
@@ -186,8 +187,8 @@ def _set_schedule(scheduler: Any, step: int) -> None:
 
 
 def _loss_scaler(engine: Any) -> Any:
-    """What holds the moving scale of fp16's loss; None where it does not move."""
-    found = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)  # ZeRO 0 has it in a group of its own
-    if not getattr(found, "dynamic_loss_scale", False):
+    """The object that holds fp16's dynamic loss scale; None if it is not dynamic."""
+    holder = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)  # ZeRO 0 has it in a separate group
+    if not getattr(holder, "dynamic_loss_scale", False):
         return None
-    return getattr(found, "loss_scaler", found)
+    return getattr(holder, "loss_scaler", holder)

@@ -25,13 +25,13 @@ class StepReport:
     """Norm of the global gradient before clipping; inf when the step was skipped."""
     learning_rate: float
     skipped: bool
-    """True when some gradient was not finite: every weight is what it was."""
+    """True if a loss or gradient was not finite: no weight changed."""
     losses: tuple[float, ...]
-    """This rank's loss sums, a micro-batch each, in the order of their backwards."""
+    """This rank's loss sums, one per micro-batch, in the order of their backwards."""
     bad_loss: bool
-    """True when a loss of any rank, and any engine that steps together, is not finite."""
+    """True if a loss of any rank, and of any engine that steps together, is not finite."""
     bad_gradient: bool
-    """True when the losses are and a gradient is not; never in fp16, whose loss scale finds its place that way."""
+    """True if all losses are finite but a gradient is not; never in fp16, whose loss scale adapts by overflow."""
     loss_scale: float | None
     """Of fp16; None otherwise."""
 
@@ -49,13 +49,13 @@ class StepReport:
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine, losses: Losses) -> StepReport:
-    """Reduce the accumulated gradients over ranks, clip, update, move the schedule on. A collective."""
+    """Reduce the accumulated gradients over ranks, clip, update, advance the schedule. A collective."""
     return optimizer_steps([engine], [losses])[0]
 
 
 def optimizer_steps(engines: Sequence[deepspeed.DeepSpeedEngine], losses: Sequence[Losses]) -> list[StepReport]:
-    """One optimizer step of every engine, or of none: when a loss or gradient of one is not finite on any rank, all
-    leave their weights, moments and schedules alone. In fp16 that engine's loss scale falls, the others' stay.
+    """One optimizer step of every engine, or of none: if a loss or gradient of one is not finite on any rank, all
+    keep their weights, moments and schedules. In fp16 that engine's loss scale falls, those of the others stay.
 
     Args:
         losses: of each engine, what its `backward_mean`s of this step returned.
@@ -69,9 +69,9 @@ def optimizer_steps(engines: Sequence[deepspeed.DeepSpeedEngine], losses: Sequen
     overflows = [_has_overflow(engine) for engine in engines]
     loss_sums = [torch.stack(list(of_engine)).tolist() for of_engine in losses]
     flags = {"loss": float(not all(map(math.isfinite, itertools.chain(*loss_sums)))), "gradient": float(any(overflows))}
-    found = dist.max_over_ranks(flags, engines[0].device)
-    bad_loss = found["loss"] > 0
-    skip = bad_loss or found["gradient"] > 0
+    worst = dist.max_over_ranks(flags, engines[0].device)
+    bad_loss = worst["loss"] > 0
+    skip = bad_loss or worst["gradient"] > 0
     reports = []
     for engine, rate, own_losses, own in zip(engines, learning_rates, loss_sums, overflows, strict=True):
         if skip:
@@ -106,9 +106,9 @@ def _has_overflow(engine: deepspeed.DeepSpeedEngine) -> bool:
 
 
 def _discard_gradients(engine: deepspeed.DeepSpeedEngine, own_overflow: bool) -> None:
-    """Forget the reduced gradients without a step, as DeepSpeed does after an overflow of its own.
+    """Forget the reduced gradients without a step, as DeepSpeed does after an overflow.
 
-    `own_overflow` is whether this engine's gradients are to blame, so that its loss scale must fall.
+    `own_overflow`: this engine's gradients overflowed, so its loss scale must fall.
     """
     if own_overflow and (engine.zero_optimization() or engine.fp16_enabled()):
         try:
@@ -121,7 +121,7 @@ def _discard_gradients(engine: deepspeed.DeepSpeedEngine, own_overflow: bool) ->
                 "optimizer.learning_rate"
             ) from None
     elif engine.zero_optimization():
-        # The one way through all of DeepSpeed's clean-up: an infinite norm.
+        # An infinite norm is the only way to run all of DeepSpeed's clean-up.
         norm = "_get_norm_groups" if engine.zero_optimization_stage() == 3 else "scaled_global_norm"
         infinite = torch.tensor(math.inf, device=engine.device)
         with (
@@ -129,7 +129,7 @@ def _discard_gradients(engine: deepspeed.DeepSpeedEngine, own_overflow: bool) ->
             replaced(engine.optimizer, "_update_scale", lambda has_overflow=False: None),
         ):
             engine._take_model_step(None)
-    else:  # ZeRO 0 in float32 would step: nothing there looks at the gradients
+    else:  # ZeRO 0 in float32 would step: it does not check the gradients
         engine.zero_grad()
         engine.skipped_steps += 1
         engine._step_applied = False

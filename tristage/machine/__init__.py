@@ -1,1 +1,1 @@
-"""What a process can learn of its machine and its place on it. Imports the standard library only."""
+"""What a process can find out about its machine and its place on it. Imports the standard library only."""

@@ -1,4 +1,4 @@
-"""What a rank does first: decode its arguments, take its place. Imports the standard library only."""
+"""What a rank does first: decode its arguments, read its place from variables. Imports the standard library only."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def free_port() -> str:
 
 
 def encode(word: str) -> str:
-    """`word`, or base64 of it where a shell would read something else."""
+    """`word`, or its base64 where a shell would change it."""
     if SAFE.fullmatch(word) and word and not word.startswith(ENCODED):
         return word
     return ENCODED + base64.urlsafe_b64encode(word.encode()).decode()
 
 
 def decode(word: str) -> str:
-    """The word that `encode` was given."""
+    """The word that was passed to `encode`."""
     if not word.startswith(ENCODED):
         return word
     return base64.urlsafe_b64decode(word.removeprefix(ENCODED)).decode()
 
 
 def adopt_rank_of_mpirun() -> None:
-    """Open MPI's names for a rank's place, as those that torch reads, where DeepSpeed's launcher has left them out."""
+    """Copy Open MPI's variables for a rank to those that torch reads, where DeepSpeed's launcher has not set them."""
     if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:
         os.environ.update({name: os.environ[f"OMPI_COMM_WORLD_{theirs}"] for name, theirs in FROM_OPENMPI.items()})

@@ -8,12 +8,12 @@ OTHER_DEVICES = ("dev/kfd", "dev/dxg")  # ROCm's, and those of WSL
 
 
 def may_have_gpu(root: Path = Path("/")) -> bool:
-    """False where importing torch to look for a GPU would be for nothing."""
+    """False where importing torch to look for a GPU would be in vain."""
     return has_nvidia_gpu(root) or any((root / device).exists() for device in OTHER_DEVICES)
 
 
 def has_nvidia_gpu(root: Path = Path("/")) -> bool:
-    """Whether the driver shows one, or the PCI bus does (class 0x03: display controllers)."""
+    """Whether the driver or the PCI bus shows one (class 0x03: display controllers)."""
     if any(root.glob("dev/nvidia[0-9]*")):
         return True
     cards = [card for card in root.glob("sys/bus/pci/devices/*") if _read(card / "vendor") == "0x10de"]

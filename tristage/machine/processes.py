@@ -1,4 +1,4 @@
-"""Tell processes apart: a process number is reused, and times by the wall clock move with it."""
+"""Identify processes reliably: process numbers are reused, and the wall clock can be changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class ProcessId(NamedTuple):
-    """One process, for good: no other process ever has the same three values."""
+    """The identity of one process: no other process ever has the same three values."""
 
     machine: str  # where a process number means the same process: a boot and a process number namespace
     pid: int
@@ -20,7 +20,7 @@ class ProcessId(NamedTuple):
 def process_id(pid: int) -> ProcessId | None:
     """The process that has the number `pid` now; None if there is none, or it is a zombie. Raises OSError."""
     if not os.path.isdir("/proc/self"):
-        return ProcessId(machine(), pid, 0)  # not Linux: no process is seen to end
+        return ProcessId(machine(), pid, 0)  # not Linux: the end of a process cannot be detected
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -38,7 +38,7 @@ def own_id() -> ProcessId:
 
 @functools.cache
 def machine() -> str:
-    """Where a process number means the same process: host names of containers may be alike."""
+    """Where a process number means the same process: containers may share a host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:

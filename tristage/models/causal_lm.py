@@ -54,7 +54,7 @@ class CausalLM(nn.Module):
         if value_head:
             if not self.plain_head:
                 raise UserError(f"{model.config.model_type}: this family cannot carry `value_head`; give a `critic`")
-            # It starts at 0 (Huang et al. 2024): no value until rewards were seen.
+            # Zero-initialised (Huang et al. 2024).
             width = model.get_output_embeddings().in_features
             self.value_head = nn.Linear(width, 1, bias=False, device=model.device, dtype=model.dtype)
             nn.init.zeros_(self.value_head.weight)
@@ -74,7 +74,7 @@ class CausalLM(nn.Module):
         with_entropy: bool = False,
         position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        # The only shift in the project: position t predicts token t+1.
+        # position t predicts token t+1
         targets, wanted = input_ids[:, 1:], score_mask[:, 1:]
         ids = targets[wanted]
         if self.plain_head:
@@ -131,11 +131,11 @@ def load_causal_lm(
 ) -> CausalLM:
     """A policy from a Hugging Face folder or id, all dropouts 0; partitioned while loading under ZeRO-3.
 
-    With `lora` it is frozen, beside adapters that are drawn from `lora_seed`; a new value head is trained;
-    `kernels.quantize` is for frozen ones.
+    With `lora` it is frozen, and adapters drawn from `lora_seed` are added; a new value head is trained;
+    `kernels.quantize` is for frozen weights.
 
     Raises:
-        UserError: no such model, one whose weights are not all there, whose vocabulary is smaller than the
+        UserError: no such model, one with missing weights, one whose vocabulary is smaller than the
             tokenizer's, or with fewer positions than `max_tokens`.
     """
     config = check_model(path, max_tokens, "policy", trust_remote_code)

@@ -1,6 +1,6 @@
-"""How a model computes what it computes: attention, Liger's kernels, frozen weights in 4 bits.
+"""Kernel choices: attention implementation, Liger kernels, 4-bit frozen weights.
 
-None of them changes what is computed beyond rounding, but for `quantize`, which rounds the frozen weights themselves.
+None of them changes results beyond rounding, except `quantize`, which rounds the frozen weights themselves.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Kernels(NamedTuple):
                 bnb_4bit_compute_dtype=dtype,
                 bnb_4bit_quant_storage=dtype,  # ZeRO-3 shares out parameters of one dtype
             )
-            options["device_map"] = {"": dist.current_device()}  # bitsandbytes would take a GPU where there is one
+            options["device_map"] = {"": dist.current_device()}  # bitsandbytes would use a GPU if there is one
         return options
 
     def finish(self, model: PreTrainedModel) -> None:
-        """What is left to do to a loaded model."""
+        """Apply what remains to be done to a loaded model."""
         if self.liger:
             apply_liger(model)
         for module in model.modules() if self.quantize is not None else ():
@@ -50,13 +50,13 @@ class Kernels(NamedTuple):
                 module.support_avx512bf16_for_cpu = False
 
 
-PLAIN = Kernels()  # transformers' own, and whole weights
+PLAIN = Kernels()  # transformers' own kernels, unquantised weights
 
 
 def check_kernels(
     settings: RunSettings, path: str, config: PretrainedConfig, trust_remote_code: bool = False
 ) -> None:
-    """`attention` and `liger_kernel` must be there for the model in `path` on this machine, before weights are read.
+    """Check that this machine supports `attention` and `liger_kernel` for the model in `path`, before weights are read.
 
     Raises:
         UserError: names the setting and what to use instead.
@@ -96,8 +96,8 @@ def _check_liger(settings: RunSettings, path: str, config: PretrainedConfig) -> 
 def apply_liger(model: PreTrainedModel) -> None:
     """Put Liger's norms, rotary positions and MLPs into a loaded model of a family that check_kernels accepted.
 
-    Its losses stay out: nothing here asks a model for its own. Rotary positions are a function of transformers' module
-    and change for the whole process.
+    Its losses are not used: nothing here computes a model's own loss. Rotary positions are a function of transformers'
+    module and change for the whole process.
     """
     importlib.import_module(LIGER)._apply_liger_kernel_to_instance(
         model, cross_entropy=False, fused_linear_cross_entropy=False
@@ -110,14 +110,14 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def check_quantized(lora: LoraSettings | None, device: str, key: str) -> None:
-    """bitsandbytes must be there for `lora.quantize`.
+    """Check that bitsandbytes is installed if `lora.quantize` is set.
 
     Args:
         device: the run's setting.
         key: where `lora.quantize` stands, for the message.
 
     Raises:
-        UserError: it is not installed, or not for this device.
+        UserError: it is not installed, or does not support this device.
     """
     if lora is None or lora.quantize is None:
         return

@@ -17,13 +17,13 @@ from tristage.errors import UserError
 from tristage.models.kernels import Kernels
 from tristage.models.opening import cannot_open, check_vocabulary, check_weights
 
-Holds = Literal["policy", "reward_model", "new_reward_model"]  # the last: either of them, to make a scorer of
+Holds = Literal["policy", "reward_model", "new_reward_model"]  # the last: either, to be made a reward model
 
 MASK_WITHOUT_POSITIONS = ("opt", "falcon")  # as of transformers 5.23; step 1 checks any family when it starts
 
 
 def load_config_without_dropout(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's config with every dropout 0, so that a forward pass in training is the one of evaluation."""
+    """The model's config with every dropout 0, so that a forward pass in training equals that of evaluation."""
     hub.prepare(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -47,7 +47,7 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """`auto_class.from_pretrained`; under ZeRO-3 no rank holds all parameters (rank 0 maps the files).
 
-    Quantised ones are the exception: each rank packs them all, and the engine shares them out.
+    Quantised parameters are the exception: each rank packs them all, and the engine partitions them.
     """
     options = kernels.loading_options(dtype)
     stage = (engine_config or {}).get("zero_optimization", {}).get("stage", 0)
@@ -70,7 +70,7 @@ def align_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenize
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Embeddings never learn the pad id, and transformers finds a row's last token by `id != pad`: EOS would
-        # be passed over in both. Without a pad id it scores single rows rightly and refuses padded batches.
+        # be skipped in both. Without a pad id it scores single rows correctly and refuses padded batches.
         config.pad_token_id = None
     check_vocabulary(config, tokenizer)
 
@@ -91,11 +91,11 @@ def backbone_inputs(
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """What a forward pass is given: positions counted from the first real token of each row, or `position_ids` [B,T].
+    """Arguments of a forward pass: positions counted from the first real token of each row, or `position_ids` [B,T].
 
     Packed rows come with positions and no mask: transformers then keeps attention between places where they start
     again at 0 (`find_packed_sequence_indices`; padding at the end is a sequence of its own). A few families take
-    positions but build their mask without them: they get the mask whole.
+    positions but build their mask without them: they get the complete mask.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if position_ids is not None:
@@ -110,7 +110,7 @@ def backbone_inputs(
 
 
 def packed_mask(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """position_ids [B,T] -> [B,1,T,T], 0 where a token may look: itself and what is before it in its own example."""
+    """position_ids [B,T] -> [B,1,T,T], 0 where a token may attend: itself and the tokens before it in its example."""
     example = (position_ids == 0).cumsum(dim=1)  # [B,T] the number of the example that a token is in
     may_look = (example.unsqueeze(2) == example.unsqueeze(1)).tril().unsqueeze(1)
     return torch.zeros(may_look.shape, dtype=dtype, device=may_look.device).masked_fill(

@@ -28,7 +28,7 @@ from tristage.errors import UserError
 from tristage.models.loading import load_config_without_dropout
 
 ADAPTER = "default"  # peft's name of the one adapter
-SCALE_FILE = "score_scale.json"  # beside the adapter of a reward model: what its config.json would say of its scores
+SCALE_FILE = "score_scale.json"  # next to a reward model's adapter: what its config.json would say of its scores
 
 
 def check_lora(lora: LoraSettings | None, path: str, key: str, trust_remote_code: bool = False) -> None:
@@ -123,12 +123,12 @@ def _adapters(layer: Any) -> list[nn.Parameter]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether add_adapters was there."""
+    """Whether the model has adapters."""
     return any(True for _ in _lora_layers(model))
 
 
 def base_path(model: PreTrainedModel) -> str:
-    """The folder or id of the model that add_adapters was given."""
+    """The folder or id of the base model, as passed to add_adapters."""
     return str(model.peft_config[ADAPTER].base_model_name_or_path)
 
 
@@ -150,7 +150,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def merge_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Merge adapters in a state dict of `model`: W + alpha/rank B A in float32, then W's dtype, by W's plain name.
 
-    In place, so that memory holds the weights once; those that the model itself still uses are copied before.
+    In place, so that memory holds the weights once; those that the model itself still uses are copied first.
     """
     for name, layer in _lora_layers(model):
         a, b = (state.pop(f"{name}.lora_{which}.{ADAPTER}.weight").float() for which in "AB")
@@ -182,12 +182,12 @@ def save_adapter(model: PreTrainedModel, state: dict[str, torch.Tensor], folder:
 
 
 def read_adapter_config(folder: str) -> LoraConfig:
-    """The adapter_config.json of a folder. Raises UserError when there is none, or it is not plain LoRA."""
+    """The adapter_config.json of a folder. Raises UserError if there is none, or it is not plain LoRA."""
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"{folder}: holds no adapter_config.json; give a folder such as OUT/final_adapter")
     values = json.loads((Path(folder) / "adapter_config.json").read_text())
     if values.get("peft_type") != "LORA" or values.get("use_dora"):
-        raise UserError(f"{folder}: is no plain LoRA adapter; merge it with peft")
+        raise UserError(f"{folder}: is not a plain LoRA adapter; merge it with peft")
     return LoraConfig.from_pretrained(folder)
 
 
@@ -198,15 +198,15 @@ def load_adapter(model: PreTrainedModel, folder: str, tensors: dict[str, torch.T
         tensors: the folder's adapter_model.safetensors.
 
     Raises:
-        UserError: the adapter is of another model.
+        UserError: the adapter belongs to another model.
     """
-    foreign = UserError(f"{folder}: its adapters don't fit the base model; give the one that it was trained on")
+    mismatch = UserError(f"{folder}: its adapters don't fit the base model; give the one that it was trained on")
     config = read_adapter_config(folder)
     config.modules_to_save = None  # the head is loaded like any weight
     try:
         _inject(model, config, seed=0)
-    except ValueError:  # none of its target modules is there
-        raise foreign from None
+    except ValueError:  # none of its target modules exists
+        raise mismatch from None
     names = {}
     for key in tensors:
         name = key.removeprefix("base_model.model.")
@@ -216,7 +216,7 @@ def load_adapter(model: PreTrainedModel, folder: str, tensors: dict[str, torch.T
     own = model.state_dict()
     wanted = {name for name in own if f".{ADAPTER}." in name}
     if not wanted <= names.keys() <= own.keys() or any(own[n].shape != tensors[k].shape for n, k in names.items()):
-        raise foreign
+        raise mismatch
     model.load_state_dict({name: tensors[key] for name, key in names.items()}, strict=False)
     scale = Path(folder) / SCALE_FILE
     if scale.is_file():

@@ -1,4 +1,4 @@
-"""Silence what libraries print and no user can act on."""
+"""Silences library output that users cannot act on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def quiet_libraries() -> None:
 
     bitsandbytes prints while it is imported, so that tristage/__init__.py alone is early enough for it.
     """
-    # A progress bar per file and rank, and a report that the new head is new, hide the lines that matter.
+    # Progress bars (one per file and rank) and the report of a newly initialised head would bury useful lines.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     # torch announces renamed collectives at every call of DeepSpeed's.

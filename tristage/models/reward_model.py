@@ -28,7 +28,7 @@ class RewardModel(nn.Module):
     """(input_ids [B,T], attention_mask [B,T]) -> values [B,T] float32, the scalar head at every position.
 
     A normalised model's config.json has `score_offset` and `score_scale`: values are (head - offset) / scale. Without
-    them they are the head's own, as everybody else's tools see it.
+    them they are the head's own, which is what other tools read.
     """
 
     start_head: torch.Tensor | None  # [1,H], see keep_start
@@ -47,14 +47,14 @@ class RewardModel(nn.Module):
         return float(getattr(self.model.config, "score_scale", 1.0))
 
     def normalize(self, mean: float, std: float) -> None:
-        """From now on, and in the folder that is saved: values that had this mean and deviation have 0 and 1."""
+        """Shift and scale all later values, also in the saved folder: this mean and deviation become 0 and 1."""
         offset, scale = self.score_offset + self.score_scale * mean, self.score_scale * std
         self.model.config.update({"score_offset": offset, "score_scale": scale})
 
     def keep_start(self, engine_config: dict[str, Any] | None) -> None:
-        """Keep the head as it is now, so that forward(start=True) goes on to score as before any training.
+        """Keep a copy of the head, so that forward(start=True) still scores as before any training.
 
-        The rest is there anyway when adapters alone are trained: the reward model within its critic.
+        The other weights are frozen if only adapters are trained: so the critic also holds the reward model.
         """
         with gathered(list(self.model.score.parameters()), engine_config):
             head = self.model.score.weight.detach().clone()
@@ -105,12 +105,12 @@ def load_reward_model(
         new_head_seed: None opens a trained reward model, head included. A seed turns a language model into an
             untrained one: its head is drawn from N(0, 1/(H+1)), standard deviation 1/sqrt(H+1), bias 0
             (Huang et al. 2024, "The N implementation details of RLHF with PPO"), the same on every rank. A folder that
-            is a reward model already keeps its head, and is trained on in the units of its scores (see _fold_scale).
-        lora: freezes all but the head, beside adapters that are drawn from `lora_seed`.
+            already is a reward model keeps its head, and is trained further in the units of its scores (_fold_scale).
+        lora: freezes all but the head, and adds adapters that are drawn from `lora_seed`.
         keep_start: for RewardModel.keep_start.
 
     Raises:
-        UserError: no such model, or a head was expected and is not there.
+        UserError: no such model, or it lacks the expected head.
     """
     holds: Holds = "reward_model" if new_head_seed is None else "new_reward_model"
     config = check_model(path, max_tokens, holds, trust_remote_code)
@@ -151,8 +151,8 @@ def _init_head(head: nn.Linear, seed: int, engine_config: dict[str, Any] | None)
 def _fold_scale(reward_model: RewardModel, engine_config: dict[str, Any] | None) -> None:
     """Move the scale of a normalised model into its head; values stay what they are.
 
-    A loss of score differences makes sigmoid(difference) a probability in the units that it was trained in. Scale 1
-    while training keeps it so: the scale of an exported folder always leads back to them.
+    A loss of score differences makes sigmoid(difference) a probability in the units of training. So the scale is 1
+    during training: the scale of an exported folder always converts back to those units.
     """
     offset, scale, head = reward_model.score_offset, reward_model.score_scale, reward_model.model.score
     if scale == 1.0:

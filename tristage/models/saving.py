@@ -1,4 +1,4 @@
-"""Final exports: an ordinary Hugging Face folder, tokenizer and chat template included; beside it the adapter alone.
+"""Final exports: an ordinary Hugging Face folder, tokenizer and chat template included; next to it the adapter alone.
 
 Rank 0 holds the weights once: its copy from the engine is merged and written without another.
 """
@@ -39,14 +39,14 @@ def save_model(
     """Write an engine's model (a CausalLM or RewardModel wrapper) as safetensors with config and tokenizer.
 
     A collective under ZeRO-3; rank 0 writes. Adapters are merged, and written alone as well, in FOLDER_adapter; those
-    beside quantised weights are merged into the base model that they were quantised from. With a value head trunk and
-    head are written as a critic, in FOLDER_critic. Each folder appears whole or not at all, and is on the disk then.
+    of quantised weights are merged into the base model that they were quantised from. With a value head, trunk
+    and head are also written as a critic, in FOLDER_critic. Each folder appears complete and synced, or not at all.
 
     Returns:
         The folders that were written, on rank 0; [] on other ranks.
 
     Raises:
-        UserError: on rank 0, the disk is full; what was there is as it was.
+        UserError: on rank 0, the disk is full; existing folders are unchanged.
     """
     with progress.phase("save"):
         state, written = full_state_dict(engine), []
@@ -65,23 +65,23 @@ def _write(
     state = {name.removeprefix("model."): whole.pop(name) for name in list(whole)}
     adapter = folder.with_name(folder.name + "_adapter")
     if has_adapters(model):
-        with _whole(adapter) as beside:
-            save_adapter(model, state, beside)
-            tokenizer.save_pretrained(beside)
+        with _atomic_folder(adapter) as partial:
+            save_adapter(model, state, partial)
+            tokenizer.save_pretrained(partial)
         written.append(adapter)
     if is_quantized(model):
         trust_remote_code = type(model).__module__.startswith("transformers_modules")  # it was loaded with it
         _write_merged(base_path(model), str(adapter), folder, model.dtype, shard_size, trust_remote_code)
     else:
         merge_state(model, state)
-        with _whole(folder) as beside:  # transformers empties the dict that it is given
-            model.save_pretrained(beside, state_dict=dict(state), max_shard_size=shard_size)
-            tokenizer.save_pretrained(beside)
+        with _atomic_folder(folder) as partial:  # transformers empties the dict that it is given
+            model.save_pretrained(partial, state_dict=dict(state), max_shard_size=shard_size)
+            tokenizer.save_pretrained(partial)
     if value_head is not None:
         critic = folder.with_name(folder.name + "_critic")
-        with _whole(critic) as beside:
-            _save_critic(model, state, value_head, beside, shard_size)
-            tokenizer.save_pretrained(beside)
+        with _atomic_folder(critic) as partial:
+            _save_critic(model, state, value_head, partial, shard_size)
+            tokenizer.save_pretrained(partial)
         written.append(critic)
     return written
 
@@ -118,7 +118,7 @@ def _write_merged(
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{adapter}: holds no {weights.name}; give a folder such as OUT/final_adapter")
-    # The tokenizer that it was trained with, when it is there: its template may be another than the base's.
+    # The tokenizer that it was trained with, if it is there: its template may differ from the base's.
     source = adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     options: Any = {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -129,43 +129,43 @@ def _write_merged(
     load_adapter(model, adapter, load_file(weights))
     state = model.state_dict()
     merge_state(model, state)
-    with _whole(out) as beside:
-        model.save_pretrained(beside, state_dict=state, max_shard_size=shard_size)
-        tokenizer.save_pretrained(beside)
+    with _atomic_folder(out) as partial:
+        model.save_pretrained(partial, state_dict=state, max_shard_size=shard_size)
+        tokenizer.save_pretrained(partial)
 
 
 @contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` at the end: at any instant that is whole, old or new, or not there.
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, renamed to `folder` at the end, so that `folder` is always either absent or complete.
 
     Raises:
         UserError: the disk is full; what was written is removed.
     """
-    beside, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
-    remove_tree(beside)
+    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
+    remove_tree(partial)
     remove_tree(old)
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        for path in [*beside.rglob("*"), beside]:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
             sync(path)
     except Exception as error:
         if not _is_full(error):
             raise
-        written = sum(path.stat().st_size for path in beside.rglob("*") if path.is_file())
-        remove_tree(beside)
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        remove_tree(partial)
         raise UserError(
             f"{folder}: the disk is full after {written} bytes of the model; make room and start again: "
             "training is not repeated"
         ) from None
     if folder.exists():
         folder.rename(old)
-    beside.rename(folder)
+    partial.rename(folder)
     sync(folder.parent)
     remove_tree(old)
 
 
 def _is_full(error: Exception) -> bool:
-    """safetensors has an exception of its own, which keeps the system's words only."""
+    """Whether the disk is full; safetensors' own exception only has the system's message."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)

@@ -20,7 +20,7 @@ def load_tokenizer(
     """The tokenizer of a Hugging Face folder or id, with a pad token and a chat template (`template`, when given).
 
     A missing pad, or one that is the EOS, becomes the tokenizer's unknown token when that is another one
-    (as is usual for Llama 2); else pad stays EOS. Either is safe: padding is told by length, never by id.
+    (as is usual for Llama 2); else pad stays EOS. Either is safe: padding is known by length, never by id.
 
     Raises:
         UserError: no tokenizer there, it has no EOS token, or a chat template that does not end.
@@ -54,23 +54,23 @@ def _say_default(path: str, prompt: str, answer: str) -> None:
 def generation_stop_ids(path: str) -> list[int]:
     """Tokens at which a model folder's or id's own generation_config.json ends a response; [] where there is none."""
     try:
-        found = GenerationConfig.from_pretrained(path).eos_token_id
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
     except (OSError, ValueError):
         return []
-    return [] if found is None else list(found) if isinstance(found, list) else [found]
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
-SAME_TOKENIZER = "train both steps from models with the same tokenizer"  # what mends a disagreement
+SAME_TOKENIZER = "train both steps from models with the same tokenizer"  # the default fix
 
 
 def require_same_tokenizer(
     tokenizers: dict[str, PreTrainedTokenizerBase], fixes: dict[str, str] | None = None
 ) -> None:
-    """Folders that a step is given must agree on vocabulary, template and terminator.
+    """Check that the folders of a step agree on vocabulary, template and terminator.
 
     Args:
-        tokenizers: what the user called each folder (for the message) -> its tokenizer.
-        fixes: the same names -> what mends a disagreement of that one, where it is not SAME_TOKENIZER.
+        tokenizers: name of each folder in messages -> its tokenizer.
+        fixes: the same names -> the fix if that one differs, where it is not SAME_TOKENIZER.
 
     Raises:
         UserError: names the two that differ, and in what.

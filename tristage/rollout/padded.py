@@ -57,7 +57,7 @@ class PaddedRollout(RolloutEngine):
         """[B,P] prompts -> [B,P+R] sequences, R = max_new_tokens, right-padded after each row's first stop id."""
         gather = self._agree_to_gather()
         prompt_mask = request.prompt_attention_mask.bool()
-        # Prompts of like length share a call: fewer padding columns to attend to.
+        # Prompts of similar length share a call: fewer padding columns to attend to.
         order = prompt_mask.sum(dim=1).argsort(descending=True, stable=True)
         responses = torch.empty(len(order), sampling.max_new_tokens, dtype=torch.long, device=order.device)
         with generation_mode(self.engine, gather) as whole:
@@ -97,7 +97,7 @@ class PaddedRollout(RolloutEngine):
         model = self.engine.module.model
         own_config, model.generation_config = model.generation_config, GenerationConfig()
         try:
-            # A config of our own, all of it: a model folder's defaults (top_k 50, penalties) must not leak in.
+            # A complete config of our own: a model folder's defaults (top_k 50, penalties) must not leak in.
             config = GenerationConfig(
                 do_sample=False,
                 max_new_tokens=sampling.max_new_tokens,

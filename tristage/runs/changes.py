@@ -1,6 +1,6 @@
 """Whether two runs are the same run: which settings may differ between them, and what has changed.
 
-Asked on resume (checkpoint.py) and of a finished run (finished.py).
+Used on resume (checkpoint/finding.py) and to check a finished run (finished.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 from tristage.config import RunSettings
 from tristage.config.renamed import new_name
 
-# Settings that may change between a checkpoint and its resumption: the result does not depend on them (but for
-# rounding, where they share out the work). A key stands for its group as well; "*" for any first part.
-FREE = {
+# Settings that may change between a checkpoint and a resumed run: the result does not depend on them (except for
+# rounding, where they divide the work). A key also stands for its group; "*" for any first part.
+MAY_CHANGE_ON_RESUME = {
     *("output", "device", "resume", "resume_changed", "check_disk", "watchdog_seconds", "max_bad_steps"),
     *("save_every", "keep_last", "keep_every_n_steps", "keep_best", "evaluate_every", "logged_samples", "grader"),
     *("micro_batch", "ppo.micro_batch", "rollout.rows_at_once", "rollout.gather_weights", "precompute_reference"),
@@ -23,10 +23,10 @@ FREE = {
 
 
 def changed_settings(then: Mapping[str, Any], settings: RunSettings) -> tuple[dict[str, str], dict[str, str]]:
-    """Key -> "old -> new" of what differs from the saved settings `then`: (what may, what makes another run)."""
+    """Key -> "old -> new" of each difference from the saved settings `then`: (those that may change, the others)."""
     new, given = (dict(_flat(settings.model_dump(mode="json", exclude_defaults=only))) for only in (False, True))
     old = {new_name(key, new) or key: value for key, value in _flat(then)}
-    # A setting that is newer than the run of `then` was at its default there.
+    # A setting that was added after `then` was saved had its default there.
     old |= {key: value for key, value in new.items() if key not in old and key not in given}
     changed = {key: f"{old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
     free = {key: change for key, change in changed.items() if _is_free(key)}
@@ -34,7 +34,7 @@ def changed_settings(then: Mapping[str, Any], settings: RunSettings) -> tuple[di
 
 
 def changed_inputs(then: Mapping[str, str], now: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
-    """"key (name)" -> what to say, of each input whose fingerprint both know ("" is unknown) and which differs."""
+    """"key (name)" -> what to say, of each input whose two fingerprints are known (not "") and differ."""
     changed = [key for key in then if then[key] and now.get(key) and then[key] != now[key]]
     return {f"{key} ({names[key]})" if key in names else key: "its content is not the same" for key in changed}
 
@@ -47,7 +47,7 @@ def listed(changes: Mapping[str, str]) -> str:
 def _is_free(key: str) -> bool:
     parts = key.split(".")
     begins = {".".join(parts[:n]) for n in (1, 2)}
-    return bool(begins & FREE) or (len(parts) > 1 and f"*.{parts[1]}" in FREE)
+    return bool(begins & MAY_CHANGE_ON_RESUME) or (len(parts) > 1 and f"*.{parts[1]}" in MAY_CHANGE_ON_RESUME)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

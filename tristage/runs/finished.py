@@ -3,8 +3,8 @@
     python -m tristage.runs.finished [--models-later] MODULE CONFIG [key=value ...] [launcher options]
 
 It holds the step, the settings, the fingerprints of what the run read and of each folder that it exported; run.start
-removes it. Launchers ask here whether to skip a step (exit code 0: finished, 3: not, 2: finished by another run).
-A step asks about the run that its model is of.
+removes it. Launchers use it to skip a step (exit code 0: finished, 3: not, 2: finished by another run), and a step to
+check the run that wrote its model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXIT_NOT_FINISHED = 3
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 2 and one sentence when the run that finished is not the one that is asked for."""
+    """Exit code 2 and one sentence if another run than the requested one has finished."""
     later = argv[0] == "--models-later"
     module, config, *rest = argv[later:]
     words = [word for word in rest if "=" in word and not word.startswith("-")]
@@ -46,7 +46,7 @@ def step_of(settings: RunSettings) -> str:
 
 
 def write_finished(settings: RunSettings, noted: Mapping[str, Any], exported: Sequence[Path]) -> None:
-    """Write OUT/finished.json. `noted` are the fingerprints of the run's inputs, `exported` its folders, on the disk.
+    """Write OUT/finished.json. `noted` are the fingerprints of the run's inputs, `exported` its synced folders.
 
     Raises:
         OSError: it cannot be written.
@@ -68,7 +68,7 @@ def clear_finished(output: Path) -> None:
 
 
 def read_finished(output: Path) -> dict[str, Any] | None:
-    """What finished.json says; None where it is missing or damaged."""
+    """The content of finished.json; None if it is missing or damaged."""
     try:
         values = json.loads((output / NAME).read_text())
         return values if {"step", "settings", "models", "sources", "folders"} <= values.keys() else None
@@ -77,18 +77,18 @@ def read_finished(output: Path) -> dict[str, Any] | None:
 
 
 def has_finished(output: Path) -> bool:
-    """Whether some run in `output` came to its end and what it exported is still there."""
+    """Whether some run in `output` has finished and its exported folders still exist."""
     values = read_finished(output)
     return values is not None and all((output / name).is_dir() for name in values["folders"])
 
 
 def is_finished(settings: RunSettings, models: bool = True) -> bool:
-    """Whether the run that these settings ask for has come to its end. `resume: never` asks for a new one.
+    """Whether the run that these settings describe has finished. `resume: never` requests a new one.
 
     With `models` false the model folders may change before the run starts, and are not compared.
 
     Raises:
-        UserError: a run with other settings or inputs has; or what it exported has been changed.
+        UserError: a run with other settings or inputs has finished there; or an exported folder has been changed.
     """
     output = Path(settings.output)
     values = read_finished(output)
@@ -106,7 +106,7 @@ def is_finished(settings: RunSettings, models: bool = True) -> bool:
     if changed:
         raise UserError(
             f"{output}: has finished as another run: {listed(changed)}; put that back, train again with resume=never, "
-            "go on with what is new by resume_changed=true, or set another `output`"
+            "resume with the new values (resume_changed=true), or set another `output`"
         )
     for name, fingerprint in values["folders"].items():
         if model_fingerprint(output / name) != fingerprint:
@@ -115,7 +115,7 @@ def is_finished(settings: RunSettings, models: bool = True) -> bool:
 
 
 def require_finished(path: str, settings: RunSettings, key: str) -> None:
-    """A model folder that a run of tristage exports, OUT/final or another, must be what that run wrote to its end.
+    """A model folder that a run of tristage exports, OUT/final or another, must be complete and as that run wrote it.
 
     Raises:
         UserError: the run has not finished, or the folder is not what it exported.

@@ -1,7 +1,7 @@
-"""Fingerprints of what a run reads, model folders and data files: cheap to take, and torch is not needed for them.
+"""Fingerprints of what a run reads, model folders and data files: cheap, and without torch.
 
-run.start notes them in environment.json. A checkpoint and finished.json hold them, so that another model or other rows
-under the same name do not go unnoticed.
+run.start writes them to environment.json. Checkpoints and finished.json hold them, so that another model or other rows
+under the same name are detected.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def model_fingerprints(settings: RunSettings) -> dict[str, str]:
 def source_fingerprints(settings: RunSettings) -> dict[str, str]:
     """Key -> fingerprint of each source of rows and of the chat template: settings and every byte of the files.
 
-    "" of what is not on this machine, such as a data set on the hub. Raises UserError as resolve_preset does.
+    "" for what is not on this machine, such as a data set on the hub. Raises UserError as resolve_preset does.
     """
-    found = {}
+    fingerprints = {}
     for key, source in _named_sources(settings):
         source = resolve_preset(source, settings)
         content = content_on_disk(source)
-        found[key] = _digest([source.model_dump_json(), content]) if content else ""
+        fingerprints[key] = _digest([source.model_dump_json(), content]) if content else ""
     if settings.data.template is not None:
-        found["data.template"] = checksum(find_file(settings.data.template, settings, "data.template"))
-    return found
+        fingerprints["data.template"] = checksum(find_file(settings.data.template, settings, "data.template"))
+    return fingerprints
 
 
 def _named_sources(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, SourceSettings]]:
@@ -70,7 +70,7 @@ def model_fingerprint(path: str | Path) -> str:
     """Of a folder: its config, tokenizer, and of each tensor its name, shape and first 64 KiB.
 
     Training changes every tensor, so this tells two models apart at a fraction of the time that reading them takes;
-    an edit deep inside one large tensor goes unseen. Of a hub id: the commit that is in the local cache, else "".
+    an edit deep inside one large tensor is not detected. Of a hub id: the commit that is in the local cache, else "".
     """
     folder = Path(path)
     if not folder.is_dir():

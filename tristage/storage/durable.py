@@ -1,4 +1,4 @@
-"""Files that survive a power cut: checksums while writing, fsync of files and folders, a manifest that is written last.
+"""Files that survive a power cut: checksums while writing, fsync of files and folders, a manifest written last.
 
     FOLDER/manifest.json      size and checksum of every other file, the folder's number, and a checksum of all that
 """
@@ -25,7 +25,7 @@ HASH_THREADS = 4
 
 
 class Entry(NamedTuple):
-    """What a manifest says of a file."""
+    """Size and checksum of a file in a manifest."""
 
     size: int
     checksum: str  # xxh3_128
@@ -51,7 +51,7 @@ class Hashed:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Hashed]:
-    """A file to write, on the disk itself when the block ends."""
+    """A file to write, synced to the disk when the block ends."""
     with open(path, "wb") as file:
         yield Hashed(file)
         file.flush()
@@ -66,15 +66,15 @@ def write_text(path: Path, text: str) -> Entry:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The file has its old or its new text at any instant."""
-    beside = path.with_name(path.name + ".partial")
-    write_text(beside, text)
-    os.replace(beside, path)
+    """Replace a file's text atomically: it always has its old or its new text."""
+    partial = path.with_name(path.name + ".partial")
+    write_text(partial, text)
+    os.replace(partial, path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Make a file's content durable, or what was created, renamed or deleted in a folder."""
+    """Make durable a file's content, or what was created, renamed or deleted in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,13 +83,13 @@ def sync(path: Path) -> None:
 
 
 def manifest_text(files: Mapping[str, Entry], number: int) -> str:
-    """The one text that a manifest of these files has: any other is damaged."""
+    """The text of a manifest of these files. It is unique: any other text is damaged."""
     content = json.dumps({"number": number, "files": {name: list(files[name]) for name in sorted(files)}}, indent=1)
     return f"{xxhash.xxh3_128_hexdigest(content.encode())}\n{content}\n"
 
 
 class Manifest(NamedTuple):
-    """A manifest that is as it was written."""
+    """An undamaged manifest."""
 
     number: int
     files: dict[str, Entry]
@@ -140,11 +140,11 @@ def wrong_content(folder: Path, files: Mapping[str, Entry], share: int = 0, shar
 
 def checksum(path: Path) -> str:
     """xxh3_128 of a file."""
-    found = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def is_full(error: OSError) -> bool:
@@ -154,10 +154,10 @@ def is_full(error: OSError) -> bool:
 
 @contextmanager
 def explain_disk_errors(path: Path) -> Iterator[None]:
-    """One sentence where a run cannot write `path` in its output folder.
+    """Turn an error while writing `path` in the output folder into one sentence.
 
     Raises:
-        UserError: the disk is full, the folder was removed, or whatever else the system says.
+        UserError: the disk is full, the folder was removed, or any other error of the system.
     """
     try:
         yield
@@ -169,17 +169,17 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
         elif error.errno in (errno.ENOENT, errno.ESTALE):
             what, fix = "was removed, or a folder above it, while the run wrote there", "put back what you still need"
         raise UserError(
-            f"{path}: {what}; {fix} and start again: the run goes on from its newest checkpoint, if it has one"
+            f"{path}: {what}; {fix} and start again: the run resumes from its newest checkpoint, if it has one"
         ) from None
 
 
 def append_json(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines of JSON to a file in a run's folder. Raises UserError as explain_disk_errors."""
+    """Add lines of JSON to a file in a run's folder. Raises UserError like explain_disk_errors."""
     with explain_disk_errors(path), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder if it is there."""
+    """Delete a folder if it exists."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -12,25 +12,25 @@ import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
-# Controllers of a line in it, and the files with the limit, what is used, and of that the files that are cached.
-NAMES = {
+# Controllers of a line in it -> the files with the limit and the use, and the key of cached files in memory.stat.
+CGROUP_FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),  # version 2
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
 def free_on_host() -> int:
-    """Bytes of memory that this node, and the container or batch job that this process is in, still has."""
+    """Free bytes of memory of this node, within the limits of this process's container or batch job."""
     return max(0, min([psutil.virtual_memory().available, *_left_in_cgroups()]))
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """Of each limit on this process or a group around it: what is left, counting files that are merely cached."""
+    """For each limit on this process or a group around it: the bytes left, counting cached files as free."""
     for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []:
         _, controllers, path = line.split(":", 2)
-        if controllers not in NAMES:
+        if controllers not in CGROUP_FILES:
             continue
-        home, limit, used, cached = CGROUPS / controllers, *NAMES[controllers]
+        home, limit, used, cached = CGROUPS / controllers, *CGROUP_FILES[controllers]
         inner = home / path.strip("/")
         for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(home))):
             try:
@@ -43,7 +43,7 @@ def _left_in_cgroups() -> Iterator[int]:
 
 
 def free_for_rank(device: torch.device, ranks: int | None = None) -> int:
-    """Bytes of memory that this rank can have: of its GPU, or its share of the host's, of `ranks` or as started."""
+    """Free bytes for this rank: its GPU's, or its share of host memory (`ranks` per node, default: as launched)."""
     if device.type == "cuda":
         unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused_by_torch)
@@ -56,7 +56,7 @@ def ranks_here() -> int:
 
 
 def next_existing(folder: Path) -> Path:
-    """`folder`, or the nearest folder above it that is there."""
+    """`folder`, or the nearest folder above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 

@@ -1,6 +1,6 @@
 """One run per output folder: OUT/lock.json names the process that writes there.
 
-The file is created with O_EXCL, which holds on shared disks, too. A holder on this machine is checked by its pid and
+The file is created with O_EXCL, which also works on shared disks. A holder on this machine is checked by its pid and
 the tick at which it started, which does not move with the clock. One on another machine is checked by its heartbeat:
 its watchdog thread writes the file about once a second. Clocks need not agree, the file only has to change.
 """
@@ -20,14 +20,14 @@ from tristage.errors import UserError
 from tristage.machine.processes import ProcessId, has_ended, machine, own_id
 
 NAME = "lock.json"
-SIZE = 4096  # bytes: always as many, so that a full disk has room for each heartbeat
-HEARTBEAT_SECONDS = 30.0  # a holder on another machine that writes nothing for so long is gone
+SIZE = 4096  # bytes: always the same, so that each heartbeat fits on a full disk
+HEARTBEAT_SECONDS = 30.0  # a holder on another machine that writes nothing for this long is gone
 
 _held: tuple[Path, dict[str, Any]] | None = None
 
 
 def take(output: Path) -> None:
-    """Make this process the one that writes to `output`, which exists. A lock that a killed run has left gives way.
+    """Make this process the one that writes to `output`, which exists. The lock of a killed run is replaced.
 
     Raises:
         UserError: another process holds it; it names the host, the pid and the start time.
@@ -52,7 +52,7 @@ def take(output: Path) -> None:
 
 
 def beat() -> bool:
-    """Show other machines that this process lives; False when another run has taken the lock. True without a lock."""
+    """Update the heartbeat in the lock; False if another run has taken the lock. True without a lock."""
     held = _held
     if held is None:
         return True

@@ -24,11 +24,11 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of elements of one whole, flattened tensor."""
+    """A contiguous range of one flattened tensor."""
 
     name: str  # of the whole tensor
-    start: int  # place of the first element in the whole
-    total: int  # elements of the whole
+    start: int  # index of the first element in the whole tensor
+    total: int  # elements of the whole tensor
     tensor: torch.Tensor  # [n]
 
     @property
@@ -60,8 +60,8 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> durable.Entry:
     return file.entry()
 
 
-class Place(NamedTuple):
-    """Where a piece lies: elements [start, stop) of the whole are in `file`."""
+class PiecePlace(NamedTuple):
+    """Where a piece is: elements [start, stop) of the whole tensor are in `file`."""
 
     start: int
     stop: int
@@ -73,12 +73,12 @@ class PieceReader:
     """The pieces that `ranks` ranks wrote into a folder.
 
     Raises:
-        UserError: a file that is no safetensors. Nothing in such a file is ever executed.
+        UserError: a file is not safetensors. Nothing in such a file is ever executed.
     """
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self.folder = folder
-        self.places: dict[str, list[Place]] = {}
+        self.places: dict[str, list[PiecePlace]] = {}
         for rank in range(ranks):
             path = folder / f"rank{rank}.safetensors"
             try:
@@ -88,13 +88,13 @@ class PieceReader:
                 raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
             for name, (start, total) in starts.items():
                 stop = start + file.get_slice(name).get_shape()[0]
-                self.places.setdefault(name, []).append(Place(start, stop, total, file))
+                self.places.setdefault(name, []).append(PiecePlace(start, stop, total, file))
 
     def __contains__(self, name: str) -> bool:
         return name in self.places
 
     def total(self, name: str) -> int:
-        """Elements of the whole tensor; 0 of one that is not there."""
+        """Elements of the whole tensor; 0 if it does not exist."""
         return self.places[name][0].total if name in self.places else 0
 
     @torch.no_grad()
@@ -102,14 +102,14 @@ class PieceReader:
         """Fill `into` [n] with elements start, start + 1, ... of the whole tensor `name`.
 
         Raises:
-            UserError: they are not all there.
+            UserError: some are missing.
         """
-        found, stop = start, start + into.numel()
+        filled, stop = start, start + into.numel()
         for place in sorted(self.places.get(name, []), key=lambda place: place.start):
-            first, last = max(found, place.start), min(stop, place.stop)
-            if first == found and first < last:
+            first, last = max(filled, place.start), min(stop, place.stop)
+            if first == filled and first < last:
                 piece = place.file.get_slice(name)[first - place.start : last - place.start]
                 into[first - start : last - start].copy_(piece)
-                found = last
-        if found < stop:
-            raise UserError(f"{self.folder}: lacks {name}[{found}:{stop}]; it is a checkpoint of another model")
+                filled = last
+        if filled < stop:
+            raise UserError(f"{self.folder}: lacks {name}[{filled}:{stop}]; it is a checkpoint of another model")

@@ -1,7 +1,7 @@
-"""Numbers that are not finite: seen on all ranks together, written down with the rows that caused them, counted.
+"""Detects nan and inf on any rank, logs the rows that caused them, and stops after too many in a row.
 
-A step with such a number changes nothing (engine.optimizer_steps). OUT/health.jsonl has a line for each, and
-OUT/bad_batches/ what each rank was computing.
+A step with such a number changes nothing (engine.optimizer_steps). OUT/health.jsonl has a line per bad
+step, OUT/bad_batches/ the rows that each rank was computing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ RowIds = Sequence[Sequence[str]]  # of this rank's micro-batches, in the order o
 
 
 class Health:
-    """Counts the steps of a run that were taken, and those in a row that were skipped for what is not finite.
+    """Counts the steps that were taken, and those in a row that were skipped because of nan or inf.
 
-    In fp16 a step that is skipped while the loss scale finds its place is neither.
+    An fp16 step that is skipped while the loss scale adapts counts as neither.
     """
 
     def __init__(self, settings: RunSettings) -> None:
@@ -33,18 +33,18 @@ class Health:
 
     @classmethod
     def restored(cls, settings: RunSettings, found: Checkpoint | None) -> Health:
-        """As the checkpoint that the run goes on from has it, or new."""
+        """The counts in the checkpoint that the run resumes from, or new ones."""
         health = cls(settings)
         if found is not None:
             health.taken, health.skipped, health.in_a_row = (found.control or {})["health"]
         return health
 
     def state(self) -> list[int]:
-        """What a checkpoint keeps."""
+        """The counts, as a checkpoint saves them."""
         return [self.taken, self.skipped, self.in_a_row]
 
     def after_step(self, step: int, report: StepReport, rows: RowIds) -> None:
-        """Note what optimizer step (or iteration) `step` did with these rows of this rank. A collective."""
+        """Record what optimizer step (or iteration) `step` did with these rows of this rank. A collective."""
         if not report.skipped:
             self.taken, self.in_a_row = self.taken + 1, 0
             return
@@ -56,17 +56,17 @@ class Health:
             for loss, ids in zip(report.losses, rows, strict=False)
             if report.bad_gradient or not math.isfinite(loss)
         ]
-        self.note_bad(step, "loss" if report.bad_loss else "gradient", batches)
+        self.record_bad_step(step, "loss" if report.bad_loss else "gradient", batches)
 
-    def note_bad(self, step: int, what: str, batches: list[dict[str, Any]]) -> None:
-        """Count and write down a skipped step; `batches`: this rank's, none if it is not to blame. A collective."""
+    def record_bad_step(self, step: int, what: str, batches: list[dict[str, Any]]) -> None:
+        """Count and log a skipped step; `batches`: this rank's, empty if it was finite. A collective."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if batches:
             folder = self.output / "bad_batches"
             with explain_disk_errors(folder):
                 folder.mkdir(exist_ok=True)
             append_json(folder / f"step_{step:06d}_rank{dist.rank()}.jsonl", batches)
-        blamed = [rank for rank, found in enumerate(dist.gather_objects(bool(batches))) if found]
+        blamed = [rank for rank, has_bad in enumerate(dist.gather_objects(bool(batches))) if has_bad]
         if dist.is_main():
             line = {"step": step, "bad": what, "ranks": blamed, "in_a_row": self.in_a_row}
             append_json(self.output / "health.jsonl", [line])
@@ -77,11 +77,11 @@ class Health:
 
     @property
     def must_stop(self) -> bool:
-        """True once as many steps in a row were bad as the settings allow, on all ranks alike."""
+        """Whether `max_bad_steps` steps in a row were bad; the same on every rank."""
         return self.in_a_row >= self.limit
 
     def check(self, step: int) -> None:
-        """After the checkpoint of `step`: raises UserError when the run must stop."""
+        """After the checkpoint of `step`: raises UserError if the run must stop."""
         if not self.must_stop:
             return
         raise UserError(
@@ -100,5 +100,5 @@ class Health:
 
 
 def row_ids(rows: Any, micro_batches: Sequence[Sequence[int | None]]) -> RowIds:
-    """Where the rows of each micro-batch came from; `rows` is a set that knows (`where`)."""
+    """Where the rows of each micro-batch came from; `rows` is a set with a method `where`."""
     return [[rows.where(row) for row in micro if row is not None] for micro in micro_batches]

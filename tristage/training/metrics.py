@@ -47,7 +47,7 @@ class RunLog:
     """Writes on rank 0, does nothing elsewhere: `with RunLog(...) as log: log.write(step, "train", {...})`.
 
     Args:
-        first_step: where a resumed run goes on; later lines of an earlier attempt are dropped.
+        first_step: the step that a resumed run continues from; later lines of an earlier attempt are dropped.
         shown: metrics of the progress line, full name -> short name.
 
     Raises:
@@ -78,7 +78,7 @@ class RunLog:
         if dist.is_main():
             if self.bar:
                 self.bar.stop()
-            with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+            with contextlib.suppress(OSError):  # of a line that could not be written, which was reported
                 self.file.close()
             self.board.close()
 

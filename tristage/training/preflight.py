@@ -1,6 +1,6 @@
-"""What has to be alike on all ranks, asked right after they joined and before models load (run.start).
+"""Checks that all ranks agree (versions, device, code, output folder), after joining and before models load.
 
-One gather of a few facts a rank and one small file in the output folder: milliseconds on one machine.
+One gather of a few facts per rank, and one small file in the output folder: milliseconds on one machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tristage.planning.formulas import GIB, Machine
 from tristage.planning.plan import engines_of, make_plan
 from tristage.storage.free_space import free_for_rank, free_on_disk, free_on_host, ranks_here
 
-# What must agree, as a sentence names it, and what to do when it does not.
-ALIKE = {
+# What must agree, as messages name it -> the fix.
+MUST_AGREE = {
     "python": "install the same on both",
     "torch": "install the versions of constraints.txt on both",
     "deepspeed": "install the versions of constraints.txt on both",
@@ -33,7 +33,7 @@ ALIKE = {
     "code of tristage": "give both the same copy",
     "device": "leave out the node that differs (--exclude)",
 }
-SECONDS_TO_SEE = 10.0  # network file systems show a new file late
+FILE_VISIBLE_SECONDS = 10.0  # network file systems show a new file late
 DISK = 2**30  # bytes below which not even a tiny model can be written
 
 
@@ -41,7 +41,7 @@ def check(settings: RunSettings, device: torch.device) -> None:
     """A collective. Raises UserError on every rank, naming the node that differs from rank 0's or lacks something."""
     facts = dist.gather_objects(_facts(device))
     for rank, fact in enumerate(facts):
-        for name, fix in ALIKE.items():
+        for name, fix in MUST_AGREE.items():
             if fact[name] != facts[0][name]:
                 raise UserError(
                     f"rank {rank} on {fact['node']} has {name} {fact[name]}, rank 0 on {facts[0]['node']} has "
@@ -73,7 +73,7 @@ def installed(package: str) -> str:
 
 
 def source_files() -> Iterator[Path]:
-    """The Python files of tristage and of the steps beside it."""
+    """The Python files of tristage and of the steps next to it."""
     home = Path(__file__).parents[1]
     for folder in (home, *sorted(home.parent.glob("step[0-9]_*"))):
         yield from sorted(folder.rglob("*.py"))
@@ -88,7 +88,7 @@ def source_hash() -> str:
 
 
 def _check_output(settings: RunSettings, nodes: list[str]) -> None:
-    """Rank 0 writes a file with a name of its own; every rank must see it, in the same folder, with room."""
+    """Rank 0 writes a file with a unique name; every rank must see it in its output folder."""
     folder = Path(settings.output) / "logs"
     name = dist.gather_objects(f".shared_{uuid.uuid4().hex}")[0]
     problem = None
@@ -101,7 +101,7 @@ def _check_output(settings: RunSettings, nodes: list[str]) -> None:
         except OSError as error:
             problem = f"cannot be written ({error.strerror}); choose another `output`"
     dist.barrier()
-    until = time.monotonic() + SECONDS_TO_SEE
+    until = time.monotonic() + FILE_VISIBLE_SECONDS
     while problem is None and not (seen := _is_seen(folder, name)) and time.monotonic() < until:
         time.sleep(0.2)
     if problem is None and not seen:
@@ -110,13 +110,13 @@ def _check_output(settings: RunSettings, nodes: list[str]) -> None:
     if dist.is_main():
         with contextlib.suppress(OSError):
             (folder / name).unlink()
-    for node, found in zip(nodes, problems, strict=True):
-        if found:
-            raise UserError(f"{settings.file}: key `output`: {settings.output} on {node} {found}")
+    for node, each in zip(nodes, problems, strict=True):
+        if each:
+            raise UserError(f"{settings.file}: key `output`: {settings.output} on {node} {each}")
 
 
 def _is_seen(folder: Path, name: str) -> bool:
-    """By listing the folder: network file systems remember for a while that a name was not there."""
+    """Lists the folder: network file systems cache for a while that a name did not exist."""
     return folder.is_dir() and any(path.name == name for path in folder.iterdir())
 
 
@@ -129,13 +129,13 @@ class MemoryProblem(NamedTuple):
 
 def _check_memory(settings: RunSettings, device: torch.device, facts: list[dict[str, Any]]) -> None:
     """Refuse what cannot fit by its weights and optimizer alone, and warn where the whole plan does not."""
-    found = None
+    own = None
     if dist.is_main():
         try:
-            found = memory_problem(settings, device, facts)
-        except Exception as error:  # an estimate; the run may know a family that the plan does not
+            own = memory_problem(settings, device, facts)
+        except Exception as error:  # only an estimate; the run may support a model family that the plan does not
             dist.print0(f"memory was not compared with the plan: {error}")
-    problem = dist.gather_objects(found)[0]
+    problem = dist.gather_objects(own)[0]
     if problem is not None and problem.stops:
         raise UserError(f"{settings.file}: {problem.sentence}")
     if problem is not None:
@@ -166,7 +166,7 @@ def memory_problem(settings: RunSettings, device: torch.device, facts: list[dict
                     return MemoryProblem(
                         stops,
                         f"rank {rank} on {fact['node']} has {_gib(free)} GiB of memory left for {place}, and {asks}; "
-                        f"end what else is in there, or see what fits with: tristage plan {settings.file}",
+                        f"free memory on that machine, or see what fits: tristage plan {settings.file}",
                     )
     return None
 

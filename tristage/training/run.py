@@ -51,7 +51,7 @@ class Preempted(Exception):
 
     def __init__(self, step: int) -> None:
         where = f"after step {step}, its checkpoint written" if step else "before step 1"
-        super().__init__(f"stopped by a signal {where}; start again to go on")
+        super().__init__(f"stopped by a signal {where}; start again to resume")
 
 
 def entry_point(main: Callable[[list[str]], None]) -> None:
@@ -69,47 +69,47 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
         except UserError as error:
             watchdog.leave("failed")
             if dist.rank() != 0:
-                # Rank 0 meets the same error and says it; the launcher then ends us. If rank 0 is still going
-                # after this, the mistake is of this rank alone and we say it.
+                # Usually rank 0 meets the same error, prints it, and the launcher ends this rank. After this wait the
+                # error is this rank's alone, so it prints it.
                 time.sleep(8)
-            print(f"error: {error}{dist.of_this_node()}", file=sys.stderr, flush=True)
+            print(f"error: {error}{dist.node_suffix()}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
         except Preempted as stopped:
             dist.print0(stopped)
             watchdog.tell_launcher()
             code = watchdog.EXIT_PREEMPTED
         except Exception:
-            of_another = watchdog.died_of_another()
+            peer_lost = watchdog.lost_a_peer()
             watchdog.leave("failed")
-            if not of_another:
+            if not peer_lost:
                 raise
-            time.sleep(watchdog.FOR_THE_LAUNCHER)
-            os._exit(watchdog.EXIT_STALLED)  # leaving the process group of a lost rank may wait for ever
+            time.sleep(watchdog.LAUNCHER_GRACE_SECONDS)
+            os._exit(watchdog.EXIT_STALLED)  # leaving the process group of a lost rank may hang
         watchdog.leave("done")
-        dist.shutdown()  # not after an error: the others may sit in a collective, and the launcher ends them
+        dist.shutdown()  # not after an error: the others may be stuck in a collective, and the launcher ends them
     if code:
         sys.exit(code)
 
 
 @dataclass
 class Saver:
-    """Writes a run's checkpoints when they are due, and ends the run after one when a rank was asked to stop."""
+    """Writes a run's checkpoints when they are due, and ends the run after one if a signal asked a rank to stop."""
 
     settings: RunSettings
     device: torch.device
     engines: dict[str, Any]
     health: Health
     log: RunLog
-    own: Callable[[], list[Piece]] | None = None  # this rank's tensors beside the engines'
+    own: Callable[[], list[Piece]] | None = None  # this rank's tensors in addition to the engines'
 
     def __post_init__(self) -> None:
         self.saved = self.log.first  # the newest checkpoint's step
 
     def after(self, step: int, last: bool, control: dict[str, Any] | None = None) -> None:
-        """A checkpoint of `step` at its turn, after the last step, and when the run must stop. A collective.
+        """Write checkpoint `step` if it is due, the last, or the run must stop. A collective.
 
         Raises:
-            Preempted: on every rank, when one was asked to stop and this is not the last step.
+            Preempted: on every rank, if a signal reached one of them and this is not the last step.
             UserError: on every rank, after too many steps in a row with numbers that are not finite.
         """
         if not last:
@@ -120,7 +120,7 @@ class Saver:
         self.health.check(step)
 
     def stop_if_asked(self, step: int, control: dict[str, Any] | None = None) -> None:
-        """If any rank was asked to stop: checkpoint `step`, unless it is there. A collective. Raises Preempted."""
+        """If a signal reached any rank: checkpoint `step`, unless it exists, and raise Preempted. A collective."""
         if dist.max_over_ranks({"stop": float(watchdog.stop_asked())}, self.device)["stop"] == 0:
             return
         if step > self.saved:
@@ -140,17 +140,17 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
     and environment.json: (this rank's device, the checkpoint or None).
 
     Raises:
-        UserError: another run writes to the folder; ranks that hold other versions or data than rank 0, as when a node
-            has an older copy of a file; a model of a run that has not finished; checkpoints that are not whole, or of
-            another run.
+        UserError: another run writes to the folder; a rank's versions or data differ from rank 0's, as when a node has
+            an older copy of a file; a model's run has not finished; checkpoints are damaged, or of another run.
     """
-    patience = watchdog.LONG * settings.watchdog_seconds
-    device = dist.init(settings.device, patience + 60 if patience else 1800)  # the watchdog, which says more, is first
+    patience = watchdog.SLOW_PHASE_FACTOR * settings.watchdog_seconds
+    # the watchdog, whose message says more, must act before the process group does
+    device = dist.init(settings.device, patience + 60 if patience else 1800)
     preflight.check(settings, device)
     on_main(lambda: _take_lock(settings))
     others = dist.gather_objects((platform.node(), data_fingerprint))
-    for rank, (node, found) in enumerate(others):
-        if found != others[0][1]:
+    for rank, (node, fingerprint) in enumerate(others):
+        if fingerprint != others[0][1]:
             raise UserError(
                 f"{settings.file}: rank {rank} on {node} has other data than rank 0 on {others[0][0]}; "
                 "give all nodes the same files and library versions"
@@ -173,7 +173,7 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on every rank. A collective. Raises its UserError on every rank."""
+    """Run `action` on rank 0 and return its result on every rank. A collective. Raises its UserError on every rank."""
     result, problem = None, None
     if dist.is_main():
         try:
@@ -203,12 +203,12 @@ def _inputs(settings: RunSettings, data_fingerprint: str) -> dict[str, Any]:
 
 
 def _write_start(settings: RunSettings, environment: dict[str, Any]) -> None:
-    """config.yaml and environment.json; what an earlier run left and is not true of this one goes."""
+    """Write config.yaml and environment.json; remove what an earlier run left and does not hold for this one."""
     output = Path(settings.output)
     with explain_disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         clear_finished(output)
-        origin = f"# What {settings.file} came to with its overrides; relative deepspeed paths start from its folder.\n"
+        origin = f"# Resolved from {settings.file} and overrides; relative deepspeed paths start from its folder.\n"
         values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         (output / "config.yaml").write_text(origin + values)
         (output / "environment.json").write_text(json.dumps(environment, indent=2))
@@ -218,7 +218,7 @@ def _write_start(settings: RunSettings, environment: dict[str, Any]) -> None:
 
 
 def finish(settings: RunSettings, exported: Sequence[Path]) -> None:
-    """The last thing that a run does: finished.json, with the folders that save_model wrote on rank 0.
+    """Write finished.json, with the folders that save_model wrote on rank 0: the last thing that a run does.
 
     Raises:
         UserError: on rank 0, it cannot be written.
@@ -245,12 +245,12 @@ def _environment(device: torch.device) -> dict[str, object]:
 
 def trusted_code(settings: RunSettings) -> dict[str, bool]:
     """Each key that lets code of a model folder run, and its value; printed where one does."""
-    found = {"trust_remote_code": settings.trust_remote_code}
+    values = {"trust_remote_code": settings.trust_remote_code}
     if (reward := getattr(settings, "reward", None)) is not None:
-        found["reward.trust_remote_code"] = reward.trust_remote_code
-    for key in (key for key, value in found.items() if value):
+        values["reward.trust_remote_code"] = reward.trust_remote_code
+    for key in (key for key, value in values.items() if value):
         dist.print0(f"warning: {key}: Python code from model folders runs with your rights")
-    return found
+    return values
 
 
 def without_secret(word: str) -> str:

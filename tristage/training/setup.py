@@ -56,14 +56,14 @@ def trained_config(
     """The DeepSpeed config of an engine that trains, from the JSON that `key` names.
 
     Raises:
-        UserError: an unreadable JSON, or one that this machine or a checkpoint cannot do.
+        UserError: an unreadable JSON, or a setting that this machine or checkpoints do not support.
     """
     config = _config(settings, deepspeed_json, key, plan, clip_norm)
     for part in ("offload_optimizer", "offload_param"):
         if (config["zero_optimization"].get(part) or {}).get("device") == "nvme":
             raise UserError(
                 f"{settings.file}: key `{key}`: {deepspeed_json}: zero_optimization.{part} to nvme is for frozen "
-                "models alone: checkpoints don't hold what is on disk; offload to cpu"
+                "models only: checkpoints don't hold what is on disk; offload to cpu"
             )
     return config
 
@@ -77,22 +77,22 @@ def _config(
 
 
 def frozen_config(settings: RunSettings, deepspeed_json: str, key: str, plan: BatchPlan) -> dict[str, Any]:
-    """The DeepSpeed config of a model that only answers, from the JSON that `key` names.
+    """The DeepSpeed config of a frozen model, from the JSON that `key` names.
 
     Raises:
-        UserError: an unreadable JSON, or ZeRO 1 or 2, which shard what such a model lacks.
+        UserError: an unreadable JSON, or ZeRO 1 or 2, which shard what a frozen model does not have.
     """
     config = _config(settings, deepspeed_json, key, plan)
     if zero_stage(config) not in (0, 3):
         raise UserError(
             f"{settings.file}: key `{key}`: ZeRO stage {zero_stage(config)} shards gradients and "
-            "optimizer, which a frozen model has not; use stage 0 or 3"
+            "optimizer, which a frozen model does not have; use stage 0 or 3"
         )
     return config
 
 
 def loading(settings: RunSettings, lora: LoraSettings | None = None) -> dict[str, Any]:
-    """What every model of a run is loaded with; `lora` is that of the policy, whose reference is quantised alike."""
+    """Keyword arguments for loading the models of a run; `lora` is the policy's: its reference is quantised alike."""
     quantize = lora.quantize if lora is not None else None
     return {
         "dtype": DTYPES[settings.precision],
@@ -101,14 +101,14 @@ def loading(settings: RunSettings, lora: LoraSettings | None = None) -> dict[str
     }
 
 
-def check_one_hpz(settings: RunSettings, configs: dict[str, dict[str, Any]]) -> None:
-    """ZeRO++'s second partition is for one engine of a process: DeepSpeed ends a second one in an assertion.
+def require_single_hpz_engine(settings: RunSettings, configs: dict[str, dict[str, Any]]) -> None:
+    """Refuse ZeRO++'s secondary partition (hpz) in several engines: DeepSpeed allows one per process, by an assertion.
 
     Args:
         configs: DeepSpeed config of each engine, by the key that names its JSON.
 
     Raises:
-        UserError: several have it.
+        UserError: several engines have it.
     """
     size = "zero_hpz_partition_size"
     keys = [f"`{key}`" for key, config in configs.items() if config["zero_optimization"].get(size, 1) > 1]
