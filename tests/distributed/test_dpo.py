@@ -70,7 +70,9 @@ def reference_of(path: str, rows: list[Any]) -> PrecomputedReference:
     return PrecomputedReference((np.array(said) + noise).astype(np.float32), starts)
 
 
-def prompt_row(loss: str, rows: list[Any], known: PrecomputedReference) -> Callable[[Any, Any], tuple[torch.Tensor, int]]:
+def prompt_row(
+    loss: str, rows: list[Any], known: PrecomputedReference
+) -> Callable[[Any, Any], tuple[torch.Tensor, int]]:
     """The loss of one prompt, written out; `rows` find its place."""
 
     def one(model: Any, row: Any) -> tuple[torch.Tensor, int]:
