@@ -1,8 +1,9 @@
-"""The tests themselves: what they share is in tests/helpers, and each of them checks something."""
+"""The tests themselves: shared code is in tests/helpers, data in the repository, and each test checks something."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_benchmarks_and_the_package_do_not_import_tests():
     found = {name_of(path): [name for name in imported(tree_of(path)) if name.split(".")[0] == "tests"]
              for path in [*BENCHMARKS, *PRODUCT]}  # fmt: skip
     assert len(found) > 60 and {path: names for path, names in found.items() if names} == {}
+
+
+# -- paths -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [path for path in [*TESTS, *HELPERS] if path != Path(__file__)], ids=name_of)
+def test_only_real_data_is_looked_for_outside_the_repository(path):
+    """A folder above this one is what only its author has; real_data.py takes it from TRISTAGE_TEST_DATA."""
+    text = path.read_text(encoding="utf-8")
+    outside = re.findall(r"\bREPO\.parent\b|parents\[2\]\.parent\b|parents\[[3-9]\]", text)
+    assert outside == (["REPO.parent"] if path.name == "real_data.py" else [])
 
 
 # -- every test checks something ---------------------------------------------------------------------------

@@ -16,16 +16,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import tiny
-from tests.helpers.tiny import REPO
+from tests.helpers.real_data import DATA, HH, needs
 from tristage.cli import main as cli
 from tristage.config import SourceSettings
 from tristage.data.packing import PackedRows
 from tristage.data.sets import load_sets, load_text_blocks
 from tristage.models.tokenizer import load_tokenizer
 
-DATA = REPO.parent / "shared" / "data"
-HH, SHAKESPEARE = DATA / "hh_helpful/helpful-base-test.jsonl.gz", DATA / "ptx/tinyshakespeare.txt"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} with real data is not there")
+SHAKESPEARE = DATA / "ptx/tinyshakespeare.txt"
+pytestmark = needs(DATA)
 
 
 @pytest.fixture(scope="module")

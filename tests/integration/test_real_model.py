@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.helpers import smollm2
+from tests.helpers.real_data import HH, needs
 from tests.helpers.tiny import REPO
 from tristage.training.metrics import read_metrics
 
-HH = REPO.parent / "shared" / "data" / "hh_helpful" / "helpful-base-test.jsonl.gz"
 # On a user's machine the configs name the hub set; here the same rows are read in place. Few, short and float32:
 # most CPUs have no bf16 arithmetic.
 ROWS = [f"data.train={HH}", "data.heldout=null", "data.limit=120", "data.heldout_limit=6"]
@@ -30,7 +30,7 @@ PPO += ["rollout.max_response_tokens=24", "ppo.minibatch=4", "ppo.micro_batch=2"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.long,
-    pytest.mark.skipif(not HH.is_file(), reason=f"no data at {HH}"),
+    needs(HH),
     pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or ""),
 ]
 

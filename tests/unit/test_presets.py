@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from tests.helpers.real_data import real_file
 from tristage.config import DataSettings, Kind, RunSettings, SourceSettings
 from tristage.data.rows import PromptRow, RankingRow, SFTRow, Turn, read_row
 from tristage.data.sources import open_source, resolve_preset
@@ -20,7 +21,6 @@ from tristage.errors import UserError
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "configs" / "datasets"
-REAL = REPO.parent / "shared" / "data"
 SETTINGS = RunSettings(output="out", data={"train": "rows.jsonl"})
 
 Raw = dict[str, Any]
@@ -397,9 +397,7 @@ def test_the_parquet_copy_of_a_set_in_several_parts_reads_as_the_readme_says(tmp
     ],
 )
 def test_a_real_file_reads_whole(name, file, kind, num_rows):
-    if not (REAL / file).exists():
-        pytest.skip(f"no {REAL / file}")
-    source = preset(name, path=str(REAL / file))
+    source = preset(name, path=real_file(file))
     rows = [read_row(place, source, kind) for place in open_source(source).rows()]
     assert len(rows) == num_rows
     assert not any("Human:" in turn["content"][:8] for row in rows for turn in row.prompt)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.real_data import real_file
 from tristage.config import SourceSettings
 from tristage.data.rows import (
     PromptRow,
@@ -25,7 +25,6 @@ from tristage.data.rows import (
 from tristage.data.sources import open_source
 from tristage.errors import UserError
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
 WHERE = "rows.jsonl:7"
 KINDS = ("ranking", "sft", "prompt")
 
@@ -531,9 +530,7 @@ def test_rows_share_a_row_hash_when_all_but_their_places_is_equal():
 
 def read_all(path: str, kind, **settings) -> tuple[list[Row], dict[str, int]]:
     """(rows, number of dropped rows by reason)."""
-    if not (DATA / path).exists():
-        pytest.skip(f"real data absent: {DATA / path}")
-    source = SourceSettings(path=str(DATA / path), **settings)
+    source = SourceSettings(path=real_file(path), **settings)
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
     for place in open_source(source).rows():
