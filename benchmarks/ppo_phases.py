@@ -23,16 +23,15 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from step3_ppo.build import PPORun, read_inputs
 from step3_ppo.config import PPOConfig
-from step3_ppo.engines import build_engines, engine_configs
-from step3_ppo.rollout import Control, collect, make_experience, prompt_batch
+from step3_ppo.rollout import make_experience, sample_responses, score_responses
 from step3_ppo.update import ppo_update
 from tristage import dist
-from tristage.data.sets import load_sets
+from tristage.batches import PromptBatch
 from tristage.engine import frozen_engine
 from tristage.models.quiet import quiet_libraries
 from tristage.models.reward_model import load_reward_model
@@ -70,27 +69,27 @@ def settings_for(folder: Path, stage: int) -> PPOConfig:
 
 
 class Variant:
-    """Engines of one ZeRO stage, ready to run iterations."""
+    """A run of one ZeRO stage, ready for iterations."""
 
-    def __init__(self, folder: Path, stage: int, tokenizer: Any, device: torch.device):
+    def __init__(self, folder: Path, stage: int, device: torch.device):
         self.settings = settings_for(folder, stage)
-        self.plan = self.settings.plan(dist.world_size())
-        self.engines = build_engines(self.settings, engine_configs(self.settings, self.plan), tokenizer)
-        self.tokenizer, self.watch = tokenizer, Stopwatch(device)
+        self.ppo, self.watch = PPORun.build(read_inputs(self.settings), device), Stopwatch(device)
 
-    def iteration(self, batch: Any, number: int) -> dict[str, float]:
-        rollouts = PaddedRollout(self.engines.actor, self.tokenizer, self.settings.rollout.rows_at_once)
-        control = Control.of(self.settings)
-        experience, _ = make_experience(
-            self.engines, rollouts, batch, number, self.settings, self.watch, control, functions=[]
-        )
+    def iteration(self, batch: PromptBatch, number: int) -> dict[str, float]:
+        ppo, settings = self.ppo, self.settings
+        with self.watch("rollout"):
+            sequences = sample_responses(ppo.rollouts, batch, settings.rollout, settings.seed, number)
+        with self.watch("score"):
+            own = score_responses(ppo.engines, ppo.inputs.tokenizer, sequences, batch, settings, functions=[])
+            experience, _ = make_experience(ppo.engines, own, batch, settings, ppo.control)
         with self.watch("update"):
-            ppo_update(self.engines, experience, number, self.settings, self.plan)
+            ppo_update(ppo.engines, experience, number, settings, ppo.inputs.plan)
         return self.watch.take()
 
-    def rollout(self, batch: Any, number: int, rows_at_once: int, gather: str) -> dict[str, float]:
-        rollouts = PaddedRollout(self.engines.actor, self.tokenizer, rows_at_once, gather)
-        collect(self.engines, rollouts, batch, number, self.settings, self.watch, functions=[])
+    def rollout(self, batch: PromptBatch, number: int, rows_at_once: int, gather: str) -> dict[str, float]:
+        rollouts = PaddedRollout(self.ppo.engines.actor, self.ppo.inputs.tokenizer, rows_at_once, gather)
+        with self.watch("rollout"):
+            sample_responses(rollouts, batch, self.settings.rollout, self.settings.seed, number)
         return self.watch.take()
 
 
@@ -111,14 +110,8 @@ def main(argv: list[str]) -> None:
     (name,) = set(dist.gather_objects(tempfile.mkdtemp() if dist.is_main() else None)) - {None}
     folder = Path(name)
     make_models(folder, device)
-    tokenizer = load_tokenizer(str(folder / "model"))
-    zero2, zero3 = (Variant(folder, stage, tokenizer, device) for stage in (2, 3))
-    settings = zero2.settings
-    prompts, _ = load_sets(settings, tokenizer)
-    rows = settings.rollout.prompts // dist.world_size()
-    places = range(dist.rank() * rows, (dist.rank() + 1) * rows)
-    batch = prompt_batch(prompts, range(len(prompts)), places, settings, tokenizer)
-    batch = batch.to(device)
+    zero2, zero3 = (Variant(folder, stage, device) for stage in (2, 3))
+    settings, batch = zero2.settings, zero2.ppo.prompts(1)
     runs = {
         "zero2": lambda n: zero2.iteration(batch, n),
         "zero3": lambda n: zero3.iteration(batch, n),

@@ -33,6 +33,10 @@ class Engines(NamedTuple):
         engines = (self.actor, self.critic, self.reference, self.reward)
         return [engine for engine in engines if engine is not None]
 
+    def trained(self) -> dict[str, Any]:
+        """Name -> engine of those that learn; checkpoints hold them."""
+        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
+
 
 def engine_configs(settings: PPOConfig, plan: BatchPlan) -> dict[str, dict[str, Any]]:
     """The DeepSpeed config of each engine that the settings ask for, by name.

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from step3_ppo.config import PPOConfig
-from step3_ppo.engines import Engines
-from step3_ppo.rewards import RewardTerm, TextScorer, decode, score_texts
-from step3_ppo.rollout import collect, prompt_batch, response_metrics, rows_of_all_ranks
+from step3_ppo.build import PPORun
+from step3_ppo.rewards import decode, score_texts
+from step3_ppo.rollout import prompt_batch, response_metrics, rows_of_all_ranks, sample_responses, score_responses
 from tristage import dist
 from tristage.data.loader import evaluation_rows
-from tristage.data.store import Rows
-from tristage.rollout import PaddedRollout
-from tristage.training.metrics import Stopwatch
 
 EVALUATION_DRAW = 0  # iterations count from 1; every evaluation samples with the same numbers
 
 
-def evaluate(
-    engines: Engines,
-    rollouts: PaddedRollout,
-    rows: Rows,
-    settings: PPOConfig,
-    tokenizer: Any,
-    functions: list[RewardTerm],
-    grader: TextScorer | None,
-    device: torch.device,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def evaluate(run: PPORun) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(metrics, samples) of one sampled response to every held-out prompt. A collective."""
+    inputs, settings, tokenizer = run.inputs, run.settings, run.inputs.tokenizer
+    rows, grader = inputs.heldout, inputs.grader
     places = [row for (row,) in evaluation_rows(rows.lengths, 1, dist.world_size(), dist.rank())]
-    batch = prompt_batch(rows, range(len(rows)), places, settings, tokenizer).to(device)
-    own = collect(engines, rollouts, batch, EVALUATION_DRAW, settings, Stopwatch(device), functions)
+    batch = prompt_batch(rows, range(len(rows)), places, settings, tokenizer).to(run.device)
+    sequences = sample_responses(run.rollouts, batch, settings.rollout, settings.seed, EVALUATION_DRAW)
+    own = score_responses(run.engines, tokenizer, sequences, batch, settings, inputs.functions)
     gather = rows_of_all_ranks(batch)
-    sequences = own.sequences.map(gather)
+    sequences = sequences.map(gather)
     logprobs, ref_logprobs, entropy, scores, real = (
         gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, batch.is_real)
     )

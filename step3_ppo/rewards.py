@@ -110,11 +110,9 @@ def _decode_whole(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> list
     return list(tokenizer.batch_decode(kept, skip_special_tokens=True))
 
 
-def pooled(
-    values: torch.Tensor, mask: torch.Tensor, answer_mask: torch.Tensor, settings: PPOConfig
-) -> torch.Tensor:
-    """values, mask, answer_mask [b,T] -> [b]: a response's score by `reward.score`."""
-    return last_token_scores(values, mask) if settings.reward.score == "last" else masked_mean(values, answer_mask, 1)
+def pooled(values: torch.Tensor, mask: torch.Tensor, answer_mask: torch.Tensor, how: str) -> torch.Tensor:
+    """values, mask, answer_mask [b,T] -> [b]: a response's score, `how` of `reward.score`."""
+    return last_token_scores(values, mask) if how == "last" else masked_mean(values, answer_mask, 1)
 
 
 # -- a reward model with a tokenizer and template of its own (reward.own_tokenizer) ---------------------------
@@ -139,7 +137,7 @@ def retokenized_scores(
     for micro in order.split(settings.ppo.micro_batch):
         made = collate_sft(pick(examples, micro.tolist()), engines.reward_tokenizer.pad_token_id).to(device)
         values = engines.reward(made.input_ids, made.attention_mask)
-        scores.append(pooled(values, made.attention_mask, made.loss_mask, settings))
+        scores.append(pooled(values, made.attention_mask, made.loss_mask, settings.reward.score))
     return torch.cat(scores)[order.argsort().to(device)]
 
 

@@ -1,7 +1,7 @@
 """From prompts to experience: sample, score, shape rewards, estimate advantages.
 
-P prompt columns, R response columns, B rows of this rank, N = ranks * B rows of the iteration. After `collect`
-everything is response-aligned, [B,R], with one mask.
+P prompt columns, R response columns, B rows of this rank, N = ranks * B rows of the iteration. From `score_responses`
+on everything is response-aligned, [B,R], with one mask.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from step3_ppo.config import PPOConfig
+from step3_ppo.config import PPOConfig, PPOSettings, RolloutSettings
 from step3_ppo.engines import Engines
 from step3_ppo.rewards import RewardTerm, decode, pooled, retokenized_scores, score_texts
 from tristage import dist
@@ -32,7 +32,6 @@ from tristage.data.store import Rows
 from tristage.models.lora import adapters_off
 from tristage.models.reward_model import last_token_scores
 from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
-from tristage.training.metrics import Stopwatch
 
 
 class NotFiniteError(Exception):
@@ -41,6 +40,10 @@ class NotFiniteError(Exception):
     def __init__(self, what: str, rows: list[int]) -> None:
         super().__init__(f"{what} of rows {rows}")
         self.what, self.rows = what, rows
+
+    def batches(self, names: list[str]) -> list[dict[str, Any]]:
+        """What health notes of it: `names` of all rows -> those that are not finite, on rank 0 alone."""
+        return [{"rows": [names[row] for row in self.rows]}] if dist.is_main() else []
 
 
 @dataclass
@@ -51,8 +54,7 @@ class Control:
     scores: RunningMoments = field(default_factory=RunningMoments)  # of `ppo.scale_reward`
 
     @classmethod
-    def of(cls, settings: PPOConfig) -> Control:
-        ppo = settings.ppo
+    def of(cls, ppo: PPOSettings) -> Control:
         return cls(KLController(ppo.kl_coef, ppo.adaptive_kl_target, ppo.adaptive_kl_horizon))
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,10 +78,9 @@ class Responses:
     scores: torch.Tensor  # [B] their weighted sum
 
 
-def make_rollouts(engines: Engines, tokenizer: Any, settings: PPOConfig) -> PaddedRollout:
+def make_rollouts(actor: Any, tokenizer: Any, rollout: RolloutSettings) -> PaddedRollout:
     """What samples responses from the actor."""
-    rollout = settings.rollout
-    return PaddedRollout(engines.actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
+    return PaddedRollout(actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
 
 
 def prompt_batch(
@@ -104,34 +105,37 @@ def prompt_batch(
 
 
 @torch.no_grad()
-def collect(
-    engines: Engines,
-    rollouts: PaddedRollout,
-    prompts: PromptBatch,
-    draw: int,
-    settings: PPOConfig,
-    watch: Stopwatch,
-    functions: list[RewardTerm],
-) -> Responses:
-    """Sample one response a prompt and score it. A collective.
+def sample_responses(
+    rollouts: PaddedRollout, prompts: PromptBatch, rollout: RolloutSettings, seed: int, draw: int
+) -> Sequences:
+    """Sample one response to each prompt of this rank. A collective.
 
     `draw` numbers the sampling: the same (seed, draw, draw_index) gives the same response on any number of ranks.
     """
-    rollout = settings.rollout
-    with watch("rollout"):
-        uniforms = row_uniforms(settings.seed, draw, prompts.draw_index, rollout.max_response_tokens)
-        request = SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms)
-        sampling = SamplingConfig(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-        batch = rollouts.generate(request, sampling)
-        sequences = Sequences(batch.input_ids, batch.attention_mask, rollouts.stop_ids, prompts.input_ids.shape[1])
-    with watch("score"):
-        for engine in engines.present():
-            engine.eval()
-        logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, with_entropy=True)
-        ref_logprobs = _reference_logprobs(engines, sequences, settings)
-        terms = _reward_terms(engines, rollouts.tokenizer, sequences, prompts, settings, functions)
-        weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
-        scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
+    uniforms = row_uniforms(seed, draw, prompts.draw_index, rollout.max_response_tokens)
+    request = SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms)
+    sampling = SamplingConfig(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    batch = rollouts.generate(request, sampling)
+    return Sequences(batch.input_ids, batch.attention_mask, rollouts.stop_ids, prompts.input_ids.shape[1])
+
+
+@torch.no_grad()
+def score_responses(
+    engines: Engines,
+    tokenizer: Any,
+    sequences: Sequences,
+    prompts: PromptBatch,
+    settings: PPOConfig,
+    functions: list[RewardTerm],
+) -> Responses:
+    """Log-probabilities of actor and reference, and the reward's parts with their weighted sum. A collective."""
+    for engine in engines.present():
+        engine.eval()
+    logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, with_entropy=True)
+    ref_logprobs = _reference_logprobs(engines, sequences, settings)
+    terms = _reward_terms(engines, tokenizer, sequences, prompts, settings, functions)
+    weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
+    scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
     return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores)
 
 
@@ -154,9 +158,9 @@ def _reward_terms(
                 values = engines.critic(micro.ids, micro.mask, start=True)
             else:
                 values = engines.reward(micro.ids, micro.mask)
-            return (pooled(values, micro.mask, micro.score_mask, settings),)
+            return (pooled(values, micro.mask, micro.score_mask, settings.reward.score),)
 
-        (terms["model"],) = _in_micro_batches(sequences, settings, score)
+        (terms["model"],) = _in_micro_batches(sequences, settings.ppo.micro_batch, score)
     if functions:
         prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask)
         responses = decode(tokenizer, sequences.responses, sequences.response_mask)
@@ -168,19 +172,12 @@ def _reward_terms(
 
 @torch.no_grad()
 def make_experience(
-    engines: Engines,
-    rollouts: PaddedRollout,
-    prompts: PromptBatch,
-    iteration: int,
-    settings: PPOConfig,
-    watch: Stopwatch,
-    control: Control,
-    functions: list[RewardTerm],
+    engines: Engines, own: Responses, prompts: PromptBatch, settings: PPOConfig, control: Control
 ) -> tuple[Experience, dict[str, float]]:
-    """One iteration's experience, all N rows on every rank, and its metrics. A collective.
+    """The experience of an iteration, all N rows on every rank, and its metrics. A collective.
 
-    1. Sample and score (collect); 2. values of every state; 3. bring all ranks' rows together; 4. rewards;
-    5. advantages and returns; 6. the KL coefficient of the next iteration.
+    1. Values of every state; 2. bring all ranks' rows together; 3. rewards; 4. advantages and returns; 5. the KL
+    coefficient of the next iteration.
 
     Rows are token ids and a few numbers a token: gathering them is cheap, and makes minibatches, whitening and
     metrics the same for any number of ranks.
@@ -189,23 +186,21 @@ def make_experience(
         NotFiniteError: on all ranks; `control` is as it was.
     """
     ppo = settings.ppo
-    own = collect(engines, rollouts, prompts, iteration, settings, watch, functions)  # 1
-    with watch("score"):
-        own_values, own_final = own.values or _values(engines, own.sequences, settings)  # 2
-        gather = rows_of_all_ranks(prompts)  # 3
-        sequences = own.sequences.map(gather)
-        logprobs, ref_logprobs, entropy, raw_scores, values, final_values = (
-            gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, own_values, own_final)
-        )
-        terms = {name: gather(scores) for name, scores in own.terms.items()}
-        mask = sequences.response_mask
-        _check_finite(mask, score=raw_scores[:, None], logprob=logprobs, reference_logprob=ref_logprobs, value=values)
-        scores = shape_scores(raw_scores, sequences.ended, settings, control)  # 4
-        kl_coef = control.kl.coef if ppo.kl_in == "reward" else 0.0
-        rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, ppo.reward_clip, ppo.kl_kind)
-        group = gather(prompts.draw_index) // settings.rollout.samples
-        after = torch.where(sequences.ended, 0.0, final_values) if ppo.bootstrap else None
-        advantages, returns, moments = _advantages(rewards, values, after, mask, group, settings)  # 5
+    own_values, own_final = own.values or _values(engines.critic, own.sequences, ppo.micro_batch)  # 1
+    gather = rows_of_all_ranks(prompts)  # 2
+    sequences = own.sequences.map(gather)
+    logprobs, ref_logprobs, entropy, raw_scores, values, final_values = (
+        gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, own_values, own_final)
+    )
+    terms = {name: gather(scores) for name, scores in own.terms.items()}
+    mask = sequences.response_mask
+    _check_finite(mask, score=raw_scores[:, None], logprob=logprobs, reference_logprob=ref_logprobs, value=values)
+    scores = shape_scores(raw_scores, sequences.ended, ppo, control)  # 3
+    kl_coef = control.kl.coef if ppo.kl_in == "reward" else 0.0
+    rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, ppo.reward_clip, ppo.kl_kind)
+    group = gather(prompts.draw_index) // settings.rollout.samples
+    after = torch.where(sequences.ended, 0.0, final_values) if ppo.bootstrap else None
+    advantages, returns, moments = _advantages(rewards, values, after, mask, group, ppo)  # 4
     experience = Experience(sequences, logprobs, ref_logprobs, values, advantages, returns, control.kl.coef)
     clipped = torch.zeros_like(scores) if ppo.reward_clip is None else (scores.abs() > ppo.reward_clip).float()
     everyone = torch.ones_like(scores)
@@ -216,13 +211,13 @@ def make_experience(
         "advantages/mean": moments[0],
         "advantages/std": moments[1].sqrt(),
     }
-    if settings.ppo.advantage == "gae":
+    if ppo.advantage == "gae":
         metrics |= {
             "value/mean": masked_mean(values, mask),
             "value/return": masked_mean(returns, mask),
             "value/explained_variance": explained_variance(values, returns, mask),
         }
-    control.kl.update(float(metrics["objective/kl"]), len(scores))  # 6
+    control.kl.update(float(metrics["objective/kl"]), len(scores))  # 5
     return experience, {name: float(value) for name, value in metrics.items()}
 
 
@@ -234,26 +229,26 @@ def _check_finite(mask: torch.Tensor, **found: torch.Tensor) -> None:
             raise NotFiniteError(what, broken.nonzero().flatten().tolist())
 
 
-def shape_scores(scores: torch.Tensor, ended: torch.Tensor, settings: PPOConfig, control: Control) -> torch.Tensor:
+def shape_scores(scores: torch.Tensor, ended: torch.Tensor, ppo: PPOSettings, control: Control) -> torch.Tensor:
     """scores [N], ended [N] bool -> [N]: less the penalty of a missing EOS, then over the running deviation."""
-    scores = scores - settings.ppo.missing_eos_penalty * (~ended).float()
-    if settings.ppo.scale_reward:
+    scores = scores - ppo.missing_eos_penalty * (~ended).float()
+    if ppo.scale_reward:
         control.scores.update(scores)
         scores = scores / control.scores.std
     return scores
 
 
-def _values(engines: Engines, sequences: Sequences, settings: PPOConfig) -> list[torch.Tensor]:
+def _values(critic: Any, sequences: Sequences, micro_batch: int) -> list[torch.Tensor]:
     """The critic's values of the states before each response token [B,R] and after the last one [B]; else 0."""
-    if engines.critic is None:
+    if critic is None:
         nothing = torch.zeros(sequences.response_mask.shape, device=sequences.input_ids.device)
         return [nothing, nothing[:, 0]]
 
     def score(micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        values = engines.critic(micro.ids, micro.mask)
+        values = critic(micro.ids, micro.mask)
         return micro.before_response(values), last_token_scores(values, micro.mask)
 
-    return _in_micro_batches(sequences, settings, score)
+    return _in_micro_batches(sequences, micro_batch, score)
 
 
 def _advantages(
@@ -262,10 +257,9 @@ def _advantages(
     after: torch.Tensor | None,
     mask: torch.Tensor,
     group: torch.Tensor,
-    settings: PPOConfig,
+    ppo: PPOSettings,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """(advantages [N,R], returns [N,R], their mean and variance before any whitening)."""
-    ppo = settings.ppo
     if ppo.advantage != "gae":
         one = group_advantages(masked_sum(rewards, mask, dim=1), group, ppo.advantage)  # one a response
         advantages = torch.where(mask, one.unsqueeze(1), 0.0)
@@ -323,7 +317,7 @@ def _score_policy(
         more = [found for x in values for found in (micro.before_response(x), last_token_scores(x, micro.mask))]
         return micro.align(logprobs), micro.align(entropy), *more
 
-    return _in_micro_batches(sequences, settings, score)
+    return _in_micro_batches(sequences, settings.ppo.micro_batch, score)
 
 
 def _reference_logprobs(engines: Engines, sequences: Sequences, settings: PPOConfig) -> torch.Tensor:
@@ -335,13 +329,13 @@ def _reference_logprobs(engines: Engines, sequences: Sequences, settings: PPOCon
 
 
 def _in_micro_batches(
-    sequences: Sequences, settings: PPOConfig, score: Callable[[Any], tuple[torch.Tensor, ...]]
+    sequences: Sequences, micro_batch: int, score: Callable[[Any], tuple[torch.Tensor, ...]]
 ) -> list[torch.Tensor]:
     """Run `score` on micro-batches of rows of like length; its results [b,...] in the rows' order, [B,...].
 
     Micro-batches are those of training, so that the old log-probabilities come from the same forward as the new.
     """
     order = sequences.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-    found = [score(sequences.micro_batch(rows)) for rows in order.split(settings.ppo.micro_batch)]
+    found = [score(sequences.micro_batch(rows)) for rows in order.split(micro_batch)]
     back = order.argsort()
     return [torch.cat(parts)[back] for parts in zip(*found, strict=True)]

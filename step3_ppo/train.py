@@ -1,40 +1,28 @@
 """Step 3: PPO. The fine-tuned model learns to score higher with the reward model, kept near its reference.
 
     deepspeed --module step3_ppo.train --config configs/quickstart/step3_ppo.yaml [key=value ...]
-
-One iteration: sample responses, score them (rollout.py), then some optimizer steps of actor and critic (update.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from step3_ppo.build import PPORun, read_inputs
 from step3_ppo.config import PPOConfig
-from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
 from step3_ppo.heldout import evaluate
-from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, load_grader, load_reward_terms
-from step3_ppo.rollout import Control, NotFiniteError, make_experience, make_rollouts, prompt_batch
-from step3_ppo.update import ActorExtras, MinibatchReport, check_first_iteration, ppo_update
+from step3_ppo.rollout import NotFiniteError, make_experience, sample_responses, score_responses
+from step3_ppo.update import MinibatchReport, check_first_iteration, ppo_update
 from tristage import dist
-from tristage.batches import PromptBatch, SFTBatch
-from tristage.checkpoint import Checkpoint, load_checkpoint
-from tristage.config import BatchPlan, load_config, world_size_from_environment
-from tristage.data.collate import collate_sft, pick
-from tristage.data.loader import Loader, deal
-from tristage.data.packing import Blocks
-from tristage.data.sets import fingerprint, load_sets, load_text_blocks
-from tristage.data.store import Rows
-from tristage.engine.average import WeightAverage
-from tristage.errors import UserError
+from tristage.batches import Experience
+from tristage.config import BatchPlan, load_config
+from tristage.data.sets import fingerprint
 from tristage.models.saving import save_model
 from tristage.models.tokenizer import generation_stop_ids
-from tristage.training import run
 from tristage.training.health import Health
 from tristage.training.metrics import RunLog, Stopwatch
+from tristage.training.run import Saver, entry_point, finish, start
 
-TRAINED: tuple[str, ...] = ("actor", "critic")
 SHOWN = {
     "objective/score": "score",
     "objective/kl": "kl",
@@ -44,113 +32,90 @@ SHOWN = {
 }
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads before any model does."""
-
-    prompts: Rows
-    heldout: Rows
-    pretraining: Blocks | None
-    functions: list[RewardTerm]
-    grader: TextScorer | None
-
-
 def main(argv: list[str]) -> None:
     settings = load_config(PPOConfig, argv)
-    dist.check_device(settings.device, settings.file)
-    plan = settings.plan(world_size_from_environment())
-    configs = engine_configs(settings, plan)
-    tokenizer = check_models(settings)
-    train(settings, plan, configs, tokenizer, load_inputs(settings, tokenizer))
-
-
-def load_inputs(settings: PPOConfig, tokenizer: Any) -> Inputs:
-    """Prompts, text and functions. Raises UserError."""
-    functions = load_reward_terms(settings)
-    grader = load_grader(settings)
-    prompts, heldout = load_sets(settings, tokenizer)
-    check_turns(settings, prompts, heldout)
-    if len(prompts) < settings.rollout.prompts:
-        raise UserError(
-            f"{settings.file}: rollout.prompts is {settings.rollout.prompts} but `data.train` gives only "
-            f"{len(prompts)} prompts; lower it or give more prompts"
-        )
-    mix = settings.pretraining
-    blocks = None if mix is None else load_text_blocks(mix.data, settings, tokenizer, mix.block_tokens)
-    return Inputs(prompts, heldout, blocks, functions, grader)
-
-
-def train(
-    settings: PPOConfig, plan: BatchPlan, configs: dict[str, dict[str, Any]], tokenizer: Any, inputs: Inputs
-) -> None:
-    """Iterate from the latest checkpoint, or from the start, to the last iteration; export actor and critic."""
-    device, found = run.start(settings, fingerprint([inputs.prompts, inputs.heldout]))
-    output = Path(settings.output)
-    dist.print0(f"step 3, PPO: {settings.responses} responses an iteration, {settings.ppo.epochs} epochs, {plan}")
-    if settings.rollout.top_p < 1 or settings.rollout.top_k:
-        dist.print0("rollout.top_p or top_k filters sampling: the sampled law is not the scored one, KL is biased")
-    if dist.is_main():
-        note_other_stop_ids(settings, tokenizer)
-    engines = build_engines(settings, configs, tokenizer)
-    trained = {name: getattr(engines, name) for name in TRAINED if name in configs}
-    first = load_checkpoint(settings, found, trained)
-    control, average = restored(settings, engines, found)
-    health = Health.restored(settings, found)
-    extras = actor_extras(settings, inputs, average, tokenizer)
-    rollouts = make_rollouts(engines, tokenizer, settings)
-    loader = prompt_loader(inputs.prompts, settings)
+    inputs = read_inputs(settings)
+    device, found = start(settings, fingerprint([inputs.prompts, inputs.heldout]))
+    print_start(settings, inputs.plan, inputs.tokenizer)
+    run = PPORun.build(inputs, device)
+    run.restore(found)
     dist.print0(which_limit(settings, len(inputs.prompts)))
-    watch, warned = Stopwatch(device), False
-    with RunLog(output, "ppo", settings.iterations, first, SHOWN) as log:
-        saver = run.Saver(settings, device, trained, health, log, None if average is None else average.pieces)
+    train(run)
+    run.health.check_finished()
+    finish(settings, export(run))
+    dist.print0(f"step 3 is done: {Path(settings.output, 'final')}")
 
-        def evaluate_now(iteration: int) -> None:
-            arguments = (inputs.heldout, settings, tokenizer, inputs.functions, inputs.grader, device)
-            with watch("evaluate"):
-                metrics, samples = evaluate(engines, rollouts, *arguments)
-                if average is not None and iteration:
-                    with average.in_place():
-                        averaged, _ = evaluate(engines, rollouts, *arguments)
-                    metrics |= {f"ema/{name}": value for name, value in averaged.items()}
-            log.write(iteration, "heldout", metrics | watch.take())
-            log.write_samples(iteration, samples)
 
-        if first == 0:
-            evaluate_now(0)
-        for iteration in range(first + 1, settings.iterations + 1):
-            carried = control.state_dict()
-            batch = next_prompts(loader, iteration, inputs.prompts, settings, tokenizer).to(device)
-            names = response_names(loader, iteration, inputs.prompts, settings)
+def train(run: PPORun) -> None:
+    """PPO (Schulman et al. 2017, algorithm 1) with a KL penalty (Ziegler et al. 2019), one iteration after another:
+
+    1. sample responses; 2. score them; 3. turn scores into advantages; 4. update actor and critic for some epochs;
+    5. evaluate on held-out prompts; 6. save.
+    """
+    inputs, settings, engines, control = run.inputs, run.settings, run.engines, run.control
+    watch, warned = Stopwatch(run.device), False
+    own_pieces = None if run.average is None else run.average.pieces
+    with RunLog(Path(settings.output), "ppo", settings.iterations, run.first, SHOWN) as log:
+        saver = Saver(settings, run.device, engines.trained(), run.health, log, own_pieces)
+        if run.first == 0:
+            write_heldout(run, log, watch, 0)
+        for iteration in range(run.first + 1, settings.iterations + 1):
+            prompts, names, carried = run.prompts(iteration), run.names(iteration), control.state_dict()
             try:
-                experience, metrics = make_experience(
-                    engines, rollouts, batch, iteration, settings, watch, control, inputs.functions
-                )
+                with watch("rollout"):  # 1
+                    sequences = sample_responses(run.rollouts, prompts, settings.rollout, settings.seed, iteration)
+                with watch("score"):  # 2, 3
+                    own = score_responses(engines, inputs.tokenizer, sequences, prompts, settings, inputs.functions)
+                    experience, metrics = make_experience(engines, own, prompts, settings, control)
                 saver.stop_if_asked(iteration - 1, carried)  # the rollout is dropped: a resumed run samples the same
                 warned = warned or warn_of_constant(metrics)
                 if iteration == 1:
-                    check_first_iteration(engines, experience, settings, plan)
-                with watch("update"):
-                    losses, minibatches = ppo_update(engines, experience, iteration, settings, plan, extras)
-                note_minibatches(health, iteration, minibatches, names)
+                    check_first_iteration(engines, experience, settings, inputs.plan)
+                with watch("update"):  # 4
+                    losses, minibatches = ppo_update(engines, experience, iteration, settings, inputs.plan, run.extras)
+                note_minibatches(run.health, iteration, minibatches, names)
                 metrics |= losses | throughput(experience, watch)
             except NotFiniteError as broken:
-                rows = [names[row] for row in broken.rows]
-                health.record_bad_step(iteration, broken.what, [{"rows": rows}] if dist.is_main() else [])
+                run.health.record_bad_step(iteration, broken.what, broken.batches(names))
                 metrics = watch.take()
             log.write(iteration, "train", metrics)
             last = iteration == settings.iterations
-            if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):
-                evaluate_now(iteration)
-            saver.after(iteration, last, control.state_dict())
-    health.check_finished()
-    exported = save_model(engines.actor, tokenizer, output / "final")
-    if engines.critic is not None:
-        exported += save_model(engines.critic, tokenizer, output / "final_critic")
-    if average is not None:
-        with average.in_place():
-            exported += save_model(engines.actor, tokenizer, output / "final_ema")
-    run.finish(settings, exported)
-    dist.print0(f"step 3 is done: {output / 'final'}")
+            if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):  # 5
+                write_heldout(run, log, watch, iteration)
+            saver.after(iteration, last, control.state_dict())  # 6
+
+
+def write_heldout(run: PPORun, log: RunLog, watch: Stopwatch, iteration: int) -> None:
+    """Evaluate the actor, and with `ema` its average, and write metrics and samples. A collective."""
+    with watch("evaluate"):
+        metrics, samples = evaluate(run)
+        if run.average is not None and iteration:
+            with run.average.in_place():
+                averaged, _ = evaluate(run)
+            metrics |= {f"ema/{name}": value for name, value in averaged.items()}
+    log.write(iteration, "heldout", metrics | watch.take())
+    log.write_samples(iteration, samples)
+
+
+def export(run: PPORun) -> list[Path]:
+    """Write the folders of actor, critic and average: the paths that rank 0 wrote. A collective."""
+    output, tokenizer = Path(run.settings.output), run.inputs.tokenizer
+    exported = save_model(run.engines.actor, tokenizer, output / "final")
+    if run.engines.critic is not None:
+        exported += save_model(run.engines.critic, tokenizer, output / "final_critic")
+    if run.average is not None:
+        with run.average.in_place():
+            exported += save_model(run.engines.actor, tokenizer, output / "final_ema")
+    return exported
+
+
+def print_start(settings: PPOConfig, plan: BatchPlan, tokenizer: Any) -> None:
+    """The sizes of an iteration, and where sampling is not what one may expect."""
+    dist.print0(f"step 3, PPO: {settings.responses} responses per iteration, {settings.ppo.epochs} epochs, {plan}")
+    if settings.rollout.top_p < 1 or settings.rollout.top_k:
+        dist.print0("rollout.top_p or top_k filters sampling: so the sampling and scoring distributions differ and the KL is biased")
+    if dist.is_main():
+        note_other_stop_ids(settings, tokenizer)
 
 
 def which_limit(settings: PPOConfig, prompts: int) -> str:
@@ -180,50 +145,6 @@ def warn_of_constant(metrics: dict[str, float]) -> bool:
     return constant
 
 
-def restored(settings: PPOConfig, engines: Engines, found: Checkpoint | None) -> tuple[Control, WeightAverage | None]:
-    """KL coefficient, reward scale and moving average, as the checkpoint has them or new."""
-    control, average = Control.of(settings), None
-    if settings.ema is not None:
-        steps = settings.total_steps - settings.warmup_steps  # the actor's, which follow the critic's warm-up
-        start = settings.warmup_steps + int(settings.ema.start * steps)
-        average = WeightAverage(engines.actor, settings.ema.decay, start)
-    if found is not None and found.control is not None:
-        control.load_state_dict(found.control)
-    if average is not None and found is not None and (pieces := found.pieces("own")) is not None:
-        average.restore(pieces)
-    return control, average
-
-
-def actor_extras(
-    settings: PPOConfig, inputs: Inputs, average: WeightAverage | None, tokenizer: Any
-) -> ActorExtras:
-    """The pretraining mix and the moving average, where the settings ask for them."""
-    after_step = None if average is None else average.update
-    mix, blocks = settings.pretraining, inputs.pretraining
-    if mix is None or blocks is None:
-        return ActorExtras(after_step=after_step)
-    plan = settings.pretraining_plan(dist.world_size())
-    epochs = settings.total_steps * mix.blocks / len(blocks)
-    loader = Loader(blocks.lengths, plan, dist.rank(), settings.seed, epochs)
-
-    def batches(step: int) -> list[SFTBatch]:
-        return [collate_sft(pick(blocks, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step)]
-
-    return ActorExtras(batches, mix.coef, after_step)
-
-
-def next_prompts(loader: Loader, iteration: int, prompts: Rows, settings: PPOConfig, tokenizer: Any) -> PromptBatch:
-    """This rank's prompts of an iteration, each rollout.samples times."""
-    rows = loader.all_rows(iteration - 1)
-    places = [place for (place,) in deal(range(len(rows)), prompts.lengths[rows], loader.plan, loader.rank)]
-    return prompt_batch(prompts, rows, places, settings, tokenizer, settings.rollout.samples)
-
-
-def response_names(loader: Loader, iteration: int, prompts: Rows, settings: PPOConfig) -> list[str]:
-    """Where the prompt of each of the iteration's responses came from, in the order of the experience's rows."""
-    return [prompts.where(row) for row in loader.all_rows(iteration - 1) for _ in range(settings.rollout.samples)]
-
-
 def note_minibatches(health: Health, iteration: int, minibatches: list[MinibatchReport], names: list[str]) -> None:
     """Report each optimizer step of the iteration's updates to `health`; `names` are those of the experience's rows."""
     for step, micro_batches in minibatches:
@@ -231,14 +152,7 @@ def note_minibatches(health: Health, iteration: int, minibatches: list[Minibatch
         health.after_step(iteration, step, rows)
 
 
-def prompt_loader(prompts: Rows, settings: PPOConfig) -> Loader:
-    """Iteration after iteration rollout.prompts prompts, dealt one at a time so that ranks get like lengths."""
-    plan = BatchPlan.make(settings.rollout.prompts, 1, dist.world_size())
-    epochs = settings.iterations * settings.rollout.prompts / len(prompts)
-    return Loader(prompts.lengths, plan, dist.rank(), settings.seed, epochs)
-
-
-def throughput(experience: Any, watch: Stopwatch) -> dict[str, float]:
+def throughput(experience: Experience, watch: Stopwatch) -> dict[str, float]:
     """Seconds of each phase, and tokens (prompt and response, real ones) a second over all ranks."""
     seconds = watch.take()
     tokens = float(experience.sequences.attention_mask.sum())
@@ -250,4 +164,4 @@ def throughput(experience: Any, watch: Stopwatch) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run.entry_point(main)
+    entry_point(main)

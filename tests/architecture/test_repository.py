@@ -274,3 +274,9 @@ def test_the_reading_order_of_step_3_counts_lines_about_right():
     counts = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", page, flags=re.MULTILINE)
     lines = {file: len((REPO / "step3_ppo" / file).read_text().splitlines()) for file, _ in counts}
     assert len(counts) > 5 and {file for file, count in counts if abs(lines[file] / int(count) - 1) > 0.15} == set()
+
+
+def test_the_schedule_of_step_3_fits_on_a_screen():
+    tree = ast.parse((REPO / "step3_ppo/train.py").read_text(encoding="utf-8"))
+    (train,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert train.end_lineno - train.lineno < 40

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import step1_sft.train
-import step3_ppo.rollout
 import step3_ppo.train
 import step3_ppo.update
 from tests.helpers import tiny
@@ -164,20 +163,24 @@ def run_sft(rank: int, argv: list[str], calls: set[int]) -> str:
 
 def nan_scores(iterations: set[int]) -> Any:
     """The reward model says nan of rank 1's first response in some iterations."""
-    collect = step3_ppo.rollout.collect
+    sample, score, draws = step3_ppo.train.sample_responses, step3_ppo.train.score_responses, [0]
 
-    def sometimes(*arguments: Any, **options: Any) -> Any:
-        own, draw = collect(*arguments, **options), arguments[3]
-        if draw in iterations and dist.rank() == 1:
+    def sample_and_note(*arguments: Any) -> Any:
+        draws.append(arguments[-1])
+        return sample(*arguments)
+
+    def score_sometimes_nan(*arguments: Any) -> Any:
+        own = score(*arguments)
+        if draws[-1] in iterations and dist.rank() == 1:
             own.scores[0] = torch.nan
         return own
 
-    return sometimes
+    return mock.patch.multiple(step3_ppo.train, sample_responses=sample_and_note, score_responses=score_sometimes_nan)
 
 
 def run_ppo(rank: int, argv: list[str], iterations: set[int], calls: set[int]) -> str:
     with (
-        mock.patch.object(step3_ppo.rollout, "collect", nan_scores(iterations)),
+        nan_scores(iterations),
         mock.patch.object(step3_ppo.update, "backward_mean", bad_backwards(calls)),
     ):
         try:

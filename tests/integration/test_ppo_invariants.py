@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,20 +11,16 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import step3_ppo.rollout
-import step3_ppo.train
+from step3_ppo.build import PPORun, read_inputs
 from step3_ppo.config import PPOConfig
-from step3_ppo.engines import build_engines, check_models, engine_configs
 from step3_ppo.heldout import evaluate
-from step3_ppo.rewards import load_reward_terms
-from step3_ppo.rollout import Control, make_experience, make_rollouts, rows_of_all_ranks
+from step3_ppo.rollout import make_experience, rows_of_all_ranks, sample_responses, score_responses
 from step3_ppo.update import check_first_iteration, ppo_update
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage import dist
-from tristage.batches import Experience
+from tristage.batches import Experience, PromptBatch
 from tristage.config import load_config
-from tristage.data.sets import load_sets
-from tristage.training.metrics import Stopwatch
 
 CPU = torch.device("cpu")
 RESPONSE = 12
@@ -31,38 +28,32 @@ ODD = ("data.heldout_limit=7", "logged_samples=1000")
 
 
 class Run:
-    """Step 3 up to its first iteration: everything that step3_ppo.train.train builds."""
+    """Step 3 up to its first iteration, and the phases of an iteration one by one."""
 
     def __init__(self, config: str, *overrides: str):
         self.settings: PPOConfig = load_config(PPOConfig, ["--config", config, *overrides])
         dist.init("cpu")
-        self.plan = self.settings.plan(dist.world_size())
-        configs = engine_configs(self.settings, self.plan)
-        self.tokenizer = check_models(self.settings)
-        self.prompts, self.heldout = load_sets(self.settings, self.tokenizer)
-        self.engines = build_engines(self.settings, configs, self.tokenizer)
-        self.control, self.functions = Control.of(self.settings), load_reward_terms(self.settings)
-        self.rollouts = make_rollouts(self.engines, self.tokenizer, self.settings)
-        self.loader = step3_ppo.train.prompt_loader(self.prompts, self.settings)
+        self.ppo = PPORun.build(read_inputs(self.settings), CPU)
+        self.engines, self.rollouts, self.tokenizer = self.ppo.engines, self.ppo.rollouts, self.ppo.inputs.tokenizer
 
-    def batch(self, iteration: int = 1) -> Any:
-        return step3_ppo.train.next_prompts(self.loader, iteration, self.prompts, self.settings, self.tokenizer)
+    def batch(self, iteration: int = 1) -> PromptBatch:
+        return self.ppo.prompts(iteration)
 
     def experience(self, iteration: int = 1) -> tuple[Experience, dict[str, float]]:
-        batch = self.batch(iteration)
-        watch = Stopwatch(CPU)
-        return make_experience(
-            self.engines, self.rollouts, batch, iteration, self.settings, watch, self.control, self.functions
-        )
+        batch, settings, functions = self.batch(iteration), self.settings, self.ppo.inputs.functions
+        sequences = sample_responses(self.rollouts, batch, settings.rollout, settings.seed, iteration)
+        own = score_responses(self.engines, self.tokenizer, sequences, batch, settings, functions)
+        return make_experience(self.engines, own, batch, settings, self.ppo.control)
 
     def check(self, experience: Experience) -> None:
-        check_first_iteration(self.engines, experience, self.settings, self.plan)
+        check_first_iteration(self.engines, experience, self.settings, self.ppo.inputs.plan)
 
     def update(self, experience: Experience, iteration: int = 1) -> dict[str, float]:
-        return ppo_update(self.engines, experience, iteration, self.settings, self.plan)[0]
+        return ppo_update(self.engines, experience, iteration, self.settings, self.ppo.inputs.plan)[0]
 
-    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate(self.engines, self.rollouts, self.heldout, self.settings, self.tokenizer, [], None, CPU)
+    def evaluate(self, prompts: int | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        inputs = dataclasses.replace(self.ppo.inputs, heldout=self.ppo.inputs.heldout[:prompts])
+        return evaluate(dataclasses.replace(self.ppo, inputs=inputs))
 
 
 @pytest.fixture(scope="module")
@@ -346,11 +337,11 @@ def test_every_heldout_prompt_counts_once_on_any_number_of_ranks(
     two_ranks: list[dict[str, Any]], configs: dict[bool, str]
 ) -> None:
     run = Run(configs[False], *ODD)
-    assert len(run.heldout) == 7
+    assert len(run.ppo.inputs.heldout) == 7
     metrics, samples = run.evaluate()
     found = two_ranks[0]
     prompts = [sample["prompt"] for sample in found["samples"]]
-    assert len(prompts) == len(set(prompts)) == len(run.heldout)
+    assert len(prompts) == len(set(prompts)) == len(run.ppo.inputs.heldout)
     assert [sample["response"] for sample in samples] == [sample["response"] for sample in found["samples"]]
     assert found["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-6)
     scores = torch.tensor([sample["score"] for sample in found["samples"]])

@@ -189,8 +189,8 @@ def on_ranks(rank: int, config: str, stage: int) -> dict[str, Any]:
     run = Run(config, *MIX, *ODD, f"reward.deepspeed={tiny.deepspeed_json(stage)}")
     experience, metrics = run.experience()
     evaluated, samples = run.evaluate()
-    run.heldout = run.heldout[:1]  # of two ranks, one has a filler alone
-    found = {"metrics": metrics, "evaluated": evaluated, "one": run.evaluate()[0]}
+    one, _ = run.evaluate(prompts=1)  # of two ranks, one has a filler alone
+    found = {"metrics": metrics, "evaluated": evaluated, "one": one}
     return found | {"returns": experience.returns.numpy(), "scores": [sample["score"] for sample in samples]}
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
-from step3_ppo.rollout import Control, make_experience
+from step3_ppo.rollout import Control, make_experience, sample_responses, score_responses
 from step3_ppo.update import ppo_update
 from tests.helpers import tiny
 from tristage import dist
@@ -34,7 +34,6 @@ from tristage.data.sources import resolve_preset
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.reward_model import load_reward_model
 from tristage.models.tokenizer import load_tokenizer
-from tristage.training.metrics import Stopwatch
 
 PRESET = tiny.REPO / "configs/presets/deepspeed_chat_ppo.yaml"
 B, P, R = 6, 5, 7
@@ -192,12 +191,11 @@ def run_both(folders: dict[str, str], settings: PPOConfig, tokenizer: Any, ids: 
 
     engines = Engines(engine("actor"), engine("critic"), engine("reference"), engine("reward"))
     sampled = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids).bool())
-    rollouts: Any = SimpleNamespace(
-        generate=lambda request, sampling: sampled, stop_ids=(tokenizer.eos_token_id,), tokenizer=tokenizer
-    )
+    rollouts: Any = SimpleNamespace(generate=lambda request, sampling: sampled, stop_ids=(tokenizer.eos_token_id,))
     prompts = PromptBatch(ids[:, :P], sampled.attention_mask[:, :P], torch.arange(B), torch.ones(B).bool())
-    control = Control.of(settings)
-    ours, metrics = make_experience(engines, rollouts, prompts, 1, settings, Stopwatch(CPU), control, [])
+    sequences = sample_responses(rollouts, prompts, settings.rollout, settings.seed, 1)
+    own = score_responses(engines, tokenizer, sequences, prompts, settings, [])
+    ours, metrics = make_experience(engines, own, prompts, settings, Control.of(settings.ppo))
     moved = Engines(engine("moved_actor"), engine("moved_critic"), None, None)
     losses, _ = ppo_update(moved, ours, 1, settings, settings.plan(dist.world_size()))
     gradients = {

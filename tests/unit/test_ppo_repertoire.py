@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import step3_ppo.build
 import step3_ppo.train
 from step3_ppo.config import PPOConfig
-from step3_ppo.engines import Engines, check_models
+from step3_ppo.engines import check_models
 from step3_ppo.rewards import decode, load_function, load_reward_terms, score_texts
 from step3_ppo.rollout import Control, _advantages, shape_scores
 from tests.helpers import oracles, tiny
@@ -412,21 +413,21 @@ def settings_of(folder: Path, *overrides: str) -> PPOConfig:
 def test_the_penalty_comes_before_the_scale_and_the_scale_before_the_clip(tmp_path: Path) -> None:
     # 3 and 1, the second without EOS and penalty 2: 3, -1. Deviation sqrt(8): 1.06, -0.354. Clip 1: 1, -0.354.
     settings = settings_of(tmp_path, "ppo.missing_eos_penalty=2", "ppo.scale_reward=true", "ppo.reward_clip=1")
-    control = Control.of(settings)
-    scores = shape_scores(torch.tensor([3.0, 1.0]), torch.tensor([True, False]), settings, control)
+    control = Control.of(settings.ppo)
+    scores = shape_scores(torch.tensor([3.0, 1.0]), torch.tensor([True, False]), settings.ppo, control)
     torch.testing.assert_close(scores, torch.tensor([3.0, -1.0]) / math.sqrt(8))
     nothing, mask = torch.zeros(2, 2), torch.tensor([[True, True], [True, False]])
     rewards = shaped_rewards(scores, nothing, nothing, mask, 0.1, settings.ppo.reward_clip)
     torch.testing.assert_close(rewards, torch.tensor([[0.0, 1.0], [-1 / math.sqrt(8), 0.0]]))
     # The second iteration divides by the deviation of all four: 3, -1, 5, 5 have mean 3 and squares 0 + 16 + 4 + 4.
-    again = shape_scores(torch.tensor([5.0, 5.0]), torch.tensor([True, True]), settings, control)
+    again = shape_scores(torch.tensor([5.0, 5.0]), torch.tensor([True, True]), settings.ppo, control)
     torch.testing.assert_close(again, torch.tensor([5.0, 5.0]) / math.sqrt(24 / 3))
 
 
 def test_scores_are_left_alone_by_default(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
-    scores, control = torch.tensor([30.0, -1.0, 2.0]), Control.of(settings)
-    assert torch.equal(shape_scores(scores, torch.tensor([True, False, False]), settings, control), scores)
+    scores, control = torch.tensor([30.0, -1.0, 2.0]), Control.of(settings.ppo)
+    assert torch.equal(shape_scores(scores, torch.tensor([True, False, False]), settings.ppo, control), scores)
     assert control.scores.count == 0
 
 
@@ -434,9 +435,9 @@ def test_control_survives_a_checkpoint_s_json(tmp_path: Path) -> None:
     settings = settings_of(
         tmp_path, "ppo.scale_reward=true", "ppo.adaptive_kl_target=2", "ppo.kl_coef=0.3", "ppo.adaptive_kl_horizon=50"
     )
-    control, resumed = Control.of(settings), Control.of(settings)
+    control, resumed = Control.of(settings.ppo), Control.of(settings.ppo)
     control.kl.update(3.0, 16)
-    shape_scores(torch.tensor([3.0, 1.0, 7.0]), torch.ones(3, dtype=torch.bool), settings, control)
+    shape_scores(torch.tensor([3.0, 1.0, 7.0]), torch.ones(3, dtype=torch.bool), settings.ppo, control)
     resumed.load_state_dict(json.loads(json.dumps(control.state_dict())))
     assert resumed.kl.coef == control.kl.coef == pytest.approx(0.3 * (1 + 0.2 * 16 / 50))
     assert (resumed.scores.count, resumed.scores.mean, resumed.scores.std) == (
@@ -453,7 +454,7 @@ def advantages_of(folder: Path, seed: int, *overrides: str) -> tuple[list[Tensor
     group, after = torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(6, generator=g)
     settings = settings_of(folder, *overrides)
     final = after if settings.ppo.bootstrap else None
-    return [rewards, values, mask, group], _advantages(rewards, values, final, mask, group, settings), after
+    return [rewards, values, mask, group], _advantages(rewards, values, final, mask, group, settings.ppo), after
 
 
 @pytest.mark.parametrize("bootstrap", [False, True])
@@ -746,9 +747,8 @@ def test_the_moving_average_starts_at_its_share_of_the_actor_s_own_steps(
 ) -> None:
     # 12 steps, numbered from the run's start; the actor's are the last 8 where the critic warms up for an iteration.
     settings = settings_of(tmp_path, f"critic.warmup_iterations={warmup}", f"ema={{decay: 0.9, start: {share}}}")
-    monkeypatch.setattr(step3_ppo.train, "WeightAverage", lambda engine, decay, start: (engine, decay, start))
-    _, average = step3_ppo.train.restored(settings, Engines("actor", None, None, None), None)
-    assert average == ("actor", 0.9, start)
+    monkeypatch.setattr(step3_ppo.build, "WeightAverage", lambda engine, decay, start: (engine, decay, start))
+    assert step3_ppo.build.make_average(settings, "actor") == ("actor", 0.9, start)
 
 
 def test_blocks_of_text_divide_over_ranks(tmp_path: Path) -> None:
