@@ -14,7 +14,6 @@ class SFTConfig(TrainSettings):
 
     kind: ClassVar[Kind] = "sft"
     step: ClassVar[int] = 1
-    policies: ClassVar[tuple[str, ...]] = ("model",)
     packing: bool = Field(
         False,
         description="Pack several rows into sequences of max_tokens, without attention between rows; batches then "

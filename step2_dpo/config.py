@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tristage.config import Kind, Settings, TrainSettings
+from tristage.config import EngineSpec, Kind, Settings, TrainSettings
 
 
 class ReferenceModel(Settings):
@@ -21,7 +22,6 @@ class DPOConfig(TrainSettings):
 
     kind: ClassVar[Kind] = "ranking"
     step: ClassVar[int] = 2
-    policies: ClassVar[tuple[str, ...]] = ("model", "reference.model")
     loss: Literal["sigmoid", "ipo", "ipo_sum", "simpo"] = Field(
         "sigmoid",
         description="sigmoid: DPO; ipo: a fixed gap of means per token; ipo_sum: of sums over an answer; simpo: means "
@@ -73,3 +73,23 @@ class DPOConfig(TrainSettings):
         """The reference's folder or id. Only for the losses that have one."""
         assert self.reference is not None
         return self.reference.model or self.model
+
+    def engine_specs(self) -> list[EngineSpec]:
+        """The policy and, for the losses that have one, the reference."""
+        (model,) = super().engine_specs()
+        model = dataclasses.replace(model, rows=2 * self.micro_batch)  # two answers a prompt
+        if self.reference is None:
+            return [model]
+        reference = dataclasses.replace(
+            model,
+            name="reference",
+            prefix="reference.",
+            path=self.reference_path,
+            path_key="reference.model" if self.reference.model else "model",
+            deepspeed=self.reference.deepspeed,
+            optimizer=None,
+            gradient_checkpointing=False,
+            lora=None,
+            freed_before_training=self.precompute_reference,
+        )
+        return [model, reference]

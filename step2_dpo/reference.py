@@ -25,9 +25,6 @@ from tristage.data.store import Rows
 from tristage.data.template import read_template
 from tristage.engine import free_weights, frozen_engine
 from tristage.models.causal_lm import load_causal_lm
-from tristage.models.kernels import check_kernels
-from tristage.models.loading import check_model
-from tristage.models.opening import check_vocabulary
 from tristage.models.tokenizer import load_tokenizer, require_same_tokenizer
 from tristage.storage.durable import explain_disk_errors
 from tristage.training import setup
@@ -51,18 +48,15 @@ def check_reference(settings: DPOConfig, plan: BatchPlan, tokenizer: Any) -> dic
     Raises:
         UserError: ZeRO 1 or 2, which shard what a frozen model does not have; no such folder; another tokenizer.
     """
-    if settings.reference is None:
+    _, *references = settings.engine_specs()
+    if not references:
         return None
-    config = setup.frozen_config(settings, settings.reference.deepspeed, "reference.deepspeed", plan)
-    path = settings.reference_path
-    require_folder_or_hub_id(path, settings, "reference.model")
-    trust: Any = {"trust_remote_code": settings.trust_remote_code}
-    theirs = load_tokenizer(path, read_template(settings), **trust)
-    require_same_tokenizer({f"model ({settings.model})": tokenizer, f"reference.model ({path})": theirs})
-    model = check_model(path, settings.max_tokens, "policy", **trust)
-    check_vocabulary(model, theirs)
-    check_kernels(settings, path, model, **trust)
-    return config
+    (spec,) = references
+    require_folder_or_hub_id(spec.path, settings, spec.path_key)
+    theirs = load_tokenizer(spec.path, read_template(settings), spec.trust_remote_code)
+    require_same_tokenizer({f"model ({settings.model})": tokenizer, f"reference.model ({spec.path})": theirs})
+    setup.check_spec(settings, spec, theirs)
+    return setup.frozen_config(settings, spec.deepspeed, spec.key("deepspeed"), plan)
 
 
 def answer_logprobs(engine: Any, batch: PreferenceBatch) -> torch.Tensor:
@@ -104,8 +98,9 @@ def make_references(
 
 def load_reference(settings: DPOConfig, config: dict[str, Any], tokenizer: Any) -> LiveReference:
     """Load the reference model into an engine of its own."""
-    options = setup.loading(settings, settings.lora) | {"max_tokens": settings.max_tokens}
-    model = load_causal_lm(settings.reference_path, tokenizer, engine_config=config, **options)
+    _, spec = settings.engine_specs()
+    options = setup.loading(settings, spec.quantize) | {"max_tokens": spec.tokens}
+    model = load_causal_lm(spec.path, tokenizer, engine_config=config, **options)
     return LiveReference(frozen_engine(model, config))
 
 

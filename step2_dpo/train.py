@@ -44,8 +44,6 @@ def main(argv: list[str]) -> None:
     settings = load_config(DPOConfig, argv)
     plan, config, tokenizer = setup.check_training(settings)
     reference_config = check_reference(settings, plan, tokenizer)
-    if reference_config is not None:
-        setup.require_single_hpz_engine(settings, {"deepspeed": config, "reference.deepspeed": reference_config})
     sets = load_sets(settings, tokenizer)
     train(settings, plan, config, reference_config, tokenizer, *sets)
 

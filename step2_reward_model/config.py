@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tristage.config import Kind, TrainSettings
+from tristage.config import EngineSpec, Kind, TrainSettings
 
 
 class RewardModelConfig(TrainSettings):
@@ -45,3 +46,7 @@ class RewardModelConfig(TrainSettings):
                     f"key `{name}`: `loss: {self.loss}` has no pairs; set `{name}` to 0, or `loss` to pairs or tokens"
                 )
         return self
+
+    def engine_specs(self) -> list[EngineSpec]:
+        (model,) = super().engine_specs()
+        return [dataclasses.replace(model, holds="new_reward_model", rows=2 * self.micro_batch)]  # two answers a prompt

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from step3_ppo.config import PPOConfig
-from step3_ppo.engines import Engines, build_engines, check_models, engine_configs
+from step3_ppo.engines import Engines, build_engines, check_models
 from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, load_grader, load_reward_terms
 from step3_ppo.rollout import Control, make_rollouts, prompt_batch
 from step3_ppo.update import ActorExtras
@@ -25,6 +25,7 @@ from tristage.data.store import Rows
 from tristage.engine.average import WeightAverage
 from tristage.errors import UserError
 from tristage.rollout import PaddedRollout
+from tristage.training import setup
 from tristage.training.health import Health
 
 
@@ -52,7 +53,7 @@ def read_inputs(settings: PPOConfig, train: bool = True) -> Inputs:
     dist.check_device(settings.device, settings.file)
     ranks = world_size_from_environment()
     plan = settings.plan(ranks) if train else BatchPlan.make(ranks, 1, ranks)
-    configs = engine_configs(settings, plan)
+    configs = setup.deepspeed_configs(settings, plan)
     if not train:
         configs.pop("critic", None)
     tokenizer = check_models(settings)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tristage.config import BatchPlan, Kind, LoraSettings, OptimizerSettings, RunSettings, Settings, Sources
+from tristage.config import (
+    BatchPlan,
+    EngineSpec,
+    Holds,
+    Kind,
+    LoraSettings,
+    OptimizerSettings,
+    RolloutSpec,
+    RunSettings,
+    Settings,
+    Sources,
+)
 from tristage.errors import UserError
 
 
@@ -193,7 +204,6 @@ class PPOConfig(RunSettings):
 
     kind: ClassVar[Kind] = "prompt"
     step: ClassVar[int] = 3
-    policies: ClassVar[tuple[str, ...]] = ("actor.model", "reference.model")
     actor: TrainedModel
     critic: CriticModel | None = Field(None, description="The critic, required by ppo.advantage gae; else null.")
     value_head: ValueHead | None = Field(None, description="A value head on the actor's trunk in place of a critic.")
@@ -292,9 +302,66 @@ class PPOConfig(RunSettings):
                 raise ValueError(f"ppo.advantage {self.ppo.advantage} has no critic; remove `{key}` or set it to null")
 
     def trusts(self, name: str) -> bool:
-        """A reward model of other tokens is trusted by a key of its own: it comes from elsewhere."""
+        """Whether code in the folder of an engine's model may run. A reward model of other tokens is trusted by a key
+        of its own: it comes from elsewhere.
+        """
         own = name == "reward" and self.reward.own_tokenizer
         return self.reward.trust_remote_code if own else self.trust_remote_code
+
+    def engine_specs(self) -> list[EngineSpec]:
+        """Actor and critic learn, reference and reward model are frozen; what the settings leave out is not there."""
+        specs = [self._trained_spec("actor", self.actor, self.actor_path, "actor.model", "policy")]
+        if self.critic is not None:
+            assert self.critic_path is not None
+            holds: Holds = "new_reward_model" if self.critic_path == self.actor_path else "reward_model"
+            specs.append(self._trained_spec("critic", self.critic, self.critic_path, self._critic_key, holds))
+        if self.reference is not None:
+            lora = self.actor.lora
+            quantize = lora.quantize if lora is not None else None
+            key = "reference.model" if self.reference.model else "actor.model"
+            specs.append(self._spec("reference", self.reference, self.reference_path, key, "policy", quantize=quantize))
+        if self.reward.model is not None and not self.reward.share_critic_trunk:
+            more = {"own_tokenizer": self.reward.own_tokenizer}
+            specs.append(self._spec("reward", self.reward, self.reward.model, "reward.model", "reward_model", **more))
+        return specs
+
+    def _trained_spec(self, name: str, model: TrainedModel, path: str, path_key: str, holds: Holds) -> EngineSpec:
+        is_actor = name == "actor"
+        return self._spec(
+            name,
+            model,
+            path,
+            path_key,
+            holds,
+            optimizer=model.optimizer,
+            gradient_checkpointing=model.gradient_checkpointing,
+            lora=model.lora,
+            quantize=model.lora.quantize if model.lora is not None else None,
+            value_head=is_actor and self.value_head is not None,
+            entropy=is_actor and self.ppo.entropy_coef > 0,
+            averaged=is_actor and self.ema is not None,
+        )
+
+    def _spec(
+        self, name: str, model: TrainedModel | FrozenModel, path: str, path_key: str, holds: Holds, **more: Any
+    ) -> EngineSpec:
+        return EngineSpec(
+            name=name,
+            prefix=f"{name}.",
+            path=path,
+            path_key=path_key,
+            holds=holds,
+            deepspeed=model.deepspeed,
+            tokens=self.max_tokens,
+            rows=self.ppo.micro_batch,
+            scored=self.rollout.max_response_tokens,
+            trust_remote_code=self.trusts(name),
+            **more,
+        )
+
+    def rollout_spec(self) -> RolloutSpec:
+        rollout = self.rollout
+        return RolloutSpec(self.responses, rollout.rows_at_once, self.max_tokens, rollout.gather_weights)
 
     @property
     def actor_path(self) -> str:
@@ -309,6 +376,13 @@ class PPOConfig(RunSettings):
             return None
         same_tokens = None if self.reward.own_tokenizer else self.reward.model
         return self.critic.model or same_tokens or self.actor_path
+
+    @property
+    def _critic_key(self) -> str:
+        """The key that names `critic_path`."""
+        if self.critic is not None and self.critic.model:
+            return "critic.model"
+        return "actor.model" if self.reward.own_tokenizer or not self.reward.model else "reward.model"
 
     @property
     def responses(self) -> int:

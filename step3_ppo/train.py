@@ -113,7 +113,7 @@ def print_start(settings: PPOConfig, plan: BatchPlan, tokenizer: Any) -> None:
     """The sizes of an iteration, and where sampling is not what one may expect."""
     dist.print0(f"step 3, PPO: {settings.responses} responses per iteration, {settings.ppo.epochs} epochs, {plan}")
     if settings.rollout.top_p < 1 or settings.rollout.top_k:
-        dist.print0("rollout.top_p or top_k filters sampling: so the sampling and scoring distributions differ and the KL is biased")
+        dist.print0("rollout.top_p or top_k: the sampling and scoring distributions differ, which biases the KL")
     if dist.is_main():
         note_other_stop_ids(settings, tokenizer)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from step1_sft.train import sft_step
 from step3_ppo.config import PPOConfig
-from step3_ppo.engines import Engines, build_engines, engine_configs
+from step3_ppo.engines import Engines, build_engines
 from step3_ppo.rollout import _score_policy
 from step3_ppo.update import NOTHING_ELSE, ActorExtras, ppo_update
 from tests.helpers import gradients, tiny
@@ -35,6 +35,7 @@ from tristage.models.causal_lm import load_causal_lm
 from tristage.models.reward_model import load_reward_model
 from tristage.models.tokenizer import load_tokenizer
 from tristage.storage.pieces import PieceReader, write_pieces
+from tristage.training import setup
 
 # (ranks, micro-batch) and the ZeRO stages that each runs at.
 LAYOUTS = {(1, 4): (0,), (1, 1): (2,), (2, 4): (0, 3), (2, 2): (1, 2), (2, 1): (0, 3)}
@@ -291,7 +292,8 @@ def run_warmup(paths: dict[str, str], stage: int) -> dict[str, Any]:
     """Three iterations of two steps; in the first only the critic learns."""
     settings = settings_of(paths, "warmup", stage, "ppo.epochs=2", "iterations=3", "critic.warmup_iterations=1")
     plan = settings.plan(dist.world_size())
-    configs = {name: config for name, config in engine_configs(settings, plan).items() if name in ("actor", "critic")}
+    configs = setup.deepspeed_configs(settings, plan)
+    configs = {name: configs[name] for name in ("actor", "critic")}
     engines = build_engines(settings, configs, load_tokenizer(paths["gpt2"]))
     experience = torch.load(paths["experience"], weights_only=False)
     steps: list[tuple[int, bool]] = []
@@ -317,7 +319,7 @@ def run_target_kl(paths: dict[str, str], stage: int) -> dict[str, Any]:
             f"actor.optimizer.learning_rate={rate}", "actor.optimizer.warmup_steps=0",
         )  # fmt: skip
         plan = settings.plan(dist.world_size())
-        config = engine_configs(settings, plan)["actor"]
+        config = setup.deepspeed_configs(settings, plan)["actor"]
         model = load_causal_lm(
             paths["gpt2"], load_tokenizer(paths["gpt2"]), dtype=torch.float32, engine_config=config
         )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import step1_sft.train
-from step3_ppo.engines import build_engines, check_models, engine_configs
+from step3_ppo.engines import build_engines, check_models
 from tests.helpers import tiny
 from tristage import dist
 from tristage.config import LoraSettings
@@ -165,7 +165,7 @@ def test_liger_is_put_into_trained_and_frozen_models_before_their_engines(
     monkeypatch.setattr("step3_ppo.engines.train_engine", lambda model, *rest: recorder.append(model) or model)
     monkeypatch.setattr("step3_ppo.engines.frozen_engine", lambda model, *rest: recorder.append(model) or model)
     monkeypatch.setattr(dist, "uses_gpu", lambda device: False)
-    engines = build_engines(settings, engine_configs(settings, settings.plan(1)), tokenizer)
+    engines = build_engines(settings, setup.deepspeed_configs(settings, settings.plan(1)), tokenizer)
     assert len(recorder) == 8
     for (patched, options), wrapper, engine in zip(recorder[::2], recorder[1::2], engines.present(), strict=True):
         assert patched is wrapper.model and wrapper is engine

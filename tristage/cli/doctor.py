@@ -24,7 +24,7 @@ from tristage.data.store import cache_folder
 from tristage.dist import gpu
 from tristage.errors import UserError
 from tristage.launch.check_config import check_path
-from tristage.models.loading import Holds, check_model
+from tristage.models.loading import check_model
 from tristage.planning.formulas import GIB
 from tristage.storage.free_space import free_for_rank, free_on_disk, free_on_host, next_existing
 from tristage.training.preflight import installed, memory_problem
@@ -186,8 +186,8 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
     for key, value in named_paths(settings):
         try:
             check_path(settings, key, value)
-            if key.endswith("model") and Path(value).is_dir():
-                _check_folder(settings, key, value)
+            if Path(value).is_dir():
+                _check_folder(settings, key)
             yield Finding("ok", f"{key}: {value}")
         except UserError as error:
             yield Finding("stop", str(error))
@@ -197,10 +197,11 @@ def config(settings: RunSettings, ranks: int) -> Iterator[Finding]:
     yield from memory(settings, ranks)
 
 
-def _check_folder(settings: RunSettings, key: str, path: str) -> None:
-    """A model folder must hold the weights of what its key is for. Raises UserError."""
-    scores: Holds = "reward_model" if key == "reward.model" else "new_reward_model"
-    check_model(path, 1, "policy" if key in settings.policies else scores, settings.trusts(key.partition(".")[0]))
+def _check_folder(settings: RunSettings, key: str) -> None:
+    """The model folder that `key` names must hold what its engines start from. Raises UserError."""
+    for spec in settings.engine_specs():
+        if spec.path_key == key:
+            check_model(spec.path, spec.positions, spec.holds, spec.trust_remote_code)
 
 
 def memory(settings: RunSettings, ranks: int) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """Settings: checked pydantic models from YAML and overrides, DeepSpeed JSON, paths. Never imports torch."""
 
 from tristage.config.deepspeed_json import NEEDS_STAGE, OWNED_BY_YAML, read_deepspeed_json, world_size_from_environment
+from tristage.config.engines import EngineSpec, Holds, RolloutSpec
 from tristage.config.files import CONFIGS, shipped_path
 from tristage.config.paths import NOT_A_POLICY, SCORER, named_paths, require_folder_or_hub_id
 from tristage.config.reading import find_file, load_config, read_values
@@ -28,6 +29,8 @@ __all__ = [
     "BatchPlan",
     "CleanRule",
     "DataSettings",
+    "EngineSpec",
+    "Holds",
     "KeepBest",
     "Kind",
     "LoraSettings",
@@ -37,6 +40,7 @@ __all__ = [
     "OWNED_BY_YAML",
     "OptimizerSettings",
     "Precision",
+    "RolloutSpec",
     "RunSettings",
     "SCORER",
     "CONFIGS",

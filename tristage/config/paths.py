@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from tristage.config.settings import RunSettings
 from tristage.errors import UserError
 
@@ -21,7 +19,8 @@ def require_folder_or_hub_id(path: str, settings: RunSettings, key: str) -> None
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise UserError(f"{settings.file}: key `{key}`: {path} has no config.json; give a model folder")
-        if key in settings.policies and any(name.endswith(SCORER) for name in _architectures(path)):
+        policies = {spec.path_key for spec in settings.engine_specs() if spec.holds == "policy"}
+        if key in policies and any(name.endswith(SCORER) for name in _architectures(path)):
             raise UserError(f"{settings.file}: key `{key}`: {NOT_A_POLICY.format(path)}")
     elif path.startswith((".", "/", "~")) or path.count("/") != 1 or os.path.isdir(path.split("/")[0]):
         raise UserError(
@@ -41,11 +40,10 @@ def _architectures(path: str) -> list[str]:
         return []
 
 
-def named_paths(group: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, value) of each `model` and `deepspeed` that is set, at any depth."""
-    for name in type(group).model_fields:
-        value = getattr(group, name)
-        if name in ("model", "deepspeed") and isinstance(value, str):
-            yield prefix + name, value
-        elif isinstance(value, BaseModel):
-            yield from named_paths(value, f"{prefix}{name}.")
+def named_paths(settings: RunSettings) -> Iterator[tuple[str, str]]:
+    """(key, value) of each model and DeepSpeed JSON that the run's engines start from."""
+    paths = {}
+    for spec in settings.engine_specs():
+        paths[spec.path_key] = spec.path
+        paths[spec.key("deepspeed")] = spec.deepspeed
+    yield from paths.items()

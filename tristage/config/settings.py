@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from tristage.config.engines import EngineSpec, RolloutSpec
 from tristage.errors import UserError
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -213,7 +214,6 @@ class RunSettings(Settings):
     )
     kind: ClassVar[Kind]  # what the step makes of a row
     step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
-    policies: ClassVar[tuple[str, ...]] = ()  # keys of models that must be language models
     _folders: tuple[Path, ...] = PrivateAttr(default=(Path("."),))
     _file: str = PrivateAttr(default="settings")
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -248,9 +248,13 @@ class RunSettings(Settings):
         """The YAML file's name, for messages."""
         return self._file
 
-    def trusts(self, name: str) -> bool:
-        """Whether code in the folder of the model that the group `name` names may run."""
-        return self.trust_remote_code
+    def engine_specs(self) -> list[EngineSpec]:
+        """The engines of the run; the first is the one that learns to answer or to score."""
+        raise NotImplementedError
+
+    def rollout_spec(self) -> RolloutSpec | None:
+        """How the run samples, if it does."""
+        return None
 
     def plan(self, world_size: int) -> BatchPlan:
         """Batches of the optimizer steps. Raises UserError when rows don't divide over ranks."""
@@ -289,6 +293,26 @@ class TrainSettings(RunSettings):
     group_by_length: bool = Field(
         False, description="Put rows of similar length into one step: less padding, but less mixed steps."
     )
+
+    def engine_specs(self) -> list[EngineSpec]:
+        return [
+            EngineSpec(
+                name="model",
+                prefix="",
+                path=self.model,
+                path_key="model",
+                holds="policy",
+                deepspeed=self.deepspeed,
+                tokens=self.max_tokens,
+                rows=self.micro_batch,
+                scored=self.max_tokens - 1,
+                optimizer=self.optimizer,
+                gradient_checkpointing=self.gradient_checkpointing,
+                lora=self.lora,
+                quantize=self.lora.quantize if self.lora is not None else None,
+                trust_remote_code=self.trust_remote_code,
+            )
+        ]
 
     def plan(self, world_size: int) -> BatchPlan:
         keys = f"{self.file}: global_batch, micro_batch"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations import HfDeepSpeedConfig
 
 from tristage.algo import masking
-from tristage.config import NOT_A_POLICY, SCORER
+from tristage.config import NOT_A_POLICY, SCORER, Holds
 from tristage.data import hub
 from tristage.errors import UserError
 from tristage.models.kernels import Kernels
 from tristage.models.opening import cannot_open, check_vocabulary, check_weights
-
-Holds = Literal["policy", "reward_model", "new_reward_model"]  # the last: either, to be made a reward model
 
 MASK_WITHOUT_POSITIONS = ("opt", "falcon")  # as of transformers 5.23; step 1 checks any family when it starts
 

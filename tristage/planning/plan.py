@@ -10,9 +10,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tristage.config import CONFIGS, BatchPlan, RunSettings, read_deepspeed_json, read_values
+from tristage.config import (
+    CONFIGS,
+    BatchPlan,
+    EngineSpec,
+    RolloutSpec,
+    RunSettings,
+    read_deepspeed_json,
+    read_values,
+)
 from tristage.errors import UserError
 from tristage.models.lora import check_lora
 from tristage.models.sizes import model_shape
@@ -94,14 +101,14 @@ def make_plan(settings: RunSettings, engines: tuple[Engine, ...], machine: Machi
     Raises:
         UserError: batches that don't divide over the ranks.
     """
-    values: Any = settings
     both = {engine.name: resident(engine, machine) for engine in engines}
     # Without GPUs the host's memory is the rank's own.
     held = {name: _sum(gpu, host) if machine.cpu else gpu for name, (gpu, host) in both.items()}
-    if (ema := getattr(values, "ema", None)) is not None:
-        held["actor"] = held["actor"] | {"EMA": 4 * engines[0].trained / machine.ranks}
-    phases = _ppo_phases(values, engines, machine, held) if hasattr(values, "actor") else _phases(engines, machine)
-    return Plan(engines, machine, held, tuple(phases), _host(engines, machine, both, ema is not None))
+    averaged, rollout = settings.engine_specs()[0].averaged, settings.rollout_spec()
+    if averaged:
+        held[engines[0].name] |= {"EMA": 4 * engines[0].trained / machine.ranks}
+    phases = _phases(engines, machine) if rollout is None else _ppo_phases(rollout, engines, machine, held)
+    return Plan(engines, machine, held, tuple(phases), _host(engines, machine, both, averaged))
 
 
 def _phases(engines: tuple[Engine, ...], machine: Machine) -> Iterator[Phase]:
@@ -117,21 +124,21 @@ def _phases(engines: tuple[Engine, ...], machine: Machine) -> Iterator[Phase]:
 
 
 def _ppo_phases(
-    settings: Any, engines: tuple[Engine, ...], machine: Machine, held: dict[str, Bill]
+    rollout: RolloutSpec, engines: tuple[Engine, ...], machine: Machine, held: dict[str, Bill]
 ) -> Iterator[Phase]:
-    actor, rollout = engines[0], settings.rollout
+    actor = engines[0]
     free = machine.gpu_memory - sum(map(total, held.values()))
     whole = actor.weights if actor.zero.stage == 3 else 0.0
     name = "rollout"
     # the rule of engine.parameters_fit
     if actor.zero.stage == 3 and (rollout.gather_weights == "never" or whole > free / 2):
         whole, name = actor.gathered, "rollout, gathering at every token (slow)"
-    rows = min(rollout.rows_at_once, settings.responses // machine.ranks)
+    rows = min(rollout.rows_at_once, rollout.rows // machine.ranks)
     yield Phase(
         name,
         {
             "gathered": whole,
-            "KV cache": kv_cache_bytes(actor, rows, settings.max_tokens),
+            "KV cache": kv_cache_bytes(actor, rows, rollout.tokens),
             "logits": SAMPLED_LOGIT * rows * actor.shape.vocabulary,
         },
     )
@@ -171,53 +178,32 @@ def engines_of(settings: RunSettings, machine: Machine) -> tuple[Engine, ...]:
     Raises:
         UserError: a model without config.json, an unreadable JSON, batches that don't divide.
     """
-    values: Any = settings
-    number = 4 if settings.precision == "float32" else 2
-
-    def engine(name: str, path: str, spec: Any, scalar_head: bool = False, frozen: bool = False, **more: Any) -> Engine:
-        lora, prefix = getattr(spec, "lora", None), "" if spec is settings else f"{name}."
-        start = start_of(path, settings, f"{prefix}model")
-        if lora is not None:
-            check_lora(lora, start, f"{settings.file}: key `{prefix}lora.targets`", settings.trusts(name))
-        return Engine(
-            name,
-            model_shape(start, scalar_head, lora, settings.trusts(name)),
-            Zero.of(read_deepspeed_json(spec.deepspeed, settings, f"{prefix}deepspeed")),
-            number,
-            frozen=frozen,
-            adapters=lora is not None,
-            quantized=bool(getattr(lora, "quantize", None)),
-            scalar_head=scalar_head,
-            checkpointing=not frozen and spec.gradient_checkpointing,
-            tokens=values.max_tokens,
-            **more,
-        )
-
-    if hasattr(values, "actor"):
-        return tuple(_ppo_engines(values, engine, settings.plan(machine.ranks)))
     plan = settings.plan(machine.ranks)
-    ranking = settings.kind == "ranking"
-    rows = values.micro_batch * (2 if ranking else 1)  # two answers a prompt
-    sizes = {"rows": rows, "scored": values.max_tokens - 1, "accumulation": plan.accumulation}
-    scores = ranking and not hasattr(values, "reference")
-    found = [engine("model", values.model, settings, scores, **sizes)]
-    if getattr(values, "reference", None) is not None and not values.precompute_reference:
-        found.append(engine("reference", values.reference_path, values.reference, frozen=True, **sizes))
-    return tuple(found)
+    return tuple(_engine(spec, settings, plan) for spec in settings.engine_specs() if not spec.freed_before_training)
 
 
-def _ppo_engines(values: Any, engine: Any, plan: BatchPlan) -> Iterator[Engine]:
-    tokens = values.rollout.max_response_tokens
-    sizes = {"rows": plan.micro_batch, "scored": tokens, "accumulation": plan.accumulation}
-    actor = engine("actor", values.actor_path, values.actor, entropy=values.ppo.entropy_coef > 0, **sizes)
-    width = actor.shape.head // actor.shape.vocabulary
-    yield actor if values.value_head is None else dataclasses.replace(actor, extra=width)
-    if values.critic is not None:
-        yield engine("critic", values.critic_path, values.critic, scalar_head=True, **sizes)
-    if values.reference is not None:
-        yield engine("reference", values.reference_path, values.reference, frozen=True, **sizes)
-    if values.reward.model is not None and not values.reward.share_critic_trunk:
-        yield engine("reward", values.reward.model, values.reward, scalar_head=True, frozen=True, **sizes)
+def _engine(spec: EngineSpec, settings: RunSettings, plan: BatchPlan) -> Engine:
+    start = start_of(spec.path, settings, spec.path_key)
+    if spec.lora is not None:
+        check_lora(spec.lora, start, f"{settings.file}: key `{spec.key('lora.targets')}`", spec.trust_remote_code)
+    shape = model_shape(start, spec.scalar_head, spec.lora, spec.trust_remote_code)
+    return Engine(
+        spec.name,
+        shape,
+        Zero.of(read_deepspeed_json(spec.deepspeed, settings, spec.key("deepspeed"))),
+        4 if settings.precision == "float32" else 2,
+        frozen=spec.frozen,
+        adapters=spec.lora is not None,
+        quantized=spec.quantize is not None,
+        scalar_head=spec.scalar_head,
+        extra=shape.head // shape.vocabulary if spec.value_head else 0,
+        checkpointing=spec.gradient_checkpointing,
+        rows=spec.rows,
+        tokens=spec.tokens,
+        scored=spec.scored,
+        entropy=spec.entropy,
+        accumulation=plan.accumulation,
+    )
 
 
 def start_of(path: str, settings: RunSettings, key: str) -> str:

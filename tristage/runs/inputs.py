@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel
 
-from tristage.config import RunSettings, SourceSettings, find_file, named_paths
+from tristage.config import RunSettings, SourceSettings, find_file
 from tristage.data.sources import content_on_disk, resolve_preset
 from tristage.storage.durable import checksum
 
@@ -33,7 +33,7 @@ MODEL_FILES = (
 
 def named_models(settings: RunSettings) -> dict[str, str]:
     """Key -> folder or id of each model that the settings name."""
-    return {key: path for key, path in named_paths(settings) if not key.endswith("deepspeed")}
+    return {spec.path_key: spec.path for spec in settings.engine_specs()}
 
 
 def model_fingerprints(settings: RunSettings) -> dict[str, str]:

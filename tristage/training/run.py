@@ -246,8 +246,9 @@ def _environment(device: torch.device) -> dict[str, object]:
 def trusted_code(settings: RunSettings) -> dict[str, bool]:
     """Each key that lets code of a model folder run, and its value; printed where one does."""
     values = {"trust_remote_code": settings.trust_remote_code}
-    if (reward := getattr(settings, "reward", None)) is not None:
-        values["reward.trust_remote_code"] = reward.trust_remote_code
+    for spec in settings.engine_specs():
+        if spec.own_tokenizer:
+            values[spec.key("trust_remote_code")] = spec.trust_remote_code
     for key in (key for key, value in values.items() if value):
         dist.print0(f"warning: {key}: Python code from model folders runs with your rights")
     return values

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tristage import dist
 from tristage.config import (
     BatchPlan,
-    LoraSettings,
+    EngineSpec,
     RunSettings,
     TrainSettings,
     read_deepspeed_json,
@@ -37,17 +37,45 @@ def check_training(settings: TrainSettings) -> tuple[BatchPlan, dict[str, Any], 
     """
     dist.check_device(settings.device, settings.file)
     plan = settings.plan(world_size_from_environment())
-    config = trained_config(settings, settings.deepspeed, "deepspeed", plan, settings.optimizer.clip_norm)
-    require_folder_or_hub_id(settings.model, settings, "model")
-    trust: Any = {"trust_remote_code": settings.trust_remote_code}
-    holds: Any = "policy" if "model" in settings.policies else "new_reward_model"
-    model = check_model(settings.model, settings.max_tokens, holds, **trust)
-    check_kernels(settings, settings.model, model, **trust)
-    tokenizer = load_tokenizer(settings.model, read_template(settings), **trust)
-    check_vocabulary(model, tokenizer)
-    check_lora(settings.lora, settings.model, f"{settings.file}: key `lora.targets`", **trust)
-    check_quantized(settings.lora, settings.device, f"{settings.file}: key `lora.quantize`")
+    config = deepspeed_configs(settings, plan)["model"]
+    spec = settings.engine_specs()[0]
+    require_folder_or_hub_id(spec.path, settings, spec.path_key)
+    tokenizer = load_tokenizer(spec.path, read_template(settings), spec.trust_remote_code)
+    check_spec(settings, spec, tokenizer)
     return plan, config, tokenizer
+
+
+def check_spec(settings: RunSettings, spec: EngineSpec, tokenizer: Any) -> None:
+    """Check an engine's folder before its weights are read: what it holds, its tokenizer, kernels and adapters.
+
+    Raises:
+        UserError: what is wrong, with the key and the fix.
+    """
+    trust = spec.trust_remote_code
+    model = check_model(spec.path, spec.positions, spec.holds, trust)
+    check_vocabulary(model, tokenizer)
+    check_kernels(settings, spec.path, model, trust)
+    check_lora(spec.lora, spec.path, f"{settings.file}: key `{spec.key('lora.targets')}`", trust)
+    check_quantized(spec.lora, settings.device, f"{settings.file}: key `{spec.key('lora.quantize')}`")
+
+
+def deepspeed_configs(settings: RunSettings, plan: BatchPlan) -> dict[str, dict[str, Any]]:
+    """The DeepSpeed config of each engine of the run, by its name.
+
+    Raises:
+        UserError: an unreadable JSON, one that this machine or a checkpoint cannot do, or a frozen engine at ZeRO 1
+            or 2, which shard what it lacks.
+    """
+    configs, keys = {}, {}
+    for spec in settings.engine_specs():
+        key = spec.key("deepspeed")
+        if spec.optimizer is None:
+            configs[spec.name] = frozen_config(settings, spec.deepspeed, key, plan)
+        else:
+            configs[spec.name] = trained_config(settings, spec.deepspeed, key, plan, spec.optimizer.clip_norm)
+        keys[key] = configs[spec.name]
+    require_single_hpz_engine(settings, keys)
+    return configs
 
 
 def trained_config(
@@ -91,9 +119,8 @@ def frozen_config(settings: RunSettings, deepspeed_json: str, key: str, plan: Ba
     return config
 
 
-def loading(settings: RunSettings, lora: LoraSettings | None = None) -> dict[str, Any]:
-    """Keyword arguments for loading the models of a run; `lora` is the policy's: its reference is quantised alike."""
-    quantize = lora.quantize if lora is not None else None
+def loading(settings: RunSettings, quantize: Literal["nf4"] | None = None) -> dict[str, Any]:
+    """Keyword arguments for loading a model of the run; `quantize` is that of its EngineSpec."""
     return {
         "dtype": DTYPES[settings.precision],
         "kernels": Kernels(settings.attention, settings.liger_kernel, quantize),
@@ -123,15 +150,16 @@ def load_trained(
     load: Callable[..., Any], settings: TrainSettings, config: dict[str, Any], tokenizer: Any, **options: Any
 ) -> Any:
     """The model that step 1 or 2 trains: `load` is load_causal_lm or load_reward_model, with `options` of its own."""
+    spec = settings.engine_specs()[0]
     return load(
-        settings.model,
+        spec.path,
         tokenizer,
         engine_config=config,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        lora=settings.lora,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        lora=spec.lora,
         lora_seed=settings.seed,
-        max_tokens=settings.max_tokens,
-        **loading(settings, settings.lora),
+        max_tokens=spec.tokens,
+        **loading(settings, spec.quantize),
         **options,
     )
 
