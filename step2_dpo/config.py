@@ -77,7 +77,7 @@ class DPOConfig(TrainSettings):
     def engine_specs(self) -> list[EngineSpec]:
         """The policy and, for the losses that have one, the reference."""
         (model,) = super().engine_specs()
-        model = dataclasses.replace(model, rows=2 * self.micro_batch)  # two answers a prompt
+        model = dataclasses.replace(model, rows=2 * self.micro_batch)  # two answers per prompt
         if self.reference is None:
             return [model]
         reference = dataclasses.replace(

@@ -49,4 +49,4 @@ class RewardModelConfig(TrainSettings):
 
     def engine_specs(self) -> list[EngineSpec]:
         (model,) = super().engine_specs()
-        return [dataclasses.replace(model, holds="new_reward_model", rows=2 * self.micro_batch)]  # two answers a prompt
+        return [dataclasses.replace(model, holds="new_reward_model", rows=2 * self.micro_batch)]  # two answers per prompt

@@ -123,7 +123,7 @@ def test_prepare_writes_once_and_again_when_the_arguments_change(tmp_path: Path,
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     prepare.main([str(tmp_path), "--size", "tiny"])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
-    assert "are there" in capsys.readouterr().out
+    assert "already exist" in capsys.readouterr().out
     prepare.main([str(tmp_path), "--size", "tiny", "--seed", "1", "--pad-is-eos"])
     assert json.loads((tmp_path / "prepared.json").read_text())["seed"] == 1
     assert json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())["pad_token"] == "<eos>"
