@@ -142,3 +142,12 @@ def test_a_reader_that_stops_early_is_no_error():
     command = f"{sys.executable} -m tristage.cli.main settings step3_ppo | head -1"
     ran = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_train_hands_its_words_to_the_launcher(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.launcher, "main", lambda words: seen.append(words) or 75)
+    assert cli.main(["train", "step3_ppo", "a.yaml", "seed=1", "--hostfile", "hosts", "--max-restarts=2"]) == 75
+    assert seen == [["step3_ppo.train", "a.yaml", "seed=1", "--hostfile", "hosts", "--max-restarts=2"]]
+    with pytest.raises(SystemExit):
+        cli.main(["train", "step9"])

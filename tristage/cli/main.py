@@ -1,5 +1,6 @@
 """The `tristage` command.
 
+    tristage train STEP CONFIG [key=value ...] [launcher options]         as launch/STEP.sh, for an installed wheel
     tristage config CONFIG [key=value ...]                                the resolved config: each value, and its place
     tristage settings STEP [KEY]                                          every setting: type, default, meaning
     tristage data show CONFIG [key=value ...] [--rows 3] [--heldout]      rows as the step will see them
@@ -24,13 +25,19 @@ from tristage.cli.show_settings import config_lines, setting_lines
 from tristage.config import load_config
 from tristage.config.steps import STEPS, settings_class
 from tristage.errors import UserError
+from tristage.launch import main as launcher
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 for problems found, or a plan that does not fit; 2 for a user error."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["train"] and words[1:2] and words[1] in STEPS:
+        return launcher.main([f"{words[1]}.train", *words[2:]])  # it has options that argparse does not know
     parser = argparse.ArgumentParser("tristage", description="RLHF in three steps on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"tristage {__version__}")
     subcommands = parser.add_subparsers(dest="subcommand")
+    train = subcommands.add_parser("train", help="launch a step: options, ranks, logs, signals, restarts")
+    train.add_argument("step", choices=STEPS, help="followed by CONFIG [key=value ...] [launcher options]")
     _config_arguments(subcommands.add_parser("config", help="print a resolved config and where each value is from"))
     _settings_arguments(subcommands.add_parser("settings", help="list the settings of a step: type, default, meaning"))
     _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))
