@@ -49,4 +49,5 @@ class RewardModelConfig(TrainSettings):
 
     def engine_specs(self) -> list[EngineSpec]:
         (model,) = super().engine_specs()
-        return [dataclasses.replace(model, holds="new_reward_model", rows=2 * self.micro_batch)]  # two answers per prompt
+        # two answers per prompt
+        return [dataclasses.replace(model, holds="new_reward_model", rows=2 * self.micro_batch)]

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel
 
 from tests.helpers.recipes import STEP_YAMLS, name_of, ranks_of
-from tristage.config import BatchPlan, Settings, load_config, read_deepspeed_json
+from tristage.config import Settings, load_config, read_deepspeed_json
 from tristage.config.steps import STEPS, settings_class
 
 REPO = Path(__file__).parents[2]
@@ -104,30 +104,17 @@ def test_there_is_a_config_for_every_step():
 @pytest.mark.parametrize("path", STEP_YAMLS, ids=name_of)
 def test_a_config_loads_and_its_batches_divide(path):
     settings, ranks = load(path), ranks_of(path)
-    if hasattr(settings, "plan"):
-        plan = settings.plan(ranks)
-    else:
-        plan = BatchPlan.make(settings.global_batch, settings.micro_batch, ranks, name_of(path))
+    plan = settings.plan(ranks)
     assert plan.micro_batch * plan.accumulation * ranks == plan.global_batch
-
-
-def deepspeed_paths(settings: BaseModel, owner: str = "") -> dict[str, str]:
-    """The `deepspeed` path of each engine by the name of its group; "" for that of the run itself."""
-    found = {owner: settings.deepspeed} if hasattr(settings, "deepspeed") else {}
-    for name in type(settings).model_fields:
-        if isinstance(group := getattr(settings, name), BaseModel):
-            found |= deepspeed_paths(group, name)
-    return found
 
 
 @pytest.mark.parametrize("path", STEP_YAMLS, ids=name_of)
 def test_the_deepspeed_jsons_of_a_config_are_found_and_accepted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # found beside the config, wherever one stands
     settings = load(path)
-    templates = {owner: read_deepspeed_json(json, settings) for owner, json in deepspeed_paths(settings).items()}
-    assert templates
-    frozen = [templates[owner] for owner in ("reference", "reward") if owner in templates]
-    assert all(template["zero_optimization"]["stage"] in (0, 3) for template in frozen)
+    specs = settings.engine_specs()
+    stages = [read_deepspeed_json(spec.deepspeed, settings)["zero_optimization"]["stage"] for spec in specs]
+    assert stages and all(stage in (0, 3) for stage, spec in zip(stages, specs, strict=True) if spec.frozen)
 
 
 @pytest.mark.parametrize("path", DEEPSPEED_JSONS, ids=name_of)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from step2_dpo.config import DPOConfig
-from step2_dpo.evaluate import prompt_losses
+from step2_dpo.loss import prompt_losses
 from tests.helpers import tiny
 from tristage.algo.losses import dpo_loss, lm_loss, simpo_loss
 from tristage.batches import PreferenceBatch, SFTBatch
