@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import yaml
+
 from benchmarks import tiny
 
 HERE = Path(__file__).parents[1]
@@ -36,6 +38,15 @@ def launch(checkout: Path, folder: Path, config: str) -> dict[str, float]:
     return {"cpu_seconds": cpu, "wall_seconds": time.monotonic() - started}
 
 
+def write_config(folder: Path) -> str:
+    """A config of step 1 that earlier commits read as well: no bases, only what is not a default."""
+    settings = tiny.sft_config(folder, tiny.write_model(folder / "model"), str(folder / "rows.jsonl"))
+    values = settings.model_dump(mode="json", exclude_defaults=True)
+    values["deepspeed"] = str(HERE / "configs/deepspeed/zero0.json")
+    (folder / "step1_sft.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "step1_sft.yaml")
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.launch_cost")
     parser.add_argument("other", nargs="?", type=Path, help="another checkout, such as one of an earlier commit")
@@ -50,10 +61,10 @@ def main(argv: list[str]) -> None:
         (folder / "bin/deepspeed").write_text("#!/bin/sh\n")
         (folder / "bin/deepspeed").chmod(0o755)
         (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-        settings = tiny.sft_config(folder, tiny.write_model(folder / "model"), str(folder / "rows.jsonl"))
+        config = write_config(folder)
         for run in range(given.runs + 1):
             for each, checkout in checkouts.items():
-                measured = launch(checkout, folder, settings.file)
+                measured = launch(checkout, folder, config)
                 if run:  # the first fills caches
                     seen[each].append(measured)
     medians = {
