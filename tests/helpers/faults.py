@@ -26,11 +26,13 @@ from safetensors.torch import load_file
 from tests.helpers.interrupted import untimed
 from tests.helpers.ranks import process_context
 from tests.helpers.tiny import REPO
+from tristage.dist import watchdog
 from tristage.machine.arrival import free_port
 from tristage.training import run
 from tristage.training.metrics import RunLog
 
 PATIENCE = 240.0  # seconds until a test gives up: machines are slow
+GRACE = 1.0  # seconds that `Ranks` leave their launcher, which looks every 0.05 s (`codes`); DeepSpeed's needs more
 
 
 class Kill(NamedTuple):
@@ -56,7 +58,17 @@ def steps_done(output: Path) -> int:
 
 
 def rank_pids(output: Path) -> list[int]:
-    return [json.loads(path.read_text())["pid"] for path in sorted((output / "logs").glob("rank_*.json"))]
+    return [sign["pid"] for sign in _signs(output)]
+
+
+def trained_pids(output: Path) -> list[int]:
+    """rank_pids once every rank has shown its first step: before, the watchdog waits three times as long."""
+    wait_until(lambda: all(sign["step"] is not None for sign in _signs(output)))
+    return rank_pids(output)
+
+
+def _signs(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((output / "logs").glob("rank_*.json"))]
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
@@ -123,7 +135,8 @@ def _one_rank(
     os.environ.update(LOCAL_WORLD_SIZE=str(num), LOCAL_SIZE=str(num), MASTER_PORT=port)
     torch.set_num_threads(1)
     sys.argv = ["train", *argv]
-    with kill_at(kill if kill is not None and kill.rank == rank else None):
+    grace = mock.patch.object(watchdog, "LAUNCHER_GRACE_SECONDS", GRACE)
+    with grace, kill_at(kill if kill is not None and kill.rank == rank else None):
         run.entry_point(main)
 
 

@@ -71,7 +71,7 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
             if dist.rank() != 0:
                 # Usually rank 0 meets the same error, prints it, and the launcher ends this rank. After this wait the
                 # error is this rank's alone, so it prints it.
-                time.sleep(8)
+                time.sleep(watchdog.LAUNCHER_GRACE_SECONDS)
             print(f"error: {error}{dist.node_suffix()}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
         except Preempted as stopped:
