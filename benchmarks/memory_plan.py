@@ -75,7 +75,7 @@ def measure(rank: int, case: str, files: list[str]) -> float:
     for number, file in enumerate(files):
         if number:
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is there
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
             before = memory("VmRSS")
         main(["--config", file, *SHORT[step]])
     return memory("VmHWM") - before

@@ -57,7 +57,7 @@ def write_config(folder: Path) -> str:
 
 
 class Run:
-    """One run, which `start` goes on with after a kill."""
+    """One run, which `start` resumes after a kill."""
 
     def __init__(self, folder: Path, words: list[str], name: str):
         self.words, self.output, self.log = words, folder / name, folder / f"{name}.log"
@@ -77,7 +77,7 @@ class Run:
         self.own_ranks: dict[int, psutil.Process] = {}
 
     def iteration(self) -> int:
-        """The step of the last whole line of metrics.jsonl; 0 before there is one."""
+        """The step of the last complete line of metrics.jsonl; 0 before there is one."""
         with contextlib.suppress(FileNotFoundError, IndexError):
             return int(json.loads(self._tail().split(b"\n")[-2])["step"])
         return 0

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from step2_reward_model.config import RewardModelConfig
 from step2_reward_model.heldout import evaluate
-from step2_reward_model.interactive import check_alone, score_typed
+from step2_reward_model.interactive import require_one_rank, score_typed
 from step2_reward_model.measures import Measurements, length_warning
 from step2_reward_model.report import tables
 from tristage import dist
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     heldout = None if interactive else load_heldout(settings, tokenizer)
     device = dist.init(settings.device)
     if interactive:
-        check_alone()
+        require_one_rank()
     model = load_reward_model(settings.model, tokenizer, engine_config=config, **setup.loading(settings))
     engine = frozen_engine(model, config)
     if heldout is None:

@@ -52,7 +52,7 @@ def scores(
     return last_token_scores(engine(batch.input_ids, batch.attention_mask), batch.attention_mask).tolist()
 
 
-def check_alone() -> None:
+def require_one_rank() -> None:
     """Raises UserError on several ranks, which cannot share a keyboard."""
     if dist.world_size() > 1:
         raise UserError("--interactive runs on one rank; start it without the launcher")

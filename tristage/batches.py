@@ -58,7 +58,7 @@ class PromptBatch(_Batch):
     attention_mask: torch.Tensor  # [B,P] bool
     draw_index: torch.Tensor  # [B] long, the response's number among the iteration's of all ranks; -1 in a filler row
     is_real: torch.Tensor  # [B] bool, False for a filler row
-    turns: Sequence[Sequence[dict[str, str]] | None] | None = None  # [B] roles and texts of each prompt, if asked for
+    turns: Sequence[Sequence[dict[str, str]] | None] | None = None  # [B] roles and texts of each prompt, if requested
 
 
 def trim_columns(mask: torch.Tensor) -> slice:

@@ -68,7 +68,7 @@ def before_each_operation(act: Callable[[int], None], operations: Sequence[str] 
 
         return counting
 
-    def write(hashed: durable.Hashed, data: Any) -> None:
+    def write(hashed: durable.HashingFile, data: Any) -> None:
         half = len(memoryview(data)) // 2
         hashed.file.write(memoryview(data)[:half])
         hashed.file.flush()
@@ -80,7 +80,7 @@ def before_each_operation(act: Callable[[int], None], operations: Sequence[str] 
     with contextlib.ExitStack() as stack:
         for name in operations:
             stack.enter_context(mock.patch.object(os, name, counted(getattr(os, name))))
-        stack.enter_context(mock.patch.object(durable.Hashed, "write", write))
+        stack.enter_context(mock.patch.object(durable.HashingFile, "write", write))
         yield
 
 

@@ -271,7 +271,7 @@ def test_an_evaluation_by_itself_wants_a_reference(base: Path) -> None:
     "start, adapter, out, sentence",
     [
         ("model", "model", "new", "model: holds no adapter_config.json; give a folder such as OUT/final_adapter"),
-        ("model", "zero2/whole/sft/final_adapter", "model", "model: is there already; name a new folder"),
+        ("model", "zero2/whole/sft/final_adapter", "model", "model: already exists; name a new folder"),
         ("other", "zero2/whole/sft/final_adapter", "new", "its adapters don't fit the base model"),
         ("shallow", "zero2/whole/sft/final_adapter", "new", "its adapters don't fit the base model"),
     ],

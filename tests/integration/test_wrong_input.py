@@ -334,7 +334,7 @@ def test_a_new_scalar_head_is_said_once(world, capfd, monkeypatch):
     monkeypatch.setattr(dist, "print0", lambda *words: said.extend(map(str, words)))
     sentence_of(world, STEP2, [], capfd)
     assert [line for line in said if "scalar head" in line] == [
-        f"{world.path('model')} has no scalar head, a new one is drawn"
+        f"{world.path('model')} has no scalar head: a new one is initialised"
     ]
     said.clear()
     sentence_of(world, STEP2, [f"model={world.path('reward')}"], capfd)

@@ -417,7 +417,7 @@ NO_TOOLS = "and tools are not supported; remove the row"
             "`scores` must be finite numbers (highest = best), found nan",
         ),
         ({"prompt": "Hi", "responses": ["a", None], "ranks": [0, 1]}, "`responses[1]` must be text, found null"),
-        ({"chosen": "good", "rejected": "bad"}, "`chosen` without a `prompt` column must be a whole dialogue"),
+        ({"chosen": "good", "rejected": "bad"}, "`chosen` without a `prompt` column must be a complete dialogue"),
         (
             {"chosen": [assistant("a")], "rejected": [assistant("b")]},
             "`chosen` without a `prompt` column must hold the prompt's turns too",

@@ -21,7 +21,7 @@ from tristage.config import SourceSettings
 from tristage.data import store
 from tristage.data.rows import read_row
 from tristage.data.sources import open_source
-from tristage.data.store import Prepared, cache_folder, concatenate, prepare
+from tristage.data.store import PreparedSet, cache_folder, concatenate, prepare
 from tristage.data.tokenize import EncodingRules, Example, encode
 from tristage.errors import UserError
 
@@ -78,7 +78,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def prepared(file: Path, tokenizer=TOKENIZER, policy=SFT, skip_bad=False, workers=1, **source) -> Prepared:
+def prepared(file: Path, tokenizer=TOKENIZER, policy=SFT, skip_bad=False, workers=1, **source) -> PreparedSet:
     opened = open_source(SourceSettings(path=str(file), **source))
     return prepare(opened, tokenizer, policy, skip_bad=skip_bad, cache=file.parent / "cache", workers=workers)
 
@@ -365,7 +365,7 @@ def test_several_workers_give_the_same_rows_in_the_same_order(tmp_path, monkeypa
 
 def test_other_local_ranks_wait_for_the_first_and_tokenise_nothing(file, calls, monkeypatch):
     monkeypatch.setattr(dist, "local_rank", lambda: int(threading.current_thread().name == "rank 1"))
-    found: list[Prepared] = []
+    found: list[PreparedSet] = []
     waiting = threading.Thread(target=lambda: found.append(prepared(file)), name="rank 1", daemon=True)
     waiting.start()
     waiting.join(0.5)

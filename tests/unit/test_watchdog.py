@@ -219,7 +219,7 @@ def test_one_request_may_arrive_twice_and_a_second_one_ends_at_once(world):
         world.dog.signalled(15)
         world.now += 0.5
         world.dog.signalled(2)
-        assert world.dog.asked_at == 1000.0
+        assert world.dog.signalled_at == 1000.0
         world.now += 1
         with pytest.raises(Ended) as ended:
             world.dog.signalled(2)

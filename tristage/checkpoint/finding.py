@@ -12,7 +12,7 @@ from typing import Any
 from tristage import dist
 from tristage.config import RunSettings
 from tristage.errors import UserError
-from tristage.runs.changes import changed_inputs, changed_settings, listed
+from tristage.runs.changes import changed_inputs, changed_settings, join_changes
 from tristage.runs.inputs import named_models
 from tristage.storage.durable import MANIFEST, Manifest, read_manifest, wrong_content, wrong_size
 from tristage.storage.pieces import PieceReader
@@ -40,7 +40,7 @@ class Checkpoint:
 def find_checkpoint(
     settings: RunSettings, data: str | None = None, models: Models = MappingProxyType({})
 ) -> Checkpoint | None:
-    """The newest whole checkpoint that `resume` allows, after comparing its run with this one. A collective.
+    """The newest undamaged checkpoint that `resume` allows, after comparing its run with this one. A collective.
 
     Every file is read and compared with the manifest; a damaged checkpoint is reported, and the next is tried.
     All ranks get rank 0's answer.
@@ -151,11 +151,11 @@ def _compare(folder: Path, then: dict[str, Any], settings: RunSettings, data: st
     other |= changed_inputs(then.get("models", {}), models, named_models(settings))
     shown = {key: change for key, change in free.items() if not key.startswith(("resume", "output"))}
     if shown:
-        dist.print0(f"changed since {folder}, without effect on the result: {listed(shown)}")
+        dist.print0(f"changed since {folder}, without effect on the result: {join_changes(shown)}")
     if other and settings.resume_changed:
-        dist.print0(f"warning: changed since {folder}: {listed(other)}; resuming (resume_changed)")
+        dist.print0(f"warning: changed since {folder}: {join_changes(other)}; resuming (resume_changed)")
     elif other:
         raise UserError(
-            f"{folder}: was written by a run with other settings: {listed(other)}; put them back, resume "
+            f"{folder}: was written by a run with other settings: {join_changes(other)}; put them back, resume "
             "with the new ones (resume_changed=true), or start again with resume=never"
         )

@@ -120,12 +120,12 @@ def _publish(root: Path, folder: Path, partial: Path, files: dict[str, Entry]) -
 def _rotate(root: Path, settings: RunSettings) -> None:
     """Remove checkpoints that are neither among the newest nor kept for their step or metric."""
     numbers = {folder: _number(folder) for folder in _folders(root)}
-    whole = sorted((f for f, number in numbers.items() if number >= 0 and f.suffix != ".old"), key=numbers.__getitem__)
-    keep = set(whole[-settings.keep_last :])
+    valid = sorted((f for f, number in numbers.items() if number >= 0 and f.suffix != ".old"), key=numbers.__getitem__)
+    keep = set(valid[-settings.keep_last :])
     if settings.keep_every_n_steps:
-        keep |= {folder for folder in whole if _state_of(folder).get("step", 1) % settings.keep_every_n_steps == 0}
+        keep |= {folder for folder in valid if _state_of(folder).get("step", 1) % settings.keep_every_n_steps == 0}
     if settings.keep_best is not None:
-        keep |= _best(whole, settings.keep_best)
+        keep |= _best(valid, settings.keep_best)
     for old in numbers:
         if old not in keep:
             going = old.with_name(old.name + ".partial")  # a half-deleted folder must not look like a checkpoint
@@ -164,7 +164,7 @@ def _on_all_ranks(action: Callable[[], T], partial: Path, need: int) -> list[T]:
         if is_full(error):
             problem = (
                 f"{root}: the disk is full: {partial.stem} needs {need} bytes, {free_on_disk(root)} are free; "
-                "make room, or set `output` to a larger disk; the checkpoints before it are whole"
+                "make room, or set `output` to a larger disk; the checkpoints before it are complete"
             )
         else:
             hint = "all nodes must see `output`" if error.errno == errno.ENOENT else "fix that and start again"

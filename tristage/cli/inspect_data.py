@@ -42,7 +42,7 @@ def show(settings: RunSettings, tokenizer: Tokenizer, num_rows: int, heldout: bo
         for heading, example in _examples(rows[i]):
             if heading:
                 console.print(heading, style="bold")
-            console.print(_coloured(example, tokenizer, not console.color_system), soft_wrap=True)
+            console.print(_colour(example, tokenizer, not console.color_system), soft_wrap=True)
 
 
 def _examples(item: Any) -> Iterator[tuple[str, Example]]:
@@ -54,7 +54,7 @@ def _examples(item: Any) -> Iterator[tuple[str, Example]]:
         yield f"rank {rank:g}", example
 
 
-def _coloured(example: Example, tokenizer: Tokenizer, plain: bool) -> Text:
+def _colour(example: Example, tokenizer: Tokenizer, plain: bool) -> Text:
     trained = collate_sft([example], 0).loss_mask[0].tolist()
     special = set(tokenizer.all_special_ids)
     text = Text()

@@ -3,7 +3,7 @@
     extends: ../bases/step3_ppo.yaml    # relative to this file, or tristage:PATH, a file under the shipped configs/
 
 The file's own values win. Groups of settings merge key by key; any other value replaces the base's whole, also a list
-or a source of data. In memory a file is a tree: a dict per group, and a `Placed` for every other value.
+or a source of data. In memory a file is a tree: a dict per group, and a `PlacedValue` for every other value.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tristage.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"  # a link to configs/ in a clone, a copy of it in a wheel
 COMMAND_LINE = "command line"
-Tree = dict[str, Any]  # key -> Placed, or the Tree of a group
+Tree = dict[str, Any]  # key -> PlacedValue, or the Tree of a group
 
 
-class Placed(NamedTuple):
+class PlacedValue(NamedTuple):
     """A value and where it is from: "file:line", or the command line."""
 
     value: Any
@@ -35,7 +35,7 @@ def shipped_path(path: str) -> Path:
 
 
 def group_in(group: type[BaseModel] | None, key: Any) -> type[BaseModel] | None:
-    """The group of settings at `key` of `group`; None where the value there is not a group, such as a list."""
+    """The group of settings at `key` of `group`; None if the value there is not a group, such as a list."""
     field = group.model_fields.get(key) if group is not None else None
     if field is None or get_origin(field.annotation) is tuple:
         return None
@@ -66,7 +66,7 @@ def _read(file: Path, group: type[BaseModel], above: tuple[Path, ...]) -> tuple[
     return _merge(inherited, own), (file, *files)
 
 
-def _base_file(extends: Placed, file: Path) -> Path:
+def _base_file(extends: PlacedValue, file: Path) -> Path:
     if not isinstance(extends.value, str):
         raise UserError(f"{extends.place}: `extends` is {extends.value!r}; give the path of one YAML file")
     base = Path(os.path.normpath(file.parent / shipped_path(extends.value)))
@@ -103,7 +103,7 @@ def _refuse_repeated_keys(node: yaml.Node | None, file: Path) -> None:
             if key.value in lines:
                 raise UserError(f"{file}:{line}: key `{key.value}` is already on line {lines[key.value]}; remove one")
             lines[key.value] = line
-        if value.start_mark.index > key.start_mark.index:  # an alias stands for a node further up, checked there
+        if value.start_mark.index > key.start_mark.index:  # an alias refers to a node further up, checked there
             _refuse_repeated_keys(value, file)
 
 
@@ -114,7 +114,7 @@ def _tree(values: dict[str, Any], node: yaml.Node, group: type[BaseModel] | None
         place, inner = found.get(str(key), (str(file), None))
         kind = group_in(group, key)
         grouped = kind is not None and isinstance(value, dict) and inner is not None
-        tree[key] = _tree(value, inner, kind, file) if grouped else Placed(value, place)
+        tree[key] = _tree(value, inner, kind, file) if grouped else PlacedValue(value, place)
     return tree
 
 
@@ -127,18 +127,18 @@ def _merge(base: Tree, own: Tree) -> Tree:
 
 
 def set_key(tree: Tree, key: str, value: Any) -> None:
-    """Put a value of the command line at a dotted key. Raises UserError where a single value stands on the way."""
+    """Put a value of the command line at a dotted key. Raises UserError if a single value is in the way."""
     *groups, last = key.split(".")
     for group in groups:
         inner = tree.get(group)
-        if inner is None or (isinstance(inner, Placed) and inner.value is None):
+        if inner is None or (isinstance(inner, PlacedValue) and inner.value is None):
             inner = {}
-        elif isinstance(inner, Placed) and isinstance(inner.value, dict):  # a source of data
-            inner = {name: Placed(part, inner.place) for name, part in inner.value.items()}
+        elif isinstance(inner, PlacedValue) and isinstance(inner.value, dict):  # a source of data
+            inner = {name: PlacedValue(part, inner.place) for name, part in inner.value.items()}
         if not isinstance(inner, dict):
             raise UserError(f"argument {key}={value}: `{group}` is a single value, not a group of settings")
         tree[group] = tree = inner
-    tree[last] = Placed(value, COMMAND_LINE)
+    tree[last] = PlacedValue(value, COMMAND_LINE)
 
 
 def values_of(tree: Tree) -> dict[str, Any]:

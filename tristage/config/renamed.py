@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-# Old key -> new key, both whole.
+# Old key -> new key, both complete.
 RENAMED = {
     "keep_every": "keep_every_n_steps",
     "keep_best.lower": "keep_best.lower_is_better",

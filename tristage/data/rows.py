@@ -32,7 +32,7 @@ _DIALOGUE_ROLES = {"Human": "user", "Assistant": "assistant"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 
-# Columns that a row can't do without, with what they say; see _refuse_what_changes_the_meaning.
+# Columns that change the meaning of a row; see _refuse_what_changes_the_meaning.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _LABELS = ("label", "kto_tag")
@@ -294,7 +294,7 @@ def _parse_ranked(raw: dict[str, Any], where: str) -> RankingRow:
 
 
 def _parse_dialogue_pair(raw: dict[str, Any], where: str) -> RankingRow:
-    """Two whole dialogues, message lists or the text of Anthropic's HH set; their common prefix is the prompt."""
+    """Two complete dialogues, message lists or the text of Anthropic's HH set; their common prefix is the prompt."""
     fix = _guess(raw, "ranking") or "add a `prompt` column"
     chosen, rejected = (_whole_dialogue(raw[column], column, where, fix) for column in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
@@ -315,7 +315,7 @@ def _whole_dialogue(value: object, column: str, where: str, fix: str) -> tuple[T
     text = _text(value, column, where)
     if not text.startswith(DIALOGUE_START):
         raise UserError(
-            f"{where}: `{column}` without a `prompt` column must be a whole dialogue "
+            f"{where}: `{column}` without a `prompt` column must be a complete dialogue "
             f"that starts with {DIALOGUE_START!r}, {fix}"
         )
     return _dialogue_turns(text)

@@ -14,7 +14,7 @@ from tristage import dist
 from tristage.config import RunSettings, SourceSettings
 from tristage.data.packing import Blocks
 from tristage.data.sources import open_source, resolve_preset
-from tristage.data.store import Prepared, Rows, cache_folder, concatenate, prepare
+from tristage.data.store import PreparedSet, Rows, cache_folder, concatenate, prepare
 from tristage.data.template import Tokenizer
 from tristage.data.tokenize import EncodingRules
 from tristage.errors import UserError
@@ -27,7 +27,7 @@ class Part:
     """What one source gave to the training or the held-out set."""
 
     source: SourceSettings
-    prepared: Prepared
+    prepared: PreparedSet
     rows: Rows  # those of `prepared` that this step and side get
 
     @property

@@ -130,7 +130,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     return Rows(pyarrow.concat_tables([part._table for part in parts]), fingerprint, index)
 
 
-class Prepared:
+class PreparedSet:
     """A finished folder of the cache: its rows, and counts of those left out."""
 
     def __init__(self, folder: Path) -> None:
@@ -157,7 +157,7 @@ def cache_folder(setting: str | None) -> Path:
 
 def prepare(
     source: OpenSource, tokenizer: Tokenizer, rules: EncodingRules, *, skip_bad: bool, cache: Path, workers: int = 0
-) -> Prepared:
+) -> PreparedSet:
     """The tokenised rows of a source, from the cache, or made now by local rank 0 while other ranks wait.
 
     Raises:
@@ -168,7 +168,7 @@ def prepare(
     if dist.local_rank() != 0:
         while not _is_whole(folder):  # the launcher ends us when local rank 0 fails
             time.sleep(0.2)
-        return Prepared(folder)
+        return PreparedSet(folder)
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds text; an existing folder keeps its mode
         with FileLock(cache / f"{key}.lock"):  # held by another run that prepares the same set
@@ -184,7 +184,7 @@ def prepare(
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{cache}: tokenised data can't be kept here ({error}); set `data.cache`") from error
-    prepared = Prepared(folder)
+    prepared = PreparedSet(folder)
     if prepared.bad and not skip_bad:  # made by a run that skipped them
         raise UserError(next(line["reason"] for line in prepared.left_out() if line["bad"]))
     return prepared

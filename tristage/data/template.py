@@ -1,4 +1,4 @@
-"""Turns to text, through the tokenizer's own chat template, so that every step writes a dialogue alike.
+"""Turns to text, through the tokenizer's own chat template, so that every step writes a dialogue the same way.
 
 A rendered row is cut in two: the prompt, which ends where a rollout starts to sample, and the answer, which
 ends with exactly one EOS. The EOS is part of the answer: that is how the model learns to stop.
@@ -175,10 +175,10 @@ def _apply(tokenizer: Tokenizer, turns: list[Turn], where: str, add_generation_p
 
 
 def template_fingerprint(tokenizer: Tokenizer) -> str:
-    """Equal for two tokenizers that write and cut text alike: same template, same EOS, same vocabulary and merges."""
+    """Equal for two tokenizers that write and split text alike: same template, same EOS, same vocabulary and merges."""
     parts = [tokenizer.chat_template, tokenizer.eos_token, sorted(tokenizer.get_vocab().items())]
     if getattr(tokenizer, "is_fast", False):
         core = json.loads(tokenizer.backend_tokenizer.to_str())
-        # The model's own vocabulary again: Unigram's has scores, which say where text is cut.
+        # The model's own vocabulary again: Unigram's has scores, which decide where text is split.
         parts += [core["model"].get("merges"), core["model"]["vocab"], core["normalizer"], core["pre_tokenizer"]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

@@ -46,7 +46,7 @@ class EncodingRules:
 
 @dataclass(frozen=True)
 class _Text:
-    """One text to tokenise: a prompt with its answer, or a whole document."""
+    """One text to tokenise: a prompt with its answer, or a document."""
 
     prompt: str
     answer: str | None
@@ -77,7 +77,7 @@ def encode(
         own = [next(examples) for _ in found]
         problems = [example for example in own if isinstance(example, UserError)]
         whole = [example for example in own if isinstance(example, Example)]
-        results.append(problems[0] if problems else _fitted(row, whole, tokenizer, rules))
+        results.append(problems[0] if problems else _fit(row, whole, tokenizer, rules))
     return results
 
 
@@ -195,7 +195,7 @@ def _token_span(characters: Span, places: list[Span]) -> Span:
 # -- the token limit ---------------------------------------------------------------------------------------
 
 
-def _fitted(
+def _fit(
     row: Row, examples: list[Example], tokenizer: Tokenizer, rules: EncodingRules
 ) -> tuple[Item, int] | Unusable:
     """The row's item within the limit. All answers of a prompt get the same cut, so that they still share it."""

@@ -16,15 +16,15 @@ from tristage.dist import watchdog, progress
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _waiting(collective: F) -> F:
+def _watched(collective: F) -> F:
     """Mark the rank as waiting, so that the watchdog can tell which rank is late."""
 
     @functools.wraps(collective)
-    def noted(*arguments: Any, **named: Any) -> Any:
+    def watched(*arguments: Any, **named: Any) -> Any:
         with progress.phase(f"{collective.__name__}, waiting for the others"):
             return collective(*arguments, **named)
 
-    return cast(F, noted)
+    return cast(F, watched)
 
 
 def rank() -> int:
@@ -55,13 +55,13 @@ def print0(*words: object) -> None:
         print(*words, flush=True)
 
 
-@_waiting
+@_watched
 def sum_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Sum of each named number over ranks, in float64. Every rank must pass the same names."""
     return _reduce_named(values, device, torch_dist.ReduceOp.SUM)
 
 
-@_waiting
+@_watched
 def max_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Largest of each named number over ranks; like sum_over_ranks."""
     return _reduce_named(values, device, torch_dist.ReduceOp.MAX)
@@ -75,7 +75,7 @@ def _reduce_named(values: Mapping[str, float], device: torch.device, operation: 
     return dict(zip(names, numbers.tolist(), strict=True))
 
 
-@_waiting
+@_watched
 def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     """[b, ...] on each rank -> [ranks * b, ...] on every rank, in rank order. b must agree."""
     if world_size() == 1:
@@ -86,7 +86,7 @@ def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).to(x.dtype)
 
 
-@_waiting
+@_watched
 def gather_objects(item: Any) -> list[Any]:
     """Every rank's small Python object, in rank order, on every rank."""
     if world_size() == 1:
@@ -96,14 +96,14 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
-@_waiting
+@_watched
 def broadcast(x: torch.Tensor, source: int) -> None:
     """Overwrite x on every rank with that of rank `source`."""
     if world_size() > 1:
         torch_dist.broadcast(x, source)
 
 
-@_waiting
+@_watched
 def barrier() -> None:
     if world_size() > 1:
         torch_dist.barrier()

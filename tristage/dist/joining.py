@@ -22,7 +22,7 @@ from tristage.dist.collectives import is_main, local_rank, print0, rank
 
 
 
-SECONDS_TO_NAME_MISSING, SECONDS_TO_HEAR = 30.0, 5.0
+SECONDS_TO_NAME_MISSING, SECONDS_TO_READ = 30.0, 5.0
 LOOPBACK = "127.0.0.1"
 EXIT_PORT_TAKEN = 2  # as of any port that is taken; the launcher knows this case by a file
 
@@ -70,7 +70,7 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     if not torch_dist.is_initialized():
         limit, ranks = timedelta(seconds=timeout_seconds), int(os.environ["WORLD_SIZE"])
-        if _all_here():
+        if _on_one_machine():
             _stay_on_loopback()
         # the store of torchrun's agent outlives a restart of the ranks
         attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -82,7 +82,7 @@ def init(device: str = "auto", timeout_seconds: float = 1800) -> torch.device:
     return torch.device("cuda", local_rank()) if use_gpu else torch.device("cpu")
 
 
-def _all_here() -> bool:
+def _on_one_machine() -> bool:
     """Whether all ranks of this run are on this machine."""
     return ranks_here() == int(os.environ["WORLD_SIZE"])
 
@@ -103,7 +103,7 @@ def _store(ranks: int, limit: timedelta) -> torch_dist.TCPStore:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if _all_here() and not of_agent:
+    if _on_one_machine() and not of_agent:
         address = LOOPBACK
     serves = is_main() and not of_agent
     try:
@@ -176,11 +176,11 @@ def _rendezvous(store: torch_dist.Store, ranks: int, backend: str, timeout_secon
                 print0(f"waiting for {_listed(missing)} to join")
         store.set("verdict", _verdict(store, ranks, missing))
     if problem := store.get("verdict").decode():
-        store.set(f"heard/{rank()}", "")
+        store.set(f"read/{rank()}", "")
         if is_main():  # the store ends with this process: wait until all have read it
             with contextlib.suppress(torch_dist.DistStoreError):
-                heard = [f"heard/{other}" for other in range(ranks) if other not in missing]
-                store.wait(heard, timedelta(seconds=SECONDS_TO_HEAR))
+                readers = [f"read/{other}" for other in range(ranks) if other not in missing]
+                store.wait(readers, timedelta(seconds=SECONDS_TO_READ))
         raise UserError(problem)
 
 

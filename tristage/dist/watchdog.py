@@ -1,6 +1,6 @@
 """A thread in every rank that handles signals and watches the other ranks, even while the main thread is blocked.
 
-    with watchdog.listening():            # run.entry_point: from here a signal asks for an end after the step
+    with watchdog.listening():            # run.entry_point: from here a signal ends the run after the step
         watchdog.watch(OUT / "logs", 600)  # run.start: from here a dead or stuck rank ends the run
 
 Each rank writes a heartbeat about once a second: OUT/logs/rank_00000.json, read by rank 0; the others read rank 0's.
@@ -42,9 +42,9 @@ LAUNCHER_GRACE_SECONDS = 8.0  # for the launcher to see a lost rank and report i
 HEARTBEAT_BYTES = 4096  # always the same, so that a heartbeat fits on a full disk
 
 
-def stop_asked() -> bool:
+def stop_requested() -> bool:
     """Whether a signal has asked this process to end after the step."""
-    return _thread is not None and _thread.asked_at is not None
+    return _thread is not None and _thread.signalled_at is not None
 
 
 def may_save() -> None:
@@ -110,7 +110,7 @@ class Watchdog(threading.Thread):
     def __init__(self, receive: int) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.receive = receive
-        self.asked_at: float | None = None
+        self.signalled_at: float | None = None
         self.may_save = False
         self.state = "running"
         self.verdict: str | None = None
@@ -162,11 +162,11 @@ class Watchdog(threading.Thread):
         if self.state != "running":
             if self.state == "failed":  # waiting for rank 0 to report why
                 os._exit(EXIT_STALLED)
-        elif self.asked_at is None:
-            self.asked_at = now
+        elif self.signalled_at is None:
+            self.signalled_at = now
             if not self.may_save:
                 self.end(f"{name} before the first step, nothing to save", EXIT_PREEMPTED)
-        elif now - self.asked_at > DUPLICATE_SIGNAL_SECONDS:
+        elif now - self.signalled_at > DUPLICATE_SIGNAL_SECONDS:
             self.end(f"a second signal, {name}", 128 + number)
 
     def end(self, why: str, code: int) -> NoReturn:
@@ -244,7 +244,7 @@ class Watchdog(threading.Thread):
         if not self.lost:
             self.lost, self.lost_at = True, time.monotonic()
             self.dump(f"rank {peer} is gone")
-        if self.asked_at is not None or time.monotonic() - self.lost_at > LAUNCHER_GRACE_SECONDS:
+        if self.signalled_at is not None or time.monotonic() - self.lost_at > LAUNCHER_GRACE_SECONDS:
             self.end(f"{describe(peer, heartbeat)} is gone", EXIT_STALLED)
 
     def lost_a_peer(self) -> bool:

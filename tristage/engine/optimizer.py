@@ -17,7 +17,7 @@ def _adamw(model: nn.Module, config: dict[str, Any], settings: OptimizerSettings
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole shape in ds_shape
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape in ds_shape
             (decayed if len(shape) > 1 else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},

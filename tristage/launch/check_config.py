@@ -23,7 +23,7 @@ from tristage.config import (
 from tristage.data.sources import require_exists, resolve_preset
 from tristage.errors import UserError
 from tristage.launch.nodes import read_nodes
-from tristage.launch.options import ranks_asked
+from tristage.launch.options import requested_ranks
 from tristage.runs.finished import require_finished
 
 
@@ -55,7 +55,7 @@ def check_config(words: Sequence[str], options: Sequence[str], models: bool = Tr
     settings = load_config(settings_class(rest[1], module.removesuffix(".train")), rest)
     nodes = read_nodes(options)
     check_named(settings, models and not nodes, data and not nodes)
-    ranks = ranks_asked(nodes, options)
+    ranks = requested_ranks(nodes, options)
     if ranks is not None:
         settings.plan(ranks)
     return settings

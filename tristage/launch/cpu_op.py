@@ -24,7 +24,7 @@ BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().
 
 
 def num_gpus() -> int:
-    """GPUs that torch sees on this machine; 0 where DS_ACCELERATOR=cpu says not to use them.
+    """GPUs that torch sees on this machine; 0 if DS_ACCELERATOR=cpu.
 
     Torch runs in a separate process, since importing it takes seconds and memory; it also prints why torch cannot use
     a GPU that the machine has. On a machine without a GPU it is not started.

@@ -11,7 +11,7 @@ from tristage.config import RunSettings
 from tristage.errors import UserError
 from tristage.launch import cpu_op
 from tristage.launch.nodes import read_nodes
-from tristage.launch.options import option, ranks_asked
+from tristage.launch.options import option, requested_ranks
 from tristage.runs.finished import has_finished, is_finished
 
 SUMMARY = ("loss", "perplexity", "accuracy", "score", "kl", "grade", "length")
@@ -27,7 +27,7 @@ def show(settings: RunSettings, words: Sequence[str], options: Sequence[str]) ->
         UserError: batches that don't divide over the ranks.
     """
     nodes = read_nodes(options)
-    ranks = ranks_asked(nodes, options) or local_ranks(options)
+    ranks = requested_ranks(nodes, options) or local_ranks(options)
     print("would run: " + shlex.join(["deepspeed", "--no_local_rank", *options, "--module", *words]))
     for node, slots in nodes.items():
         print(f"node {node}: {len(slots)} ranks")

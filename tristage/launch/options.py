@@ -26,7 +26,7 @@ class Words(NamedTuple):
     """--max-restarts N."""
     dry_run: bool
     cpu: bool
-    """--cpu N, which also stands in `options` as --num_gpus N."""
+    """--cpu N, which is also in `options` as --num_gpus N."""
 
 
 def parse_words(words: Sequence[str]) -> Words:
@@ -79,7 +79,7 @@ def count_of(text: str) -> int:
     return int(text)
 
 
-def ranks_asked(nodes: dict[str, list[int]], options: Sequence[str]) -> int | None:
+def requested_ranks(nodes: dict[str, list[int]], options: Sequence[str]) -> int | None:
     """Ranks by the hostfile's `nodes` or by a count in the options; None if neither is given. Raises UserError."""
     if nodes:
         return sum(map(len, nodes.values()))

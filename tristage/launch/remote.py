@@ -40,7 +40,7 @@ def check_launcher(options: Sequence[str]) -> str:
     if launcher in MPI_LAUNCHERS:
         for name in ("--include", "--exclude", "--num_nodes", "--num_gpus"):
             if option(options, name) is not None:
-                raise UserError(f"--launcher {launcher} takes the whole hostfile; leave out {name}, or change the file")
+                raise UserError(f"--launcher {launcher} takes the entire hostfile; leave out {name}, or edit the file")
     return launcher
 
 

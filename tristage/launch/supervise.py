@@ -64,7 +64,7 @@ class Supervisor:
                 (self.folder / "port").write_text(start.port)
             if start.picked:
                 (self.folder / "port_picked").touch()  # rank 0 renames it to port_taken
-            with self._handling_signals(), _opened(start) as log:
+            with self._handling_signals(), _open_log(start) as log:
                 return self._watch(start, environment, log)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -212,7 +212,7 @@ def _copy(source: IO[bytes], terminal: Any, log: IO[bytes] | None, shown: Callab
 
 
 @contextlib.contextmanager
-def _opened(start: Start) -> Iterator[IO[bytes] | None]:
+def _open_log(start: Start) -> Iterator[IO[bytes] | None]:
     """The log, with the command as its next line; None if it cannot be written, which the step will report."""
     try:
         if start.log is None:

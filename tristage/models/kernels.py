@@ -114,7 +114,7 @@ def check_quantized(lora: LoraSettings | None, device: str, key: str) -> None:
 
     Args:
         device: the run's setting.
-        key: where `lora.quantize` stands, for the message.
+        key: file and key of `lora.quantize`, for the message.
 
     Raises:
         UserError: it is not installed, or does not support this device.

@@ -28,14 +28,14 @@ from tristage.errors import UserError
 from tristage.models.loading import load_config_without_dropout
 
 ADAPTER = "default"  # peft's name of the one adapter
-SCALE_FILE = "score_scale.json"  # next to a reward model's adapter: what its config.json would say of its scores
+SCALE_FILE = "score_scale.json"  # next to a reward model's adapter: the score_* keys of its config.json
 
 
 def check_lora(lora: LoraSettings | None, path: str, key: str, trust_remote_code: bool = False) -> None:
-    """Every target must be a layer of the model: told from its config, before weights are read.
+    """Check that every target is a layer of the model, by its config, before weights are read.
 
     Args:
-        key: where the setting stands, for the message.
+        key: the setting's file and key, for the message.
 
     Raises:
         UserError: names the target that matches nothing, and what would match.
@@ -79,7 +79,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings, path: str, seed: in
 def _inject(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """peft's layers into the model; their random weights are those of `seed`, and nobody else's draws change."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # says that it noticed GPT-2's transposed weights
+        warnings.simplefilter("ignore")  # peft reports GPT-2's transposed weights
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, ADAPTER)
 

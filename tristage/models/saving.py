@@ -57,12 +57,12 @@ def save_model(
 
 
 def _write(
-    model: Any, whole: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path, shard_size: str
+    model: Any, wrapped: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path, shard_size: str
 ) -> list[Path]:
-    """Write the folders of save_model from the wrapper's state `whole`, which is empty afterwards; those folders."""
+    """Write the folders of save_model from the wrapper's state `wrapped`, which is emptied; returns the folders."""
     written = [folder]
-    value_head = whole.pop("value_head.weight", None)
-    state = {name.removeprefix("model."): whole.pop(name) for name in list(whole)}
+    value_head = wrapped.pop("value_head.weight", None)
+    state = {name.removeprefix("model."): wrapped.pop(name) for name in list(wrapped)}
     adapter = folder.with_name(folder.name + "_adapter")
     if has_adapters(model):
         with _atomic_folder(adapter) as partial:
@@ -103,10 +103,10 @@ def merge_adapter(base: str, adapter: str, out: str) -> None:
     """Write the model of `base` with the LoRA adapter in the folder `adapter` merged, as the folder `out`.
 
     Raises:
-        UserError: no such adapter or base, they don't belong together, or `out` is there.
+        UserError: no such adapter or base, they don't belong together, or `out` exists.
     """
     if Path(out).exists():
-        raise UserError(f"{out}: is there already; name a new folder")
+        raise UserError(f"{out}: already exists; name a new folder")
     read_adapter_config(adapter)  # a better sentence than that of a missing base
     _write_merged(base, adapter, Path(out), load_config_without_dropout(base).dtype, SHARD_SIZE)
 

@@ -24,7 +24,7 @@ def register_scalar_head(config: PretrainedConfig) -> None:
     if family in CLASSIFIERS or family not in BACKBONES:
         return
     backbone = BACKBONES[family]
-    if not isinstance(backbone, type):  # several backbones: which one is not told
+    if not isinstance(backbone, type):  # several backbones: it is unknown which one
         return
     parent: Any = next(cls for cls in backbone.__mro__[1:] if issubclass(cls, PreTrainedModel))
     name = f"{backbone.__name__.removesuffix('Model')}ForSequenceClassification"

@@ -1,4 +1,4 @@
-"""What a model's config.json says about its size: it is built on the meta device, where weights take no memory."""
+"""The size of a model by its config.json: it is built on the meta device, where weights take no memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ModelShape:
     vocabulary: int
     rms_norm: bool
     query_norm: bool  # queries and keys are normalised (Qwen3)
-    attention_matrix: bool  # whole in memory: the family has no fused attention
+    attention_matrix: bool  # held in memory: the family has no fused attention
     plain_head: bool  # logits come in chunks
 
 

@@ -53,7 +53,7 @@ LABEL_SCALE = 0.12  # of the labeller's logistic noise, in units of gold
 
 @dataclass(frozen=True)
 class Request:
-    """What a prompt asks for."""
+    """The kind and count that a prompt asks for."""
 
     kind: str
     count: int
@@ -166,7 +166,7 @@ def _spoil(items: list[str], flaw: str, request: Request, rng: random.Random) ->
             items += _walk(KINDS[KIND_OF[items[-1]]], items[-1], change + 1, rng)[1:]
         else:
             del items[max(len(items) - change, 1) :]
-    elif flaw == "repeat":  # one item is said again until the end
+    elif flaw == "repeat":  # one item is repeated until the end
         place = rng.randrange(max(len(items) - 1, 1))
         items[place + 1 :] = [items[place]] * (len(items) - place - 1)
     else:
@@ -204,7 +204,7 @@ def rank(prompt: str, answers: list[str], rng: random.Random, scale: float) -> l
 
 
 def make_demonstrations(prompts: list[str], num: int, rng: random.Random) -> list[dict]:
-    """SFT rows {"prompt", "response"}; prompts come round again when `num` exceeds them."""
+    """SFT rows {"prompt", "response"}; prompts are used again if `num` exceeds them."""
     return [{"prompt": prompt, "response": draw_answer(prompt, rng)} for prompt in _cycle(prompts, num, rng)]
 
 
@@ -228,14 +228,14 @@ def make_rankings(prompts: list[str], num: int, rng: random.Random, scale: float
 
 
 def _cycle(prompts: list[str], num: int, rng: random.Random) -> list[str]:
-    """`num` prompts: whole shuffled passes over `prompts`, the last one cut off."""
+    """`num` prompts: shuffled passes over `prompts`, the last one cut off."""
     drawn: list[str] = []
     while len(drawn) < num:
         drawn.extend(rng.sample(prompts, len(prompts)))
     return drawn[:num]
 
 
-# ---- the whole data set ---------------------------------------------------------------------------------------------
+# ---- the data set ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What a run's folder says without torch: what it read, what may change, whether it has finished."""
+"""Facts about a run, without torch: what it read, which settings may change, whether it has finished."""

@@ -34,12 +34,12 @@ def changed_settings(then: Mapping[str, Any], settings: RunSettings) -> tuple[di
 
 
 def changed_inputs(then: Mapping[str, str], now: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
-    """"key (name)" -> what to say, of each input whose two fingerprints are known (not "") and differ."""
+    """"key (name)" -> a description, for each input whose two fingerprints are known (not "") and differ."""
     changed = [key for key in then if then[key] and now.get(key) and then[key] != now[key]]
     return {f"{key} ({names[key]})" if key in names else key: "its content is not the same" for key in changed}
 
 
-def listed(changes: Mapping[str, str]) -> str:
+def join_changes(changes: Mapping[str, str]) -> str:
     """Changes as a part of a sentence."""
     return ", ".join(f"{key}: {change}" for key, change in changes.items())
 

@@ -19,7 +19,7 @@ from typing import Any
 from tristage.config import RunSettings, load_config
 from tristage.config.steps import settings_class
 from tristage.errors import UserError
-from tristage.runs.changes import changed_inputs, changed_settings, listed
+from tristage.runs.changes import changed_inputs, changed_settings, join_changes
 from tristage.runs.inputs import model_fingerprint, model_fingerprints, named_models, source_fingerprints
 from tristage.storage.durable import replace_text, sync
 
@@ -105,8 +105,8 @@ def is_finished(settings: RunSettings, models: bool = True) -> bool:
         return False
     if changed:
         raise UserError(
-            f"{output}: has finished as another run: {listed(changed)}; put that back, train again with resume=never, "
-            "resume with the new values (resume_changed=true), or set another `output`"
+            f"{output}: has finished as another run: {join_changes(changed)}; put that back, train again with "
+            "resume=never, resume with the new values (resume_changed=true), or set another `output`"
         )
     for name, fingerprint in values["folders"].items():
         if model_fingerprint(output / name) != fingerprint:

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     checksum: str  # xxh3_128
 
 
-class Hashed:
+class HashingFile:
     """A file that is hashed as it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -50,10 +50,10 @@ class Hashed:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Hashed]:
+def writing(path: Path) -> Iterator[HashingFile]:
     """A file to write, synced to the disk when the block ends."""
     with open(path, "wb") as file:
-        yield Hashed(file)
+        yield HashingFile(file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -129,10 +129,10 @@ def wrong_content(folder: Path, files: Mapping[str, Entry], share: int = 0, shar
 
     def check(name: str) -> str | None:
         try:
-            whole = checksum(folder / name) == files[name].checksum
+            is_intact = checksum(folder / name) == files[name].checksum
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        return None if whole else f"{name} is damaged: its checksum is wrong"
+        return None if is_intact else f"{name} is damaged: its checksum is wrong"
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         return next((problem for problem in pool.map(check, mine) if problem), None)

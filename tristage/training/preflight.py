@@ -128,7 +128,7 @@ class MemoryProblem(NamedTuple):
 
 
 def _check_memory(settings: RunSettings, device: torch.device, facts: list[dict[str, Any]]) -> None:
-    """Refuse what cannot fit by its weights and optimizer alone, and warn where the whole plan does not."""
+    """Refuse what cannot fit by its weights and optimizer alone, and warn if the full plan does not fit."""
     own = None
     if dist.is_main():
         try:
@@ -162,10 +162,10 @@ def memory_problem(settings: RunSettings, device: torch.device, facts: list[dict
         for rank, fact in enumerate(facts):
             for (kept, peak, place), free in zip(needs, fact["memory"], strict=False):
                 if (kept if stops else peak) > free:
-                    asks = f"its weights and optimizer take {_gib(kept)}" if stops else f"the run may take {_gib(peak)}"
+                    need = f"its weights and optimizer take {_gib(kept)}" if stops else f"the run may take {_gib(peak)}"
                     return MemoryProblem(
                         stops,
-                        f"rank {rank} on {fact['node']} has {_gib(free)} GiB of memory left for {place}, and {asks}; "
+                        f"rank {rank} on {fact['node']} has {_gib(free)} GiB of memory left for {place}, and {need}; "
                         f"free memory on that machine, or see what fits: tristage plan {settings.file}",
                     )
     return None

@@ -39,7 +39,7 @@ EXIT_USER_ERROR = 2
 SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|(api|access|secret)[_-]?key)$", re.IGNORECASE)
 PACKAGES = (
     *("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "numpy"),
-    *("bitsandbytes", "liger-kernel"),  # only where a setting asks for them
+    *("bitsandbytes", "liger-kernel"),  # only if a setting needs them
 )
 
 
@@ -121,7 +121,7 @@ class Saver:
 
     def stop_if_asked(self, step: int, control: dict[str, Any] | None = None) -> None:
         """If a signal reached any rank: checkpoint `step`, unless it exists, and raise Preempted. A collective."""
-        if dist.max_over_ranks({"stop": float(watchdog.stop_asked())}, self.device)["stop"] == 0:
+        if dist.max_over_ranks({"stop": float(watchdog.stop_requested())}, self.device)["stop"] == 0:
             return
         if step > self.saved:
             self._save(step, control)
