@@ -119,7 +119,7 @@ class WithHead:
 
 
 def shared_row(experience: Experience) -> Callable[[Any, int], tuple[torch.Tensor, int]]:
-    """surrogate - OLD_KL_COEF KL(old, new) - VALUE_COEF value loss, minimised with its sign turned: notes 002."""
+    """surrogate - OLD_KL_COEF KL(old, new) - VALUE_COEF value loss, negated; see docs/step3-ppo.md."""
     policy = gradients.policy_row(experience)
 
     def loss(model: Any, row: int) -> tuple[torch.Tensor, int]:

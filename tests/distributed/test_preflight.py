@@ -164,7 +164,7 @@ def test_a_containers_limit_counts_and_cached_files_do_not(tmp_path, monkeypatch
         (folder / "memory.stat").write_text(f"anon {used}\n{names[2]} {cached}\n")
 
     (tmp_path / "own").write_text("4:memory:/job/step\n0::/job/step\n3:cpuset:/x\n")
-    new, old = free_space.NAMES[""], free_space.NAMES["memory"]
+    new, old = free_space.CGROUP_FILES[""], free_space.CGROUP_FILES["memory"]
     group(tmp_path / "job" / "step", new, "max\n", 600, 0)
     group(tmp_path / "job", new, "1000\n", 700, 200)
     assert free_space.free_on_host() == 500

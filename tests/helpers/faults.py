@@ -1,4 +1,4 @@
-"""Runs that are hurt: a step's ranks as processes of their own (`Ranks`), or all of it under its launcher (`Launched`).
+"""Fault injection: a step's ranks as separate processes (`Ranks`), or an entire launch (`Launched`).
 
 `Ranks` forks from a process that has imported the libraries once, which is much faster than the launcher; a test that
 is not about the launcher uses it. Where one rank ends badly it ends the others, as DeepSpeed's launcher does.

@@ -4,7 +4,7 @@
         first.start("bash", "launch/step1_sft.sh", ..., "--hostfile", str(folder / "hostfile"))
 
 They share the file system but for `folder`/cache, /run and /dev/shm. A host is the process tree under its sshd, which
-is process 1 there: `kill` ends all of it, and nothing outlives the Python that made it, not even a network.
+is process 1 there: `kill` ends all of it, and everything is removed when the Python process exits, network included.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def batch_job(folder: Path, words: list[str]) -> Path:
 
 
 @pytest.mark.slow
-def test_one_run_through_all_that_a_machine_does_to_it(base, whole, tmp_path):
+def test_a_run_survives_requeue_sigterm_ctrl_c_and_a_killed_rank(base, whole, tmp_path):
     words, output = sft(base, tmp_path)[1:], tmp_path / "sft"
     log = tmp_path / "log"
 

@@ -201,7 +201,7 @@ def test_values_arrive_whole_and_unexecuted(launch, tmp_path, value):
     assert not (tmp_path / "executed").exists()
 
 
-def test_to_other_nodes_words_go_as_a_shell_leaves_them(launch, tmp_path):
+def test_arguments_reach_other_nodes_unchanged_by_the_shell(launch, tmp_path):
     settings = ["seed=1", "output=$(touch executed)"]
     assert launch(SFT, "my configs/a b.yaml", "--hostfile", "hosts", *settings).returncode == 0
     _, words = split_call(tmp_path)

@@ -342,7 +342,7 @@ def test_a_new_scalar_head_is_said_once(world, capfd, monkeypatch):
     shutil.rmtree(world.path("out"))
 
 
-def test_a_good_config_does_get_as_far_as_the_weights(world, capfd):
+def test_a_valid_config_fails_only_on_the_missing_weights(world, capfd):
     """The claim that the others rest on: nothing else stops this run."""
     for module in (STEP1, STEP2, STEP3):
         assert sentence_of(world, module, [], capfd).startswith("weights are read now")

@@ -152,7 +152,7 @@ def test_a_variable_that_cannot_travel_is_named(value):
         remote.environment_file({"NCCL_ODD": value})
 
 
-def test_what_ranks_need_travels_and_what_is_none_of_theirs_does_not():
+def test_only_allowlisted_variables_are_forwarded():
     given = {
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "eth0",
@@ -293,6 +293,6 @@ def test_the_summary_says_what_each_step_reached(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--num_nodes=two"], ["--num_gpus", "-1"]])
-def test_a_count_that_is_none_is_refused(hostfile, options):
+def test_a_count_that_is_not_a_number_is_refused(hostfile, options):
     with pytest.raises(UserError, match="is not a number of nodes or ranks"):
         nodes.read_nodes(["--hostfile", hostfile, *options])

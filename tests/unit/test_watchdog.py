@@ -91,7 +91,7 @@ def ending(world: World, capsys: pytest.CaptureFixture[str], seconds: int = 110,
     return capsys.readouterr().err
 
 
-def test_ranks_that_get_on_are_left_alone_however_long_it_takes(world):
+def test_ranks_that_make_progress_are_never_stopped(world):
     for _ in range(4):
         world.live(95)  # one phase, in which nobody moves
         world.live(1, moving=(2,))  # one is enough: the others wait for it
