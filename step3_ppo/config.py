@@ -412,7 +412,7 @@ class PPOConfig(RunSettings):
 
     @property
     def warmup_steps(self) -> int:
-        """Optimizer steps of the iterations in which the actor stands still."""
+        """Optimizer steps of the iterations in which the actor is not trained."""
         warm = 0 if self.critic is None else min(self.critic.warmup_iterations, self.iterations)
         return warm * (self.total_steps // self.iterations)
 

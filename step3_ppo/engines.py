@@ -24,8 +24,8 @@ class Engines(NamedTuple):
     actor: Any
     critic: Any  # None where advantages come from groups of responses
     reference: Any  # None where it is the actor without its adapters
-    reward: Any  # None where functions alone are the reward, or the critic without its adapters is
-    reward_tokenizer: Any = None  # no engine: what the reward model reads with, where that is not the actor's
+    reward: Any  # None if functions are the only reward, or the critic without adapters is it
+    reward_tokenizer: Any = None  # the reward model's own tokenizer, if it differs
 
     def present(self) -> list[Any]:
         engines = (self.actor, self.critic, self.reference, self.reward)

@@ -48,7 +48,7 @@ def load_function(name: str, file: str, key: str) -> TextScorer:
             f"{file}: key `{key}`: {name} cannot be imported ({_in_one_line(error)}); write module:function"
         ) from error
     if not callable(found):
-        raise UserError(f"{file}: key `{key}`: {name} is no function; write module:function")
+        raise UserError(f"{file}: key `{key}`: {name} is not a function; write module:function")
     return found  # type: ignore[no-any-return]
 
 

@@ -48,7 +48,7 @@ class NotFiniteError(Exception):
 
 @dataclass
 class Control:
-    """What carries over from one iteration to the next beside the weights; part of every checkpoint."""
+    """What carries over from one iteration to the next in addition to the weights; part of every checkpoint."""
 
     kl: KLController
     scores: RunningMoments = field(default_factory=RunningMoments)  # of `ppo.scale_reward`

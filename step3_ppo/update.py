@@ -56,7 +56,7 @@ def ppo_update(
     collective.
 
     Rows are shuffled anew each epoch over all ranks; the set of rows of a minibatch, and so the update, does not
-    depend on the number of ranks or the micro-batch. While the critic warms up, the actor stands still.
+    depend on the number of ranks or the micro-batch. While the critic warms up, the actor is not trained.
     """
     device = experience.logprobs.device
     averages, reports = Averages(), []

@@ -356,6 +356,8 @@ def test_an_evaluation_against_itself_is_refused(world: dict[str, str], capfd: p
     )
 
 
-def test_a_valid_config_fails_only_on_the_missing_weights(world: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_valid_config_fails_only_on_the_missing_weights(
+    world: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert sentence(step2_dpo.train, world, [], capfd).startswith("weights are read now")
     shutil.rmtree(world["out"])

@@ -152,7 +152,7 @@ def test_evaluate_runs_by_itself(folder: Path, capsys: pytest.CaptureFixture[str
     "words, sentence",
     [
         (["reward={functions: [{function: tests.helpers.rewards:nothing}]}"], "key `reward.functions`: .*cannot be"),
-        (["reward={functions: [{function: tests.helpers.rewards:MOST}]}"], "tests.helpers.rewards:MOST is no function"),
+        (["reward={functions: [{function: tests.helpers.rewards:MOST}]}"], "rewards:MOST is not a function"),
         ([f"reward={{functions: [{{function: {COUNT}}}, {{function: {COUNT}}}]}}"], "two functions are called alike"),
         (["ppo.advantage=rloo"], "set rollout.samples to 2 or more"),
         (["ppo.advantage=grpo", "rollout.samples=2"], "has no critic; remove `critic`"),

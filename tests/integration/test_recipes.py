@@ -62,7 +62,7 @@ def test_a_recipe_fits_the_gpus_that_it_is_for(configs, file, capsys):
     models = [f"{key}={configs[start_of(model, settings, key)]}" for key, model in model_keys(settings).items()]
     memory = ["--gpus", str(ranks_of(file)), "--gpu-memory", "80", "--host-memory", "1500"]
     assert cli.main(["plan", str(file), *memory, *models]) == 0
-    assert re.search(r"^fits: [\d.]+ of 80.00 GiB a GPU", capsys.readouterr().out, flags=re.M)
+    assert re.search(r"^fits: [\d.]+ of 80.00 GiB per GPU", capsys.readouterr().out, flags=re.M)
 
 
 def test_every_recipe_has_the_steps_of_the_pipeline():

@@ -541,7 +541,7 @@ def test_a_function_that_cannot_be_imported_is_one_sentence(scorers: str, name: 
 
 
 def test_what_is_no_function_is_one_sentence(scorers: str) -> None:
-    with pytest.raises(UserError, match="^ppo.yaml: key `grader`: .*:NUMBER is no function; write module:function$"):
+    with pytest.raises(UserError, match="^ppo.yaml: key `grader`: .*:NUMBER is not a function; write module:function$"):
         load_function(f"{scorers}:NUMBER", "ppo.yaml", "grader")
 
 

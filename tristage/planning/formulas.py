@@ -7,10 +7,10 @@ P parameters, T of them trained, N ranks, b bytes of a number in the run's preci
     Adam         8 T / N         two float32 moments (ZeRO 0: 8 T)
     gradients    b T or b T / N  whole until the step at ZeRO 0 and 1, partitions at 2 and 3; in the step 4 T / N more
 
-after Rajbhandari et al. 2020 ("ZeRO", section 3, whose 2 + 2 + 12 bytes a parameter this is), with what DeepSpeed
-0.19 has beside: buckets in which gradients are reduced, and at ZeRO 3 the parameters that are gathered at one time.
+after Rajbhandari et al. 2020 ("ZeRO", section 3, whose 2 + 2 + 12 bytes per parameter this is), and what DeepSpeed
+0.19 adds: buckets in which gradients are reduced, and at ZeRO 3 the parameters that are gathered at one time.
 Offloaded states are the host's. Activations follow Korthikanti et al. 2022 ("Reducing activation recomputation",
-section 4.1): 34 h bytes a token and layer, less the 2 of their dropout masks and less the attention matrix, which
+section 4.1): 34 h bytes per token and layer, less the 2 of their dropout masks and less the attention matrix, which
 fused attention does not keep, with the terms that other blocks have (layer_bytes). Logits exist for LOGIT_CHUNK
 tokens at a time (algo/logprobs.py).
 """
@@ -74,7 +74,7 @@ class Machine:
     """What a run runs on."""
 
     ranks: int
-    ranks_a_node: int
+    ranks_per_node: int
     gpu_memory: float  # bytes
     host_memory: float | None  # bytes of a node; None: not judged
     cpu: bool = False  # ranks are processes without GPUs
@@ -89,7 +89,7 @@ class Engine:
     zero: Zero
     bytes: int  # of a number
     frozen: bool = False
-    adapters: bool = False  # they alone are trained, beside a scalar head
+    adapters: bool = False  # only they are trained, and a scalar head if there is one
     quantized: bool = False
     scalar_head: bool = False
     extra: int = 0  # a value head on a policy
@@ -144,7 +144,7 @@ def resident(engine: Engine, machine: Machine) -> tuple[Bill, Bill]:
     if zero.stage == 3 and zero.offload_param:
         gpu, host = {"weights": 0.0}, {"weights": weights}
     if zero.offload_optimizer and zero.stage:
-        # float32 gradients beside the states, and at ZeRO 1 and 2 a buffer for the new weights
+        # float32 gradients next to the states, and at ZeRO 1 and 2 a buffer for the new weights
         buffer = 0.0 if zero.stage == 3 else engine.bytes * trained / share
         host |= states | {"gradients": kept + 4 * trained / share + buffer}
         return gpu | {"buckets": bucket}, host
@@ -180,7 +180,7 @@ def reduction(engine: Engine, machine: Machine) -> Bill:
 
 
 def _earlier_gradients(engine: Engine, machine: Machine) -> float:
-    """Bytes of gradients beside a bucket that holds the new ones: at ZeRO 2 the partitions of earlier micro-batches."""
+    """Bytes of gradients apart from a bucket with the new ones: at ZeRO 2 the partitions of earlier micro-batches."""
     return 0.0 if engine.zero.stage == 2 and engine.accumulation == 1 else kept_gradients(engine, machine)
 
 
@@ -247,7 +247,7 @@ def activation_bytes(engine: Engine) -> float:
 
 
 def layer_bytes(shape: ModelShape, number: int, tokens: int) -> float:
-    """Bytes a token that autograd keeps of one layer.
+    """Bytes per token that autograd keeps of one layer.
 
     Korthikanti et al.'s 16 h numbers for a GPT block are here 2 x (norm: input, output) + q, k, v + attention's output
     = 8 h, and the MLP's 2 x 4 h. RMSNorm keeps a float32 copy and the normalised input.

@@ -44,7 +44,7 @@ SHIPPED = CONFIGS / "deepspeed"
 # Least communication first: 0 to 2 move as much (2 P a step), 3 half as much again (the ZeRO paper, section 7), and
 # what is offloaded goes over PCIe as well.
 CHEAPEST_FIRST = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-# Beside the tensors: CUDA's context, NCCL, fragments (a GPU), Python and its libraries (a process). Not measured.
+# In addition to tensors: CUDA's context, NCCL, fragments (a GPU), Python and its libraries (a process). Not measured.
 GPU_ALLOWANCE, PROCESS_ALLOWANCE = 1.5 * GIB, 1.5 * GIB
 
 
@@ -159,7 +159,7 @@ def _host(
     engines: tuple[Engine, ...], machine: Machine, both: dict[str, tuple[Bill, Bill]], ema: bool
 ) -> Bill:
     """Of one node: what is offloaded, and the largest of what loading, saving and evaluating an average hold."""
-    ranks = min(machine.ranks, machine.ranks_a_node)
+    ranks = min(machine.ranks, machine.ranks_per_node)
     offloaded = ranks * sum(total(host) for _, host in both.values())
     # Before its engine takes it, each rank has a whole model, but for ZeRO 3, which partitions while it loads.
     loading = max(ranks * engine.weights if engine.zero.stage != 3 else engine.weights for engine in engines)
@@ -219,7 +219,7 @@ def start_of(path: str, settings: RunSettings, key: str) -> str:
             return start_of(str(values["model"]), settings, key)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
-            f"{settings.file}: key `{key}`: there is no {path} yet, and no step beside this config writes it; name a "
+            f"{settings.file}: key `{key}`: there is no {path} yet, and no step next to this config writes it; name a "
             f"folder or id with its config.json, as in {key}=facebook/opt-1.3b"
         )
     return path

@@ -42,7 +42,7 @@ def _place(plan: Plan) -> str:
 
 def _engine_table(plan: Plan) -> Table:
     names = list(dict.fromkeys(name for bill in plan.resident.values() for name, size in bill.items() if size))
-    title = f"always there, GiB a {_place(plan)} ({plan.machine.ranks} ranks)"
+    title = f"always there, GiB per {_place(plan)} ({plan.machine.ranks} ranks)"
     table = _table(title, "engine", "ZeRO", "parameters", "trained", *names, "together")
     for engine in plan.engines:
         bill = plan.resident[engine.name]
@@ -67,27 +67,28 @@ def _parts(bill: Bill) -> str:
 def _host_lines(plan: Plan) -> Iterator[str]:
     if plan.machine.cpu:
         return
-    ranks = min(plan.machine.ranks, plan.machine.ranks_a_node)
+    ranks = min(plan.machine.ranks, plan.machine.ranks_per_node)
     yield f"a GPU's context, NCCL and fragments: {_gib(GPU_ALLOWANCE)} more, an allowance"
     yield f"host of a node of {ranks} ranks: {_gib(plan.host_bytes)} GiB ({_parts(plan.host)})"
 
 
 def _other_table(plans: dict[str, Plan]) -> Table:
     machine = next(iter(plans.values())).machine
-    table = _table("with configs/deepspeed/", "JSON", "GiB a GPU", "GiB a node", "fits")
+    table = _table("with configs/deepspeed/", "JSON", "GiB per GPU", "GiB per node", "fits")
     for name, plan in plans.items():
         table.add_row(f"{name}.json", _gib(plan.gpu_bytes), _gib(plan.host_bytes), "yes" if plan.fits else "no")
     if machine.cpu:
-        table.columns[1].header, table.columns[2].header = "GiB a process", ""
+        table.columns[1].header, table.columns[2].header = "GiB per process", ""
     return table
 
 
 def verdict(settings: RunSettings, plan: Plan, others: dict[str, Plan]) -> str:
     """Whether it fits, and the cheapest setting that does, in a sentence or two."""
     machine = plan.machine
-    needs = f"{_gib(plan.gpu_bytes)} of {_gib(machine.gpu_memory)} GiB a {_place(plan)}, the most in: {plan.peak.name}"
+    available = f"{_gib(machine.gpu_memory)} GiB per {_place(plan)}"
+    needs = f"{_gib(plan.gpu_bytes)} of {available}, the most in: {plan.peak.name}"
     if machine.host_memory is not None:
-        needs += f"; {_gib(plan.host_bytes)} of {_gib(machine.host_memory)} GiB a node"
+        needs += f"; {_gib(plan.host_bytes)} of {_gib(machine.host_memory)} GiB per node"
     says = f"{'fits' if plan.fits else 'does not fit'}: {needs}."
     if best := next((name for name, other in others.items() if other.fits), None):
         return f"{says} The cheapest that fits: configs/deepspeed/{best}.json for every engine."
