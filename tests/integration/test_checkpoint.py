@@ -22,7 +22,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.saves import before_each_operation, killed_at
 from tristage.checkpoint import find_checkpoint
 from tristage.errors import UserError
-from tristage.training import run
+from tristage.training import run, setup
 
 STEPS = {"sft": step1_sft.train, "ppo": step3_ppo.train}
 SAVES = {"sft": ["max_steps=6", "save_every=2"], "ppo": ["iterations=3", "save_every=1"]}
@@ -216,7 +216,7 @@ def test_another_run_is_refused_before_a_model_loads_and_leaves_the_folder_as_it
     before = (output / "config.yaml").read_text()
     for change in ("seed=1", "optimizer.learning_rate=0.5", "data.limit=20"):
         argv = [*argv_of(folder, "sft"), f"output={output}", change]
-        no_model = mock.patch.object(run, "load_trained", side_effect=AssertionError("a model was loaded"))
+        no_model = mock.patch.object(setup, "load_trained", side_effect=AssertionError("a model was loaded"))
         with tiny.one_rank(), no_model, pytest.raises(UserError) as caught:
             step1_sft.train.main(argv)
         assert "step_000004: was written by a run with other settings" in str(caught.value)

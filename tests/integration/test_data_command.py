@@ -163,7 +163,7 @@ def test_the_command_runs_as_a_program_and_draws_colours(model, tmp_path):
     rows = write_jsonl(tmp_path / "train.jsonl", GOOD)
     config = tiny.sft_config(tmp_path, model, rows).file
     words = ["data", "show", config, "--step", "step1_sft", "--rows", "1"]
-    command = [sys.executable, "-X", "importtime", "-m", "tristage.cli", *words]
+    command = [sys.executable, "-X", "importtime", "-m", "tristage.cli.main", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "1"})
     assert done.returncode == 0, done.stderr
     assert "\x1b[32mfox, lion.\x1b[0m\x1b[1;35m<eos>" in done.stdout and "⟦" not in done.stdout

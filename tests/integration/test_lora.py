@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import step1_sft.train
 import step2_reward_model.train
@@ -285,6 +285,8 @@ def test_what_cannot_be_merged_is_one_sentence(
         config = json.loads((base / "shallow/config.json").read_text())
         shallow = config | {"num_hidden_layers": config["num_hidden_layers"] - 1}
         (base / "shallow/config.json").write_text(json.dumps(shallow))
+        fewer = AutoConfig.from_pretrained(base / "shallow")
+        AutoModelForCausalLM.from_config(fewer).save_pretrained(base / "shallow")
     assert cli.main(["merge", str(base / start), str(base / adapter), str(base / out)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and sentence in printed and printed.count("\n") == 1

@@ -37,7 +37,7 @@ from tristage.data.sources import open_source
 from tristage.errors import UserError
 from tristage.launch import check_config
 from tristage.models.causal_lm import load_causal_lm
-from tristage.models.loading import check_model, check_packable, is_reward_model
+from tristage.models.loading import ALIGNMENT, check_model, check_packable, is_reward_model
 from tristage.models.lora import check_lora
 from tristage.models.reward_model import load_reward_model
 from tristage.models.saving import merge_adapter
@@ -454,3 +454,14 @@ def test_a_local_folder_never_asks_the_hub(
     monkeypatch.setattr(hub, "answers", lambda address: pytest.fail("asked"))
     load_tokenizer(base["model"])
     assert not is_reward_model(base["model"])
+
+
+def test_weights_are_aligned_whatever_the_length_of_the_files_header(tmp_path):
+    """On some processors the address of a weight decides the last bit of a product of one row."""
+    folder = tiny.write_model(tmp_path / "model")
+    weights = Path(folder) / "model.safetensors"
+    start = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    if start % ALIGNMENT == 0:
+        save_file(load_file(weights), weights, {"format": "pt", "longer": "by eight"})
+    model = load_causal_lm(folder, load_tokenizer(folder), dtype=torch.float32)
+    assert {parameter.data_ptr() % ALIGNMENT for parameter in model.parameters()} == {0}

@@ -17,6 +17,7 @@ from tristage.errors import UserError
 from tristage.models.kernels import Kernels
 from tristage.models.opening import cannot_open, check_vocabulary, check_weights
 
+ALIGNMENT = 64  # bytes, as torch allocates
 MASK_WITHOUT_POSITIONS = ("opt", "falcon")  # as of transformers 5.23; step 1 checks any family when it starts
 
 
@@ -60,7 +61,19 @@ def from_pretrained(
     finally:
         del zero3
     kernels.finish(model)
+    align_weights(model)
     return model
+
+
+def align_weights(model: nn.Module) -> None:
+    """Copy weights that a file maps into memory at addresses that are not multiples of ALIGNMENT.
+
+    On some processors a product of one row rounds differently there: the length of a file's header would decide the
+    last bit, and a weight in ZeRO's flat partition would differ from the same weight at ZeRO 0.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point() and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def align_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
