@@ -8,11 +8,13 @@ its watchdog thread writes the file about once a second. Clocks need not agree, 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +39,18 @@ def take(output: Path) -> None:
     path = output / NAME
     own = own_id()._asdict()
     sign = own | {"host": platform.node()[:100], "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "beat": 0}
-    while not _create(path, sign):
-        content = _read(path)
-        other = _parse(content)
-        if own.items() <= other.items():  # this process, by an earlier call
-            break
-        if _is_alive(path, content, other):
-            raise UserError(
-                f"{output} is in use by pid {other.get('pid')} on {other.get('host')}, which started at "
-                f"{other.get('since')}; wait until that run has ended, stop it, or set another `output`"
-            )
-        _remove(path, content)
+    with _one_at_a_time(output):
+        while not _create(path, sign):
+            content = _read(path)
+            other = _parse(content)
+            if own.items() <= other.items():  # this process, by an earlier call
+                break
+            if _is_alive(path, content, other):
+                raise UserError(
+                    f"{output} is in use by pid {other.get('pid')} on {other.get('host')}, which started at "
+                    f"{other.get('since')}; wait until that run has ended, stop it, or set another `output`"
+                )
+            _remove(path, content)
     _held = path, sign
 
 
@@ -74,6 +77,21 @@ def release() -> None:
         with contextlib.suppress(OSError):
             if _is_ours(_parse(_read(path)), sign):
                 path.unlink()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Processes of one machine take turns: of two that find a stale lock, one could remove the other's new one.
+
+    Between machines, on a disk without such locks, `beat` finds that out.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _create(path: Path, sign: dict[str, Any]) -> bool:
