@@ -157,17 +157,23 @@ def test_a_signal_puts_the_job_back_and_it_goes_on(slurm, tmp_path):
     assert steps == list(range(1, steps[-1] + 1)) and (tmp_path / "sft/final/config.json").is_file()
 
 
-@pytest.mark.slow
-def test_the_pipeline_is_three_jobs_one_after_the_other(slurm, tmp_path):
-    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows")
-    configs = tmp_path / "my configs"
+def write_recipe(folder: Path) -> Path:
+    """The configs of three steps on tiny data, which start from FOLDER/model."""
+    model, rows = write_model(folder / "model"), write_rows(folder / "rows")
+    configs = folder / "my configs"
     configs.mkdir()
     for name, path in {
-        "step1_sft": sft_config(tmp_path, model, rows["sft"]).file,
-        "step2_reward_model": reward_model_config(tmp_path, model, rows["preference"]).file,
-        "step3_ppo": ppo_config(tmp_path, model, model, rows["prompts"]).file,
+        "step1_sft": sft_config(folder, model, rows["sft"]).file,
+        "step2_reward_model": reward_model_config(folder, model, rows["preference"]).file,
+        "step3_ppo": ppo_config(folder, model, model, rows["prompts"]).file,
     }.items():
         (configs / f"{name}.yaml").write_text(Path(path).read_text())
+    return configs
+
+
+@pytest.mark.slow
+def test_the_pipeline_is_three_jobs_one_after_the_other(slurm, tmp_path):
+    configs = write_recipe(tmp_path)
     words = ["bash", "launch/slurm/pipeline.sh", str(configs), str(tmp_path / "out"), "--nodes=1", "save_every=0"]
     job = start(slurm, *words)
     output, _ = job.communicate(timeout=550)
@@ -182,10 +188,22 @@ def test_the_pipeline_is_three_jobs_one_after_the_other(slurm, tmp_path):
 
 
 def test_a_job_that_fails_holds_the_next_ones(slurm, tmp_path):
-    job = start(slurm, "bash", "launch/slurm/pipeline.sh", str(tmp_path / "none"), str(tmp_path / "out"))
+    configs = write_recipe(tmp_path)
+    (tmp_path / "model/model.safetensors").unlink()  # which the ranks see, and the check before the queue does not
+    job = start(slurm, "bash", "launch/slurm/pipeline.sh", str(configs), str(tmp_path / "out"))
     job.communicate(timeout=120)
     assert [path.name for path in slurm.glob("*.log")] == ["101.log"]
-    assert "no such config file" in text_of(slurm)
+    assert f"{tmp_path}/model: " in text_of(slurm)
+
+
+def test_a_wrong_config_of_a_later_step_is_reported_before_the_first_job(slurm, tmp_path):
+    configs = write_recipe(tmp_path)
+    with (configs / "step3_ppo.yaml").open("a") as file:
+        file.write("iteratons: 3\n")
+    job = start(slurm, "bash", "launch/slurm/pipeline.sh", str(configs), str(tmp_path / "out"))
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2 and "step3_ppo.yaml: unknown key `iteratons`; did you mean `iterations`?" in output
+    assert not (slurm / "submitted").exists()
 
 
 # -- a real queue ------------------------------------------------------------------------------------------
