@@ -13,8 +13,6 @@ REPO = Path(__file__).parents[2]
 TESTS = sorted((REPO / "tests").rglob("test_*.py"))
 HELPERS = sorted((REPO / "tests/helpers").glob("*.py"))
 BENCHMARKS = sorted((REPO / "benchmarks").rglob("*.py"))
-# file -> the test file that it may import: `Run` there imitates what step 3 builds, until step 3 has one place for it
-MAY_IMPORT = {"tests/integration/test_retokenize.py": "tests.integration.test_ppo_invariants"}
 PRODUCT = sorted(path for folder in ("tristage", "step*_*") for path in REPO.glob(f"{folder}/**/*.py"))
 
 
@@ -54,9 +52,7 @@ def test_imports_of_a_test_file_are_seen():
 @pytest.mark.parametrize("path", [*TESTS, *HELPERS], ids=name_of)
 def test_nothing_imports_a_test_file(path):
     """What two test files need is a helper; a fixture there is a function that both wrap."""
-    found = [name for name in imported(tree_of(path)) if is_test_file(f"{name}.")]
-    allowed = MAY_IMPORT.get(name_of(path))
-    assert [name for name in found if allowed is None or not name.startswith(f"{allowed}.")] == []
+    assert [name for name in imported(tree_of(path)) if is_test_file(f"{name}.")] == []
 
 
 def test_benchmarks_and_the_package_do_not_import_tests():

@@ -287,6 +287,7 @@ def test_what_cannot_be_merged_is_one_sentence(
         (base / "shallow/config.json").write_text(json.dumps(shallow))
         fewer = AutoConfig.from_pretrained(base / "shallow")
         AutoModelForCausalLM.from_config(fewer).save_pretrained(base / "shallow")
+        capsys.readouterr()  # the progress of saving
     assert cli.main(["merge", str(base / start), str(base / adapter), str(base / out)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and sentence in printed and printed.count("\n") == 1

@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import step3_ppo.evaluate
 import step3_ppo.train
 from tests.helpers import tiny
+from tests.helpers.ppo_run import ODD, RESPONSE, Run
 from tests.helpers.ranks import run_ranks
-from tests.integration.test_ppo_invariants import ODD, RESPONSE, Run
 from tristage.errors import UserError
 from tristage.quickstart import task
 from tristage.quickstart.network import make_network, make_tokenizer
