@@ -334,8 +334,10 @@ def test_a_hub_id_is_loaded_with_its_name_subset_and_split(monkeypatch):
         return Loaded([{"prompt": "Hi"}])
 
     monkeypatch.setattr(hub, "answers", lambda endpoint: True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)  # a test before may have found no network
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "answers", lambda endpoint: True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)  # a test before may have found no network
     source = open_source(SourceSettings(path="some-org/some.set", name="en", subset="base", split="test"))
     assert calls == [(("some-org/some.set", "en"), {"data_dir": "base", "split": "test", "cache_dir": None})]
     assert list(source.rows()) == [("some-org/some.set[test][0]", {"prompt": "Hi"})]
@@ -364,11 +366,13 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_its_cache_is_tried(
 def test_a_hub_failure_is_one_sentence(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(hub, "answers", lambda endpoint: True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)  # a test before may have found no network
 
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(hub, "answers", lambda endpoint: True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)  # a test before may have found no network
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert refusal("some-org/set", name="en", split="dev") == (
         "some-org/set: could not be loaded as a hub set (name 'en', subset None, split 'dev'): no route"
