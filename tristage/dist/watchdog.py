@@ -27,11 +27,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
-from tristage.storage import lock
-from tristage.machine.processes import ProcessId, has_ended, own_id
+
 from tristage.dist import progress
-
-
+from tristage.machine.processes import ProcessId, has_ended, own_id
+from tristage.storage import lock
 
 EXIT_STALLED = 70  # EX_SOFTWARE: a rank made no progress or was lost
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: ended by a signal after a checkpoint; start it again

@@ -18,6 +18,7 @@ from pathlib import Path
 from tristage.machine.processes import ProcessId, has_ended, process_id
 
 SHARED_MEMORY = Path("/dev/shm")
+MARK = "PYTHON_TRISTAGE_RUN"  # DeepSpeed sends variables that start with PYTHON to other nodes
 OWNER = "launcher"  # the file in a run's folder that names the process of its launcher
 
 
@@ -31,11 +32,11 @@ def remove(temporary: Path, shared_memory: Path = SHARED_MEMORY) -> None:
     folders = [folder for folder in temporary.glob("tristage.*") if _is_own(folder)]
     left = [folder for folder in folders if _launcher_has_ended(folder)]
     if left:
-        named = set(_named_by_processes())
+        named = {folder for _, folder, _ in run_processes()}
         left = [folder for folder in left if str(folder) not in named]
     ports = {_port(folder) for folder in left} - {_port(folder) for folder in folders if folder not in left} - {""}
     for port in ports:  # first: a folder that stays keeps its port known
-        _remove_buffers(shared_memory.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"))
+        _remove_buffers(buffers_of(port, shared_memory))
     for folder in left:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -54,13 +55,20 @@ def _launcher_has_ended(folder: Path) -> bool:
         return False
 
 
-def _named_by_processes() -> Iterator[str]:
-    """The folders of runs that still have a process, from the environments of this user's processes."""
+def run_processes() -> Iterator[tuple[int, str, frozenset[bytes]]]:
+    """(pid, folder of its run, environment) of each process of this user that belongs to a run on this machine."""
+    prefix = f"{MARK}=".encode()
     for file in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            for variable in file.read_bytes().split(b"\0"):
-                if variable.startswith(b"PYTHON_TRISTAGE_RUN="):
-                    yield os.fsdecode(variable.partition(b"=")[2])
+            words = frozenset(file.read_bytes().split(b"\0"))
+            for word in words:
+                if word.startswith(prefix):
+                    yield int(file.parent.name), os.fsdecode(word.removeprefix(prefix)), words
+
+
+def buffers_of(port: str, shared_memory: Path = SHARED_MEMORY) -> Iterator[Path]:
+    """DeepSpeed's buffers of this user's ranks that met at `port`."""
+    return shared_memory.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*")
 
 
 def _port(folder: Path) -> str:

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from tristage.launch import leftovers
+from tristage.launch.leftovers import MARK, buffers_of, run_processes
 from tristage.launch.prepare import Start, prepare
 
 EXIT_PREEMPTED = 75  # equal to dist.watchdog's, which must not be imported here
-MARK = "PYTHON_TRISTAGE_RUN"  # DeepSpeed sends variables that start with PYTHON to other nodes
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_TO_SAVE = 60.0  # if the signal also ended DeepSpeed's launcher: for ranks to write their checkpoint
 SECONDS_AFTER_FAILURE = 30.0  # for the ranks of other nodes to save or report the error
@@ -165,7 +165,8 @@ class Supervisor:
 
     def _pids(self, ranks_only: bool = False) -> list[int]:
         """Processes of this run on this machine; with `ranks_only`, without DeepSpeed's launcher."""
-        return [pid for pid, words in processes_of(str(self.folder)) if not ranks_only or is_rank(words)]
+        mine = ((pid, words) for pid, folder, words in run_processes() if folder == str(self.folder))
+        return [pid for pid, words in mine if not ranks_only or is_rank(words)]
 
     def _note(self, line: bytes) -> bool:
         """Remember the first node that fails; returns whether to show the line."""
@@ -179,16 +180,6 @@ def is_for_the_user(line: bytes) -> bool:
     return EXPLAINED_END.fullmatch(line) is None
 
 
-def processes_of(mark: str) -> Iterator[tuple[int, frozenset[bytes]]]:
-    """(pid, environment) of each process of this machine, and this user, that belongs to a run."""
-    wanted = f"{MARK}={mark}".encode()
-    for file in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            words = frozenset(file.read_bytes().split(b"\0"))
-            if wanted in words:
-                yield int(file.parent.name), words
-
-
 def is_rank(words: frozenset[bytes]) -> bool:
     """Whether an environment is a rank's: DeepSpeed's launcher gives it a LOCAL_RANK."""
     return any(word.startswith(b"LOCAL_RANK=") for word in words)
@@ -196,7 +187,7 @@ def is_rank(words: frozenset[bytes]) -> bool:
 
 def remove_buffers(port: str | None) -> None:
     """Remove the DeepSpeed buffers that killed ranks leave in shared memory; otherwise `dist.shutdown` does."""
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*") if port else ():
+    for buffer in buffers_of(port) if port else ():
         buffer.unlink(missing_ok=True)
 
 
