@@ -78,9 +78,9 @@ class Variant:
     def iteration(self, batch: PromptBatch, number: int) -> dict[str, float]:
         ppo, settings = self.ppo, self.settings
         with self.watch("rollout"):
-            sequences = sample_responses(ppo.rollouts, batch, settings.rollout, settings.seed, number)
+            sampled = sample_responses(ppo.rollouts, batch, settings.rollout, settings.seed, number)
         with self.watch("score"):
-            own = score_responses(ppo.engines, ppo.inputs.tokenizer, sequences, batch, settings, functions=[])
+            own = score_responses(ppo.engines, ppo.inputs.tokenizer, sampled, batch, settings, functions=[])
             experience, _ = make_experience(ppo.engines, own, batch, settings, ppo.control)
         with self.watch("update"):
             ppo_update(ppo.engines, experience, number, settings, ppo.inputs.plan)

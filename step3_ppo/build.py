@@ -24,7 +24,7 @@ from tristage.data.sets import load_heldout, load_sets, load_text_blocks
 from tristage.data.store import Rows
 from tristage.engine.average import WeightAverage
 from tristage.errors import UserError
-from tristage.rollout import PaddedRollout
+from tristage.rollout import RolloutBackend
 from tristage.training import setup
 from tristage.training.health import Health
 
@@ -81,7 +81,7 @@ class PPORun:
     inputs: Inputs
     device: torch.device
     engines: Engines
-    rollouts: PaddedRollout
+    rollouts: RolloutBackend
     control: Control
     health: Health
     average: WeightAverage | None = None  # of the actor, with `ema`

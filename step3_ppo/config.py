@@ -125,6 +125,11 @@ class RolloutSettings(Settings):
 
     prompts: int = Field(gt=0, description="Prompts per iteration, over all ranks.")
     samples: int = Field(1, gt=0, description="Responses per prompt; rloo and grpo need two or more.")
+    backend: Literal["auto", "static", "padded"] = Field(
+        "auto",
+        description="What samples: our own decoding loop (static), transformers' generate (padded), or static where it "
+        "knows the model's family and padded elsewhere (auto).",
+    )
     rows_at_once: int = Field(64, gt=0, description="Rows that one rank decodes at once; independent of micro_batch.")
     max_response_tokens: int = Field(gt=0, description="Token limit of a response.")
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(

@@ -13,16 +13,17 @@ from tristage.data.loader import evaluation_rows
 EVALUATION_DRAW = 0  # iterations count from 1; every evaluation samples with the same numbers
 
 
-def evaluate(run: PPORun) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(metrics, samples) of one sampled response to every held-out prompt. A collective."""
+def evaluate(run: PPORun, iteration: int = 0) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """(metrics, samples) of one sampled response to every held-out prompt after `iteration`. A collective."""
     inputs, settings, tokenizer = run.inputs, run.settings, run.inputs.tokenizer
     rows, grader = inputs.heldout, inputs.grader
     places = [row for (row,) in evaluation_rows(rows.lengths, 1, dist.world_size(), dist.rank())]
     batch = prompt_batch(rows, range(len(rows)), places, settings, tokenizer).to(run.device)
-    sequences = sample_responses(run.rollouts, batch, settings.rollout, settings.seed, EVALUATION_DRAW)
-    own = score_responses(run.engines, tokenizer, sequences, batch, settings, inputs.functions)
+    run.rollouts.sync_weights(iteration)
+    sampled = sample_responses(run.rollouts, batch, settings.rollout, settings.seed, EVALUATION_DRAW)
+    own = score_responses(run.engines, tokenizer, sampled, batch, settings, inputs.functions)
     gather = rows_of_all_ranks(batch)
-    sequences = sequences.map(gather)
+    sequences = sampled.sequences.map(gather)
     logprobs, ref_logprobs, entropy, scores, real = (
         gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, batch.is_real)
     )

@@ -26,12 +26,12 @@ from tristage.algo.ppo import (
     kl_estimate,
     shaped_rewards,
 )
-from tristage.batches import Experience, PromptBatch, Sequences
+from tristage.batches import Experience, PromptBatch, Sampled, Sequences
 from tristage.data.collate import collate_prompts
 from tristage.data.store import Rows
 from tristage.models.lora import adapters_off
 from tristage.models.reward_model import last_token_scores
-from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
+from tristage.rollout import PaddedRollout, RolloutBackend, SamplingConfig, SeededRequest, row_uniforms
 
 
 class NotFiniteError(Exception):
@@ -78,7 +78,7 @@ class Responses:
     scores: torch.Tensor  # [B] their weighted sum
 
 
-def make_rollouts(actor: Any, tokenizer: Any, rollout: RolloutSettings) -> PaddedRollout:
+def make_rollouts(actor: Any, tokenizer: Any, rollout: RolloutSettings) -> RolloutBackend:
     """What samples responses from the actor."""
     return PaddedRollout(actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
 
@@ -106,8 +106,8 @@ def prompt_batch(
 
 @torch.no_grad()
 def sample_responses(
-    rollouts: PaddedRollout, prompts: PromptBatch, rollout: RolloutSettings, seed: int, draw: int
-) -> Sequences:
+    rollouts: RolloutBackend, prompts: PromptBatch, rollout: RolloutSettings, seed: int, draw: int
+) -> Sampled:
     """Sample one response to each prompt of this rank. A collective.
 
     `draw` numbers the sampling: the same (seed, draw, draw_index) gives the same response on any number of ranks.
@@ -116,19 +116,21 @@ def sample_responses(
     request = SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms)
     sampling = SamplingConfig(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     batch = rollouts.generate(request, sampling)
-    return Sequences(batch.input_ids, batch.attention_mask, rollouts.stop_ids, prompts.input_ids.shape[1])
+    sequences = Sequences(batch.input_ids, batch.attention_mask, rollouts.stop_ids, prompts.input_ids.shape[1])
+    return Sampled(sequences, batch.logprobs, batch.entropy, batch.weights_version)
 
 
 @torch.no_grad()
 def score_responses(
     engines: Engines,
     tokenizer: Any,
-    sequences: Sequences,
+    sampled: Sampled,
     prompts: PromptBatch,
     settings: PPOConfig,
     functions: list[RewardTerm],
 ) -> Responses:
     """Log-probabilities of actor and reference, and the reward's parts with their weighted sum. A collective."""
+    sequences = sampled.sequences
     for engine in engines.present():
         engine.eval()
     logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, with_entropy=True)

@@ -63,9 +63,10 @@ def train(run: PPORun) -> None:
             prompts, names, carried = run.prompts(iteration), run.names(iteration), control.state_dict()
             try:
                 with watch("rollout"):  # 1
-                    sequences = sample_responses(run.rollouts, prompts, settings.rollout, settings.seed, iteration)
+                    run.rollouts.sync_weights(iteration - 1)
+                    sampled = sample_responses(run.rollouts, prompts, settings.rollout, settings.seed, iteration)
                 with watch("score"):  # 2, 3
-                    own = score_responses(engines, inputs.tokenizer, sequences, prompts, settings, inputs.functions)
+                    own = score_responses(engines, inputs.tokenizer, sampled, prompts, settings, inputs.functions)
                     experience, metrics = make_experience(engines, own, prompts, settings, control)
                 saver.stop_if_asked(iteration - 1, carried)  # the rollout is dropped: a resumed run samples the same
                 warned = warned or warn_of_constant(metrics)
@@ -88,10 +89,10 @@ def train(run: PPORun) -> None:
 def write_heldout(run: PPORun, log: RunLog, watch: Stopwatch, iteration: int) -> None:
     """Evaluate the actor, and with `ema` its average, and write metrics and samples. A collective."""
     with watch("evaluate"):
-        metrics, samples = evaluate(run)
+        metrics, samples = evaluate(run, iteration)
         if run.average is not None and iteration:
             with run.average.in_place():
-                averaged, _ = evaluate(run)
+                averaged, _ = evaluate(run, iteration)
             metrics |= {f"ema/{name}": value for name, value in averaged.items()}
     log.write(iteration, "heldout", metrics | watch.take())
     log.write_samples(iteration, samples)

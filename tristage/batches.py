@@ -118,6 +118,16 @@ class Sequences:
 
 
 @dataclass(frozen=True, eq=False)
+class Sampled:
+    """One rank's sampled responses, and what the backend that sampled them says of its own distribution."""
+
+    sequences: Sequences
+    logprobs: torch.Tensor  # [B,R] float32 at the sampling temperature, before top_p and top_k; 0 outside the mask
+    entropy: torch.Tensor | None  # [B,R] of the same; None where the backend does not give it
+    weights_version: int  # iterations of training behind the weights that sampled
+
+
+@dataclass(frozen=True, eq=False)
 class MicroBatch:
     """Rows of `Sequences` with T <= P+R columns left, and the offsets to map results back to [b,R]."""
 

@@ -35,8 +35,8 @@ class Run:
 
     def experience(self, iteration: int = 1) -> tuple[Experience, dict[str, float]]:
         batch, settings, functions = self.batch(iteration), self.settings, self.ppo.inputs.functions
-        sequences = sample_responses(self.rollouts, batch, settings.rollout, settings.seed, iteration)
-        own = score_responses(self.engines, self.tokenizer, sequences, batch, settings, functions)
+        sampled = sample_responses(self.rollouts, batch, settings.rollout, settings.seed, iteration)
+        own = score_responses(self.engines, self.tokenizer, sampled, batch, settings, functions)
         return make_experience(self.engines, own, batch, settings, self.ppo.control)
 
     def check(self, experience: Experience) -> None:

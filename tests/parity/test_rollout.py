@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from step1_sft.train import sft_step
 from tests.helpers import tiny
@@ -20,8 +19,14 @@ from tristage.data.collate import collate_prompts, collate_sft
 from tristage.data.tokenize import Example
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.tokenizer import load_tokenizer
-from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, row_uniforms
-from tristage.rollout import padded as padded_module
+from tristage.rollout import (
+    PaddedRollout,
+    RolloutBackend,
+    SampledBatch,
+    SamplingConfig,
+    SeededRequest,
+    row_uniforms,
+)
 from tristage.rollout.sampling import InverseTransformSampler
 
 ROWS, TOKENS = 24, 12
@@ -51,7 +56,7 @@ def test_sampled_frequencies_are_the_filtered_softmax(temperature: float, top_p:
     draws, vocabulary = 20_000, 30
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1)) * 2
     uniforms = row_uniforms(0, 1, torch.arange(draws), 2)
-    sampler = InverseTransformSampler(uniforms, temperature, top_p, top_k)
+    sampler = InverseTransformSampler(uniforms, SamplingConfig(2, temperature, top_p, top_k))
     law = filtered_law(logits, temperature, top_p, top_k)
     for _ in range(2):  # two positions, each with its own numbers
         chosen = sampler(torch.zeros(draws, 1, dtype=torch.long), logits.expand(draws, -1)).argmax(-1)
@@ -69,7 +74,7 @@ def test_sampled_frequencies_are_the_filtered_softmax(temperature: float, top_p:
 def test_extreme_uniform_numbers_never_choose_an_impossible_token() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
     for uniform, expected in ((0.0, 1), (1 - 2**-53, 2)):
-        sampler = InverseTransformSampler(torch.tensor([[uniform]], dtype=torch.float64), 1.0)
+        sampler = InverseTransformSampler(torch.tensor([[uniform]], dtype=torch.float64), SamplingConfig(1))
         assert sampler(torch.zeros(1, 1, dtype=torch.long), logits).argmax(-1).item() == expected
 
 
@@ -106,11 +111,18 @@ def make_prompts(tokenizer: Any, rows: list[int] | None = None, width: int | Non
     return collate_prompts(prompts, rows, tokenizer.pad_token_id, width)
 
 
-def sample(rollout: PaddedRollout, prompts: PromptBatch, sampling: SamplingConfig | None = None) -> Sequences:
+def draw(rollout: RolloutBackend, prompts: PromptBatch, sampling: SamplingConfig | None = None) -> SampledBatch:
     sampling = sampling or SamplingConfig(TOKENS, 1.0, 1.0, 0)
     uniforms = row_uniforms(0, 1, prompts.draw_index, sampling.max_new_tokens)
-    batch = rollout.generate(SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms), sampling)
+    return rollout.generate(SeededRequest(prompts.input_ids, prompts.attention_mask, uniforms), sampling)
+
+
+def to_sequences(batch: SampledBatch, rollout: RolloutBackend, prompts: PromptBatch) -> Sequences:
     return Sequences(batch.input_ids, batch.attention_mask, rollout.stop_ids, prompts.input_ids.shape[1])
+
+
+def sample(rollout: RolloutBackend, prompts: PromptBatch, sampling: SamplingConfig | None = None) -> Sequences:
+    return to_sequences(draw(rollout, prompts, sampling), rollout, prompts)
 
 
 class Policy:
@@ -243,32 +255,19 @@ def test_defaults_of_the_model_folder_do_not_leak_into_sampling(policy: Policy, 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 @pytest.mark.parametrize("pad_is_eos", (False, True))
 def test_training_scores_the_tokens_with_the_probabilities_they_were_sampled_with(
-    pad_is_eos: bool, temperature: float, policies: dict[bool, Policy], monkeypatch: pytest.MonkeyPatch
+    pad_is_eos: bool, temperature: float, policies: dict[bool, Policy]
 ) -> None:
     policy = policies[pad_is_eos]
-    steps: list[torch.Tensor] = []
-
-    class Recorder(InverseTransformSampler):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            choice = super().__call__(input_ids, scores)
-            law = torch.log_softmax(scores.float() / temperature, -1)
-            steps.append(law.gather(1, choice.argmax(-1, keepdim=True)))
-            return choice
-
-    monkeypatch.setattr(padded_module, "InverseTransformSampler", Recorder)
     prompts = make_prompts(policy.tokenizer)
-    sequences = sample(policy.rollout(), prompts, SamplingConfig(TOKENS, temperature, 1.0, 0))
-    order = prompts.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-    sampled_with = torch.empty(ROWS, len(steps))
-    sampled_with[order] = torch.cat(steps, dim=1)
+    batch = draw(policy.rollout(), prompts, SamplingConfig(TOKENS, temperature, 1.0, 0))
+    sequences = to_sequences(batch, policy.rollout(), prompts)
     policy.engine.train()
     with torch.no_grad():
         for rows in torch.arange(ROWS).split(5):
             micro = sequences.micro_batch(rows)
-            found = micro.align(policy.engine(micro.ids, micro.mask, micro.score_mask, temperature)[0])
-            mask = sequences.response_mask[rows]
-            expected = F.pad(sampled_with[rows], (0, TOKENS - len(steps)))
-            torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
+            scored = policy.engine(micro.ids, micro.mask, micro.score_mask, temperature, True)
+            for found, expected in zip(scored, (batch.logprobs, batch.entropy), strict=True):
+                torch.testing.assert_close(micro.align(found), expected[rows], rtol=0, atol=1e-5)
 
 
 def test_a_rollout_leaves_the_engine_as_it_was(policy: Policy) -> None:
@@ -302,7 +301,8 @@ def rollouts_between_steps(rank: int, path: str, shares: list[list[int]]) -> dic
         for step in range(3):
             if gather is not None:
                 rollout = PaddedRollout(made, tokenizer, rows_at_once=5, gather=gather)
-                assert rollout._agree_to_gather() is (name == "whole")
+                with rollout.weights() as whole:
+                    assert whole is (name != "partitioned")
                 sequences = sample(rollout, make_prompts(tokenizer, shares[rank]))
                 responses.append(sequences.responses.numpy())
             if name == "raised" and step == 1:  # an error inside a rollout puts the hooks back, too

@@ -2,7 +2,8 @@
 
 from deepspeed.runtime.rollout import SamplingConfig
 
-from tristage.rollout.padded import PaddedRollout, SeededRequest
+from tristage.rollout.base import RolloutBackend, SampledBatch, SeededRequest
+from tristage.rollout.padded import PaddedRollout
 from tristage.rollout.sampling import row_uniforms
 
-__all__ = ["PaddedRollout", "SamplingConfig", "SeededRequest", "row_uniforms"]
+__all__ = ["PaddedRollout", "RolloutBackend", "SampledBatch", "SamplingConfig", "SeededRequest", "row_uniforms"]
