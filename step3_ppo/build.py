@@ -96,7 +96,7 @@ class PPORun:
         """Load the models and give each its engine, once ranks have joined; with train=False all are frozen."""
         settings = inputs.settings
         engines = build_engines(settings, inputs.configs, inputs.tokenizer, train)
-        rollouts = make_rollouts(engines.actor, inputs.tokenizer, settings.rollout)
+        rollouts = make_rollouts(engines.actor, inputs.tokenizer, settings)
         return cls(inputs, device, engines, rollouts, Control.of(settings.ppo), Health(settings))
 
     def restore(self, found: Checkpoint | None) -> None:

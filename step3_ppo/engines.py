@@ -12,9 +12,10 @@ from tristage.data.template import read_template
 from tristage.engine import frozen_engine, train_engine
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
-from tristage.models.loading import is_reward_model
+from tristage.models.loading import empty_causal_lm, is_reward_model
 from tristage.models.reward_model import load_reward_model
 from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_same_tokenizer
+from tristage.rollout import unknown_to_static
 from tristage.training import setup
 
 
@@ -54,7 +55,19 @@ def check_models(settings: PPOConfig) -> Any:
         setup.check_spec(settings, spec, own[spec.name])
     tokenizer = next(iter(tokenizers.values()))
     _check_stop_ids(settings, len(tokenizer))
+    _check_backend(settings)
     return tokenizer
+
+
+def _check_backend(settings: PPOConfig) -> None:
+    if settings.rollout.backend != "static":
+        return
+    model = empty_causal_lm(settings.actor_path, settings.trust_remote_code)
+    if (why := unknown_to_static(model, settings.max_tokens)) is not None:
+        raise UserError(
+            f"{settings.file}: key `rollout.backend`: static does not know a {model.config.model_type} model "
+            f"({settings.actor_path}): {why}; set it to padded"
+        )
 
 
 def _check_stop_ids(settings: PPOConfig, vocabulary: int) -> None:

@@ -31,7 +31,15 @@ from tristage.data.collate import collate_prompts
 from tristage.data.store import Rows
 from tristage.models.lora import adapters_off
 from tristage.models.reward_model import last_token_scores
-from tristage.rollout import PaddedRollout, RolloutBackend, SamplingConfig, SeededRequest, row_uniforms
+from tristage.rollout import (
+    PaddedRollout,
+    RolloutBackend,
+    SamplingConfig,
+    SeededRequest,
+    StaticRollout,
+    row_uniforms,
+    unknown_to_static,
+)
 
 
 class NotFiniteError(Exception):
@@ -78,9 +86,15 @@ class Responses:
     scores: torch.Tensor  # [B] their weighted sum
 
 
-def make_rollouts(actor: Any, tokenizer: Any, rollout: RolloutSettings) -> RolloutBackend:
+def make_rollouts(actor: Any, tokenizer: Any, settings: PPOConfig) -> RolloutBackend:
     """What samples responses from the actor."""
-    return PaddedRollout(actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
+    rollout, backend = settings.rollout, StaticRollout
+    if rollout.backend == "auto" and (why := unknown_to_static(actor.module.model, settings.max_tokens)) is not None:
+        dist.print0(f"rollout: transformers' generate decodes (backend: padded), since {why}")
+        backend = PaddedRollout
+    if rollout.backend == "padded":
+        backend = PaddedRollout
+    return backend(actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
 
 
 def prompt_batch(

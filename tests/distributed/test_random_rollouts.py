@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -18,7 +19,7 @@ from tristage.data.collate import collate_prompts
 from tristage.engine import engine_config, frozen_engine
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.tokenizer import load_tokenizer
-from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest
+from tristage.rollout import PaddedRollout, SamplingConfig, SeededRequest, StaticRollout
 
 TOKENS = 6  # of a response at most
 PROMPT = 8
@@ -47,6 +48,7 @@ def roll_out(rank: int, path: str, rollouts: int) -> list[dict[str, Any]]:
     for number in range(rollouts):
         rows, rows_at_once = together.randint(1, 4), together.randint(1, 4)
         gather = together.choice(["auto", "never"])
+        backend = together.choice([PaddedRollout, StaticRollout])
         idle = together.choice([None, None, 0, 1])  # a rank with fillers alone
         rng = random.Random(2 * number + rank)
         lengths, uniforms = ends(rng, rows, eos)
@@ -54,13 +56,13 @@ def roll_out(rank: int, path: str, rollouts: int) -> list[dict[str, Any]]:
         examples: list[Any] = [None] * rows if idle == rank else list(tiny.random_examples(sizes, tokenizer, number))
         draws = [None if idle == rank else row for row in range(rows)]
         batch = collate_prompts(examples, draws, tokenizer.pad_token_id, PROMPT)
-        sampler = PaddedRollout(engine, tokenizer, rows_at_once, gather)
+        sampler = backend(engine, tokenizer, rows_at_once, gather)
         request = SeededRequest(batch.input_ids, batch.attention_mask, uniforms)
         made = sampler.generate(request, SamplingConfig(TOKENS, 1.0, 1.0, 0))
         assert made.attention_mask[:, PROMPT:].sum(dim=1).tolist() == lengths, number
         with torch.no_grad():  # the next collective after it
             engine(made.input_ids, made.attention_mask, made.attention_mask.bool())
-        found.append({"lengths": lengths, "gather": gather, "idle": idle})
+        found.append({"lengths": lengths, "way": (gather, backend.name), "idle": idle})
     return found
 
 
@@ -71,8 +73,8 @@ def test_random_rollouts_end_on_every_rank(rollouts: int, tmp_path: Path) -> Non
     pairs = list(zip(first, second, strict=True))
     apart = sum(max(one["lengths"]) != max(other["lengths"]) for one, other in pairs)
     only_eos = sum(set(one["lengths"]) == {1} and max(other["lengths"]) > 1 for one, other in pairs)
-    for gather in ("auto", "never"):
-        assert sum(one["gather"] == gather for one in first) > 0.3 * rollouts
+    for way in itertools.product(("auto", "never"), ("padded", "static")):
+        assert sum(one["way"] == way for one in first) > 0.1 * rollouts
     print(f"{rollouts} rollouts: {apart} whose ranks ended apart, {only_eos} with a rank of empty responses alone")
     assert apart > 0.3 * rollouts and only_eos > 0
     assert sum(one["idle"] is not None for one in first) > 0.3 * rollouts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,19 @@ from tristage.rollout import (
     SampledBatch,
     SamplingConfig,
     SeededRequest,
+    StaticRollout,
     row_uniforms,
+    unknown_to_static,
 )
+from tristage.rollout import static as static_module
 from tristage.rollout.sampling import InverseTransformSampler
 
 ROWS, TOKENS = 24, 12
 PROMPT_LENGTHS = [2 + 3 * row % 17 for row in range(ROWS)]
 CPU = torch.device("cpu")
+Backend = type[RolloutBackend]
+WAYS = ("whole", "partitioned", "whole, static", "partitioned, static")  # of sampling at ZeRO-3
+each_backend = pytest.mark.parametrize("backend", [PaddedRollout, StaticRollout], ids=lambda backend: backend.name)
 
 
 # ---- the sampler ----------------------------------------------------------------------------------------------------
@@ -131,8 +138,10 @@ class Policy:
     def __init__(self, path: str):
         self.path, self.tokenizer, self.engine = path, load_tokenizer(path), make_engine(path)
 
-    def rollout(self, rows_at_once: int = 64) -> PaddedRollout:
-        return PaddedRollout(self.engine, self.tokenizer, rows_at_once)
+    def rollout(
+        self, rows_at_once: int = 64, backend: Backend = PaddedRollout, stops: list[int] | None = None
+    ) -> RolloutBackend:
+        return backend(self.engine, self.tokenizer, rows_at_once, stop_token_ids=stops)
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +164,16 @@ def policy(policies: dict[bool, Policy]) -> Policy:
     return policies[False]
 
 
+@each_backend
 @pytest.mark.parametrize("pad_is_eos", (False, True))
 def test_responses_end_with_eos_inside_the_mask_and_padding_after_it(
-    pad_is_eos: bool, policies: dict[bool, Policy]
+    pad_is_eos: bool, backend: Backend, policies: dict[bool, Policy]
 ) -> None:
     policy = policies[pad_is_eos]
     tokenizer = policy.tokenizer
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) is pad_is_eos
     prompts = make_prompts(tokenizer)
-    sequences = sample(policy.rollout(), prompts)
+    sequences = sample(policy.rollout(backend=backend), prompts)
     assert sequences.responses.shape == (ROWS, TOKENS)
     assert torch.equal(sequences.input_ids[:, : sequences.prompt_columns], prompts.input_ids)
     assert torch.equal(sequences.prompt_mask, prompts.attention_mask)
@@ -177,9 +187,10 @@ def test_responses_end_with_eos_inside_the_mask_and_padding_after_it(
     assert sequences.ended.sum() == ended
 
 
+@each_backend
 @pytest.mark.parametrize("pad_is_eos", (False, True))
 def test_a_stop_token_ends_a_response_as_eos_does_and_changes_nothing_before_it(
-    pad_is_eos: bool, policies: dict[bool, Policy]
+    pad_is_eos: bool, backend: Backend, policies: dict[bool, Policy]
 ) -> None:
     policy = policies[pad_is_eos]
     eos, pad, prompts = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id, make_prompts(policy.tokenizer)
@@ -187,8 +198,7 @@ def test_a_stop_token_ends_a_response_as_eos_does_and_changes_nothing_before_it(
     kept = [ids[mask].tolist() for ids, mask in zip(free.responses, free.response_mask, strict=True)]
     counts = torch.tensor([id for row in kept for id in row if id != eos]).bincount()
     stops = counts.argsort(descending=True)[6:8].tolist()  # common, but not in every response
-    rollout = PaddedRollout(policy.engine, policy.tokenizer, 5, stop_token_ids=stops)
-    found = sample(rollout, prompts)
+    found = sample(policy.rollout(5, backend, stops), prompts)
     stopped_by = set()
     for row, ids in enumerate(kept):
         ends = [place for place, id in enumerate(ids) if id in (eos, *stops)]
@@ -207,17 +217,21 @@ def test_pad_that_is_eos_samples_the_same_tokens(policies: dict[bool, Policy]) -
     assert torch.equal(found[0].responses[mask], found[1].responses[mask])
 
 
-def test_sampled_tokens_do_not_depend_on_chunks_order_or_padding(policy: Policy) -> None:
+@each_backend
+def test_sampled_tokens_do_not_depend_on_chunks_order_or_padding(backend: Backend, policy: Policy) -> None:
     expected = sample(policy.rollout(), make_prompts(policy.tokenizer)).responses
     assert len({tuple(row) for row in expected.tolist()}) > ROWS // 2
-    for rows_at_once in (1, 5, 7):
-        assert torch.equal(sample(policy.rollout(rows_at_once), make_prompts(policy.tokenizer)).responses, expected)
+
+    def again(rows_at_once: int, *which: Any, **options: Any) -> torch.Tensor:
+        prompts = make_prompts(policy.tokenizer, *which, **options)
+        return sample(policy.rollout(rows_at_once, backend), prompts).responses
+
+    for rows_at_once in (1, 5, 7, ROWS - 1, 64):
+        assert torch.equal(again(rows_at_once), expected)
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()
-    assert torch.equal(sample(policy.rollout(5), make_prompts(policy.tokenizer, order)).responses, expected[order])
-    wide = make_prompts(policy.tokenizer, width=60)
-    assert torch.equal(sample(policy.rollout(5), wide).responses, expected)
-    few = make_prompts(policy.tokenizer, [3, 20])
-    assert torch.equal(sample(policy.rollout(), few).responses, expected[[3, 20]])
+    assert torch.equal(again(5, order), expected[order])
+    assert torch.equal(again(5, width=60), expected)
+    assert torch.equal(again(64, [3, 20]), expected[[3, 20]])
 
 
 def test_prompt_columns_that_are_padding_in_every_row_of_a_call_are_cut(
@@ -252,15 +266,17 @@ def test_defaults_of_the_model_folder_do_not_leak_into_sampling(policy: Policy, 
         assert torch.equal(sample(other, prompts, sampling).responses, expected)
 
 
-@pytest.mark.parametrize("temperature", (1.0, 0.7))
+@each_backend
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.7, 1.0, 0), (0.7, 0.8, 6)])
 @pytest.mark.parametrize("pad_is_eos", (False, True))
 def test_training_scores_the_tokens_with_the_probabilities_they_were_sampled_with(
-    pad_is_eos: bool, temperature: float, policies: dict[bool, Policy]
+    pad_is_eos: bool, temperature: float, top_p: float, top_k: int, backend: Backend, policies: dict[bool, Policy]
 ) -> None:
     policy = policies[pad_is_eos]
     prompts = make_prompts(policy.tokenizer)
-    batch = draw(policy.rollout(), prompts, SamplingConfig(TOKENS, temperature, 1.0, 0))
-    sequences = to_sequences(batch, policy.rollout(), prompts)
+    rollout = policy.rollout(7, backend)
+    batch = draw(rollout, prompts, SamplingConfig(TOKENS, temperature, top_p, top_k))
+    sequences = to_sequences(batch, rollout, prompts)
     policy.engine.train()
     with torch.no_grad():
         for rows in torch.arange(ROWS).split(5):
@@ -270,14 +286,92 @@ def test_training_scores_the_tokens_with_the_probabilities_they_were_sampled_wit
                 torch.testing.assert_close(micro.align(found), expected[rows], rtol=0, atol=1e-5)
 
 
-def test_a_rollout_leaves_the_engine_as_it_was(policy: Policy) -> None:
+@each_backend
+def test_a_rollout_leaves_the_engine_as_it_was(backend: Backend, policy: Policy) -> None:
     model = policy.engine.module.model
     config = model.generation_config
     for training in (True, False):
         policy.engine.module.train(training)
-        sample(policy.rollout(), make_prompts(policy.tokenizer))
+        sample(policy.rollout(backend=backend), make_prompts(policy.tokenizer))
         assert policy.engine.module.training is training
         assert model.generation_config is config
+
+
+# ---- the static backend ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ("opt", "gpt2", *tiny.FAMILIES))
+def test_static_samples_what_generate_does_or_says_why_it_does_not_know_the_family(family: str, tmp_path: Path) -> None:
+    path = tiny.write_model(tmp_path / family, family, gain=3.0)
+    with tiny.one_rank():
+        policy = Policy(path)
+        prompts = make_prompts(policy.tokenizer)
+        why = unknown_to_static(policy.engine.module.model, 64)
+        assert (why is not None) is (family in ("gemma2", "bloom"))
+        if why is None:
+            expected, found = (draw(policy.rollout(7, backend), prompts) for backend in (PaddedRollout, StaticRollout))
+            assert torch.equal(found.input_ids, expected.input_ids)
+            torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=5e-5)
+            torch.testing.assert_close(found.entropy, expected.entropy, rtol=0, atol=5e-5)
+
+
+def test_a_prompt_is_read_once_for_all_of_its_samples(policy: Policy) -> None:
+    read: list[tuple[int, ...]] = []
+    hook = policy.engine.module.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    rows = [3, 3, 3, 20, 20, 8]
+    prompts = make_prompts(policy.tokenizer, rows)
+    prompts = dataclasses.replace(prompts, draw_index=torch.arange(len(rows)))  # samples of their own
+    found = sample(policy.rollout(backend=StaticRollout), prompts).responses
+    hook.remove()
+    assert read[0] == (3, max(PROMPT_LENGTHS[row] for row in rows) - 1)
+    assert all(shape[1] == 1 for shape in read[1:])
+    assert torch.equal(found, sample(policy.rollout(), prompts).responses)
+    assert len({tuple(row) for row in found[:3].tolist()}) > 1
+
+
+def test_rows_that_have_ended_are_not_computed_on(policy: Policy) -> None:
+    """With two slots a row enters as soon as one leaves; at the end the batch shrinks."""
+    tokens = 0
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal tokens
+        tokens += kwargs["input_ids"].numel()
+
+    hook = policy.engine.module.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    for slots in (2, 64):
+        tokens = 0
+        sequences = sample(policy.rollout(slots, StaticRollout), make_prompts(policy.tokenizer))
+        decoded = int(sequences.response_mask.sum())
+        longest = sorted(PROMPT_LENGTHS)[::-1]
+        padding = slots * max(longest) - sum(longest[:slots]) if slots < ROWS else ROWS * max(longest) - sum(longest)
+        assert decoded < 0.8 * ROWS * TOKENS
+        assert tokens - decoded <= sum(length - 1 for length in longest) + padding
+    hook.remove()
+
+
+def test_looking_seldom_at_which_rows_have_ended_changes_no_token(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where each look waits for the device."""
+    expected = draw(policy.rollout(5), make_prompts(policy.tokenizer))
+    monkeypatch.setattr(static_module, "looks_at_every", lambda device: 5)
+    found = draw(policy.rollout(5, StaticRollout), make_prompts(policy.tokenizer))
+    assert torch.equal(found.input_ids, expected.input_ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
+def test_attention_that_takes_no_mask_is_replaced_for_the_rollout(policy: Policy) -> None:
+    config = policy.engine.module.model.config
+    expected, own = sample(policy.rollout(), make_prompts(policy.tokenizer)).responses, config._attn_implementation
+    config._attn_implementation = "flash_attention_2"
+    try:
+        found = sample(policy.rollout(backend=StaticRollout), make_prompts(policy.tokenizer)).responses
+        assert config._attn_implementation == "flash_attention_2"
+    finally:
+        config._attn_implementation = own
+    assert torch.equal(found, expected)
 
 
 # ---- two ranks, ZeRO-3 ----------------------------------------------------------------------------------------------
@@ -289,20 +383,22 @@ def rollouts_between_steps(rank: int, path: str, shares: list[list[int]]) -> dic
     tokenizer = load_tokenizer(path)
     rows = tiny.random_examples([(6, 5), (3, 9), (9, 2), (4, 14)], tokenizer, seed=rank)
     found: dict[str, Any] = {}
-    for name, stage, gather in (
-        ("zero0", 0, "auto"),
-        ("whole", 3, "auto"),
-        ("partitioned", 3, "never"),
-        ("without", 3, None),
-        ("raised", 3, None),
+    for name, stage, gather, backend in (
+        ("zero0", 0, "auto", PaddedRollout),
+        ("whole", 3, "auto", PaddedRollout),
+        ("partitioned", 3, "never", PaddedRollout),
+        ("whole, static", 3, "auto", StaticRollout),
+        ("partitioned, static", 3, "never", StaticRollout),
+        ("without", 3, None, None),
+        ("raised", 3, None, None),
     ):
         made = make_engine(path, stage)
         responses, losses, hooks, held = [], [], [], []
         for step in range(3):
-            if gather is not None:
-                rollout = PaddedRollout(made, tokenizer, rows_at_once=5, gather=gather)
+            if backend is not None:
+                rollout = backend(made, tokenizer, rows_at_once=5, gather=gather)
                 with rollout.weights() as whole:
-                    assert whole is (name != "partitioned")
+                    assert whole is (gather == "auto")
                 sequences = sample(rollout, make_prompts(tokenizer, shares[rank]))
                 responses.append(sequences.responses.numpy())
             if name == "raised" and step == 1:  # an error inside a rollout puts the hooks back, too
@@ -342,7 +438,7 @@ def two_ranks(taught: dict[bool, str], shares: list[list[int]]) -> list[dict[str
     return run_ranks(2, rollouts_between_steps, taught[False], shares, timeout=150)
 
 
-@pytest.mark.parametrize("name", ["zero0", "whole", "partitioned"])
+@pytest.mark.parametrize("name", ["zero0", *WAYS])
 def test_ranks_that_finish_at_different_lengths_sample_what_one_rank_does(
     name: str, two_ranks: list[dict[str, Any]], shares: list[list[int]], policy: Policy
 ) -> None:
@@ -354,7 +450,7 @@ def test_ranks_that_finish_at_different_lengths_sample_what_one_rank_does(
             assert own.tolist() == zero0.tolist()
 
 
-@pytest.mark.parametrize("name", ["zero0", "whole", "partitioned", "raised"])
+@pytest.mark.parametrize("name", ["zero0", *WAYS, "raised"])
 def test_training_goes_on_after_a_rollout_as_if_there_had_been_none(
     name: str, two_ranks: list[dict[str, Any]]
 ) -> None:
@@ -363,7 +459,7 @@ def test_training_goes_on_after_a_rollout_as_if_there_had_been_none(
     assert two_ranks[0][name]["losses"] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["whole", "partitioned", "raised"])
+@pytest.mark.parametrize("name", [*WAYS, "raised"])
 def test_after_a_rollout_parameters_are_partitioned_again(name: str, two_ranks: list[dict[str, Any]]) -> None:
     """Without its hooks ZeRO-3 still trains rightly, for it gathers what it finds missing, but never lets go of it."""
     for own in two_ranks:

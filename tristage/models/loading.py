@@ -134,13 +134,19 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def empty_causal_lm(path: str, trust_remote_code: bool = False) -> Any:
+    """The model of a folder without its weights, to look at."""
+    config = load_config_without_dropout(path, trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def check_packable(
     path: str, attention: str = "auto", micro_batch: int = 1, trust_remote_code: bool = False
 ) -> None:
     """Raises UserError for a family whose rows can't be packed, since it has no position_ids, or not by `attention`."""
-    config = load_config_without_dropout(path, trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = empty_causal_lm(path, trust_remote_code)
+    config = model.config
     if not takes_positions(model.base_model):
         raise UserError(
             f"{path}: a {config.model_type} model takes no position_ids, so packed rows would see each other; "

@@ -5,5 +5,15 @@ from deepspeed.runtime.rollout import SamplingConfig
 from tristage.rollout.base import RolloutBackend, SampledBatch, SeededRequest
 from tristage.rollout.padded import PaddedRollout
 from tristage.rollout.sampling import row_uniforms
+from tristage.rollout.static import StaticRollout, unknown_to_static
 
-__all__ = ["PaddedRollout", "RolloutBackend", "SampledBatch", "SamplingConfig", "SeededRequest", "row_uniforms"]
+__all__ = [
+    "PaddedRollout",
+    "RolloutBackend",
+    "SampledBatch",
+    "SamplingConfig",
+    "SeededRequest",
+    "StaticRollout",
+    "row_uniforms",
+    "unknown_to_static",
+]

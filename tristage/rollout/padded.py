@@ -70,4 +70,5 @@ class PaddedRollout(RolloutBackend):
         found = sequences[:, ids.shape[1] :]
         missing = (0, sampling.max_new_tokens - found.shape[1])
         tokens = F.pad(found, missing, value=self.tokenizer.pad_token_id)
-        return tokens, *(F.pad(torch.stack(each, dim=1)[:, : found.shape[1]], missing) for each in sampler.recorded())
+        logprobs, entropy = (F.pad(torch.stack(each, dim=1), missing) for each in sampler.recorded())
+        return tokens, logprobs, entropy
