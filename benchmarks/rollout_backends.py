@@ -4,8 +4,8 @@
 
 `padded` is transformers' generate, `static` the default backend, `continuous` transformers' continuous batching
 (`generate_batch`'s manager, which samples with numbers of its own, so its tokens are others). Random weights: OPT, 30
-million parameters (512 wide, 8 layers, vocabulary 8192), float32, prompts of 128 tokens, at most 128 tokens of response.
-Full: every response has 128. Mixed: lengths are exponential with mean 45, at most 128.
+million parameters (512 wide, 8 layers, vocabulary 8192), float32, prompts and responses of at most 128 tokens. Full:
+every response has 128. Mixed: lengths are exponential with mean 45, at most 128.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         for mixed in (False, True):
             name = f"{rows} rows, {'mixed' if mixed else 'full'}"
             found[name] = measure(engine, rows, mixed, options.repetitions, options.smallest)
-            print(f"{name:15}", "  ".join(f"{way} {ratio:.2f}" for way, ratio in found[name]["ratios"].items()), flush=True)
+            ratios = found[name]["ratios"].items()
+            print(f"{name:15}", "  ".join(f"{way} {ratio:.2f}" for way, ratio in ratios), flush=True)
     if options.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["transformers"] = transformers.__version__

@@ -14,8 +14,8 @@ from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.loading import empty_causal_lm, is_reward_model
 from tristage.models.reward_model import load_reward_model
+from tristage.models.rows import unknown_attention
 from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_same_tokenizer
-from tristage.rollout import unknown_to_static
 from tristage.training import setup
 
 
@@ -63,7 +63,7 @@ def _check_backend(settings: PPOConfig) -> None:
     if settings.rollout.backend != "static":
         return
     model = empty_causal_lm(settings.actor_path, settings.trust_remote_code)
-    if (why := unknown_to_static(model, settings.max_tokens)) is not None:
+    if (why := unknown_attention(model, settings.max_tokens)) is not None:
         raise UserError(
             f"{settings.file}: key `rollout.backend`: static does not know a {model.config.model_type} model "
             f"({settings.actor_path}): {why}; set it to padded"

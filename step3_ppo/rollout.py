@@ -31,6 +31,7 @@ from tristage.data.collate import collate_prompts
 from tristage.data.store import Rows
 from tristage.models.lora import adapters_off
 from tristage.models.reward_model import last_token_scores
+from tristage.models.rows import unknown_attention
 from tristage.rollout import (
     PaddedRollout,
     RolloutBackend,
@@ -38,7 +39,6 @@ from tristage.rollout import (
     SeededRequest,
     StaticRollout,
     row_uniforms,
-    unknown_to_static,
 )
 
 
@@ -89,7 +89,7 @@ class Responses:
 def make_rollouts(actor: Any, tokenizer: Any, settings: PPOConfig) -> RolloutBackend:
     """What samples responses from the actor."""
     rollout, backend = settings.rollout, StaticRollout
-    if rollout.backend == "auto" and (why := unknown_to_static(actor.module.model, settings.max_tokens)) is not None:
+    if rollout.backend == "auto" and (why := unknown_attention(actor.module.model, settings.max_tokens)) is not None:
         dist.print0(f"rollout: transformers' generate decodes (backend: padded), since {why}")
         backend = PaddedRollout
     if rollout.backend == "padded":

@@ -190,7 +190,10 @@ def run_both(folders: dict[str, str], settings: PPOConfig, tokenizer: Any, ids: 
         return PlainEngine(load(folders[name], tokenizer, dtype=torch.float64))
 
     engines = Engines(engine("actor"), engine("critic"), engine("reference"), engine("reward"))
-    sampled = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids).bool())
+    nothing = torch.zeros(B, R)
+    sampled = SimpleNamespace(
+        input_ids=ids, attention_mask=torch.ones_like(ids).bool(), logprobs=nothing, entropy=nothing, weights_version=0
+    )
     rollouts: Any = SimpleNamespace(generate=lambda request, sampling: sampled, stop_ids=(tokenizer.eos_token_id,))
     prompts = PromptBatch(ids[:, :P], sampled.attention_mask[:, :P], torch.arange(B), torch.ones(B).bool())
     sampled = sample_responses(rollouts, prompts, settings.rollout, settings.seed, 1)

@@ -118,8 +118,9 @@ def test_a_family_without_positions_is_refused(folders: dict[str, str]) -> None:
 def test_step_1_stops_at_a_model_that_sees_across_packed_rows(
     noticed: bool, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OPT's own mask ignores positions; without ours it is such a model."""
+    """With eager attention OPT's own mask ignores positions; without ours it is such a model."""
     policy, examples, pad_id = opened(folders["opt"])
+    policy.model.config._attn_implementation = "eager"
     settings = tiny.sft_config(tmp_path, folders["opt"], "unused.jsonl")
     if noticed:
         monkeypatch.setattr(loading, "MASK_WITHOUT_POSITIONS", ())

@@ -19,6 +19,7 @@ from tristage.config import BatchPlan, OptimizerSettings
 from tristage.data.collate import collate_prompts, collate_sft
 from tristage.data.tokenize import Example
 from tristage.models.causal_lm import load_causal_lm
+from tristage.models.rows import unknown_attention
 from tristage.models.tokenizer import load_tokenizer
 from tristage.rollout import (
     PaddedRollout,
@@ -28,7 +29,6 @@ from tristage.rollout import (
     SeededRequest,
     StaticRollout,
     row_uniforms,
-    unknown_to_static,
 )
 from tristage.rollout import static as static_module
 from tristage.rollout.sampling import InverseTransformSampler
@@ -306,7 +306,7 @@ def test_static_samples_what_generate_does_or_says_why_it_does_not_know_the_fami
     with tiny.one_rank():
         policy = Policy(path)
         prompts = make_prompts(policy.tokenizer)
-        why = unknown_to_static(policy.engine.module.model, 64)
+        why = unknown_attention(policy.engine.module.model, 64)
         assert (why is not None) is (family in ("gemma2", "bloom"))
         if why is None:
             expected, found = (draw(policy.rollout(7, backend), prompts) for backend in (PaddedRollout, StaticRollout))

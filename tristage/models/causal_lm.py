@@ -20,12 +20,11 @@ from tristage.errors import UserError
 from tristage.models.kernels import PLAIN, Kernels
 from tristage.models.loading import (
     align_special_tokens,
-    backbone_hidden,
-    backbone_inputs,
     check_model,
     from_pretrained,
 )
 from tristage.models.lora import add_adapters
+from tristage.models.rows import Rows
 
 # Config keys of families whose logits are more than weight @ hidden (Gemma 2, Cohere, Granite, ...).
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -77,11 +76,12 @@ class CausalLM(nn.Module):
         # position t predicts token t+1
         targets, wanted = input_ids[:, 1:], score_mask[:, 1:]
         ids = targets[wanted]
+        rows = Rows.of(self.model, input_ids, attention_mask, position_ids)
         if self.plain_head:
-            hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask, position_ids)
+            hidden = self.model.base_model(**rows.inputs).last_hidden_state
             head = self.model.get_output_embeddings()
             found, entropy = linear_token_logprobs(
-                hidden[:, :-1][wanted],
+                rows.select(hidden, wanted),
                 head.weight,
                 ids,
                 bias=getattr(head, "bias", None),
@@ -90,24 +90,13 @@ class CausalLM(nn.Module):
                 entropy_grad=True,
             )
         else:
-            logits = backbone_logits(self.model, input_ids, attention_mask, position_ids)[:, :-1]
-            logits = logits[wanted].float() / temperature
+            logits = rows.select(self.model(**rows.inputs).logits, wanted).float() / temperature
             found = token_logprobs(logits, ids)
             entropy = logits_entropy(logits) if with_entropy else found
         scored = (_scatter(found, wanted), _scatter(entropy, wanted) if with_entropy else found.new_zeros(wanted.shape))
         if self.value_head is None:
             return scored
-        return *scored, F.linear(hidden.float(), self.value_head.weight.float()).squeeze(-1)
-
-
-def backbone_logits(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The model's own logits [B,T,V], for families whose head does more than project."""
-    return model(**backbone_inputs(model, input_ids, attention_mask, position_ids)).logits
+        return *scored, rows.spread(F.linear(hidden.float(), self.value_head.weight.float()).squeeze(-1))
 
 
 def _scatter(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

@@ -86,16 +86,6 @@ def align_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenize
     check_vocabulary(config, tokenizer)
 
 
-def backbone_hidden(
-    backbone: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Last hidden states [B,T,H]."""
-    return backbone(**backbone_inputs(backbone, input_ids, attention_mask, position_ids)).last_hidden_state
-
-
 def backbone_inputs(
     model: nn.Module,
     input_ids: torch.Tensor,

@@ -16,12 +16,12 @@ from tristage.models.kernels import PLAIN, Kernels
 from tristage.models.loading import (
     Holds,
     align_special_tokens,
-    backbone_hidden,
     check_model,
     from_pretrained,
     has_scalar_head,
 )
 from tristage.models.lora import adapters_off, add_adapters
+from tristage.models.rows import Rows
 
 
 class RewardModel(nn.Module):
@@ -67,14 +67,15 @@ class RewardModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, start: bool = False) -> torch.Tensor:
         with adapters_off(self.model) if start else contextlib.nullcontext():
-            hidden = backbone_hidden(self.model.base_model, input_ids, attention_mask)
+            rows = Rows.of(self.model, input_ids, attention_mask)
+            hidden = self.model.base_model(**rows.inputs).last_hidden_state
         head = self.model.score
         weight = self.start_head if start else head.weight
         assert weight is not None, "keep_start comes first"
         bias = head.bias.float() if head.bias is not None else None
         # In float32: bf16 would leave a score three significant digits.
         values = F.linear(hidden.float(), weight.float(), bias).squeeze(-1)
-        return (values - self.score_offset) / self.score_scale
+        return rows.spread((values - self.score_offset) / self.score_scale)
 
 
 def last_token_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from deepspeed.runtime.rollout import SamplingConfig
 from tristage.rollout.base import RolloutBackend, SampledBatch, SeededRequest
 from tristage.rollout.padded import PaddedRollout
 from tristage.rollout.sampling import row_uniforms
-from tristage.rollout.static import StaticRollout, unknown_to_static
+from tristage.rollout.static import StaticRollout
 
 __all__ = [
     "PaddedRollout",
@@ -15,5 +15,4 @@ __all__ = [
     "SeededRequest",
     "StaticRollout",
     "row_uniforms",
-    "unknown_to_static",
 ]

@@ -15,7 +15,6 @@ import torch
 from deepspeed.runtime.rollout import SamplingConfig
 
 from tristage import dist
-from tristage.models.loading import takes_positions
 from tristage.rollout.base import RolloutBackend, SampledBatch, SeededRequest
 from tristage.rollout.cache import SlotCache
 from tristage.rollout.sampling import choose
@@ -27,26 +26,6 @@ PREFILL_TOKENS = 4096  # of one forward over prompts, padding included: it bound
 def looks_at_every(device: torch.device) -> int:
     """Forwards between two looks at which rows have ended: on a GPU each look waits for the device."""
     return 1 if device.type == "cpu" else 8
-
-
-def unknown_to_static(model: Any, columns: int) -> str | None:
-    """Why the cache of this backend does not know the model's family, as the end of a sentence; None if it does.
-
-    It knows families whose layers all attend to the whole row through transformers' attention interface.
-    """
-    config = model.config.get_text_config()
-    if not takes_positions(model):
-        return "it takes no position_ids"
-    if not model._supports_attention_backend or model._is_stateful:
-        return "its layers do not attend through transformers' attention interface"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    if kinds - {"full_attention", "sliding_attention"}:
-        return f"it has layers of {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
-    slides = kinds != {"full_attention"} or not hasattr(config, "layer_types")
-    if slides and window is not None and window < columns and getattr(config, "use_sliding_window", True):
-        return f"its attention slides over {window} tokens, and a row has up to {columns}"
-    return None
 
 
 class StaticRollout(RolloutBackend):
