@@ -20,6 +20,9 @@ from tristage.config import (
 )
 from tristage.errors import UserError
 
+# Rows of a forward without backward, which keeps one layer's activations, for one of a training forward.
+SCORING_WIDTH = 4
+
 
 class PPOOptimizerSettings(OptimizerSettings):
     """The same fields; eps defaults to 1e-5 as in PPO practice ("The 37 Implementation Details of PPO", detail 3)."""
@@ -157,7 +160,13 @@ class PPOSettings(Settings):
 
     epochs: int = Field(1, gt=0, description="Number of passes over the experience of one iteration.")
     minibatch: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")
-    micro_batch: int = Field(gt=0, description="Rows per forward and backward on one rank.")
+    micro_batch: int | None = Field(None, gt=0, description="Rows per forward and backward on one rank.")
+    micro_batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="In place of micro_batch: as many rows per forward and backward on one rank as have this many "
+        "tokens together, prompts and responses.",
+    )
     advantage: Literal["gae", "rloo", "grpo"] = Field(
         "gae", description="Advantages from the critic (gae), or from the other responses to a prompt (rloo, grpo)."
     )
@@ -247,6 +256,8 @@ class PPOConfig(RunSettings):
                 "key `reference` is missing; give `reference.deepspeed`, or train the actor by `actor.lora`: without "
                 "its adapters it is the reference"
             )
+        if (self.ppo.micro_batch is None) is (self.ppo.micro_batch_tokens is None):
+            raise ValueError("give one of `ppo.micro_batch` and `ppo.micro_batch_tokens`, and not both")
         self._check_advantage()
         self._check_on_critic()
         self._check_unused()
@@ -358,7 +369,7 @@ class PPOConfig(RunSettings):
             holds=holds,
             deepspeed=model.deepspeed,
             tokens=self.max_tokens,
-            rows=self.ppo.micro_batch,
+            rows=self.micro_rows,
             scored=self.rollout.max_response_tokens,
             trust_remote_code=self.trusts(name),
             **more,
@@ -366,7 +377,21 @@ class PPOConfig(RunSettings):
 
     def rollout_spec(self) -> RolloutSpec:
         rollout = self.rollout
-        return RolloutSpec(self.responses, rollout.rows_at_once, self.max_tokens, rollout.gather_weights)
+        return RolloutSpec(
+            self.responses,
+            rollout.rows_at_once,
+            self.max_tokens,
+            rollout.gather_weights,
+            SCORING_WIDTH * self.micro_rows,
+        )
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch, if all are as long as can be."""
+        if self.ppo.micro_batch is not None:
+            return self.ppo.micro_batch
+        assert self.ppo.micro_batch_tokens is not None
+        return max(1, self.ppo.micro_batch_tokens // self.max_tokens)
 
     @property
     def actor_path(self) -> str:
@@ -431,10 +456,11 @@ class PPOConfig(RunSettings):
         if self.pretraining is not None:
             self.pretraining_plan(world_size)
         keys = f"{self.file}: ppo.minibatch, ppo.micro_batch"
-        return BatchPlan.make(self.ppo.minibatch, self.ppo.micro_batch, world_size, keys)
+        # By tokens a micro-batch may be one row, and no number of rows is asked to divide.
+        return BatchPlan.make(self.ppo.minibatch, self.ppo.micro_batch or 1, world_size, keys)
 
     def pretraining_plan(self, world_size: int) -> BatchPlan:
         """Batches of the pretraining mix. Raises UserError when blocks don't divide over ranks."""
         assert self.pretraining is not None
         keys = f"{self.file}: pretraining.blocks, ppo.micro_batch"
-        return BatchPlan.make(self.pretraining.blocks, self.ppo.micro_batch, world_size, keys)
+        return BatchPlan.make(self.pretraining.blocks, self.ppo.micro_batch or 1, world_size, keys)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from step3_ppo.config import PPOConfig
+from step3_ppo.config import SCORING_WIDTH, PPOConfig
 from step3_ppo.engines import Engines
 from tristage.algo.masking import masked_mean
 from tristage.batches import PromptBatch, Sequences
@@ -123,7 +123,7 @@ def retokenized_scores(
 ) -> torch.Tensor:
     """[B]: the prompts' turns and the decoded responses, rendered and scored as the reward model reads them.
 
-    Every rank makes as many forwards, one for ppo.micro_batch rows; a filler's score is of no row and counts nowhere.
+    Every rank makes as many forwards; a filler's score is of no row and counts nowhere.
     """
     assert batch.turns is not None, "prompts without their turns"
     texts = _decode_whole(tokenizer, sequences.responses, sequences.response_mask)
@@ -134,7 +134,7 @@ def retokenized_scores(
     ]
     order = torch.tensor([0 if example is None else -len(example.ids) for example in examples]).argsort(stable=True)
     device, scores = sequences.input_ids.device, []
-    for micro in order.split(settings.ppo.micro_batch):
+    for micro in order.split(SCORING_WIDTH * settings.micro_rows):
         made = collate_sft(pick(examples, micro.tolist()), engines.reward_tokenizer.pad_token_id).to(device)
         values = engines.reward(made.input_ids, made.attention_mask)
         scores.append(pooled(values, made.attention_mask, made.loss_mask, settings.reward.score))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from step3_ppo.config import PPOConfig, PPOSettings, RolloutSettings
+from step3_ppo.config import SCORING_WIDTH, PPOConfig, PPOSettings, RolloutSettings
 from step3_ppo.engines import Engines
 from step3_ppo.rewards import RewardTerm, decode, pooled, retokenized_scores, score_texts
 from tristage import dist
@@ -28,6 +28,7 @@ from tristage.algo.ppo import (
 )
 from tristage.batches import Experience, PromptBatch, Sampled, Sequences
 from tristage.data.collate import collate_prompts
+from tristage.data.loader import fill
 from tristage.data.store import Rows
 from tristage.models.lora import adapters_off
 from tristage.models.reward_model import last_token_scores
@@ -84,6 +85,7 @@ class Responses:
     values: list[torch.Tensor]  # with a value head [B,R] of the states before each token and [B] after the last
     terms: dict[str, torch.Tensor]  # [B] each part of the reward, by name
     scores: torch.Tensor  # [B] their weighted sum
+    logprobs_from: Literal["sampler", "update", "forward"]  # see old_logprobs
 
 
 def make_rollouts(actor: Any, tokenizer: Any, settings: PPOConfig) -> RolloutBackend:
@@ -147,12 +149,35 @@ def score_responses(
     sequences = sampled.sequences
     for engine in engines.present():
         engine.eval()
-    logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, with_entropy=True)
+    values: list[torch.Tensor] = []
+    origin = old_logprobs(settings, sampled)
+    if origin == "forward":
+        logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, 1, with_entropy=True)
+    else:
+        assert sampled.entropy is not None
+        logprobs, entropy = sampled.logprobs, sampled.entropy
     ref_logprobs = _reference_logprobs(engines, sequences, settings)
     terms = _reward_terms(engines, tokenizer, sequences, prompts, settings, functions)
     weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
     scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
-    return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores)
+    return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores, origin)
+
+
+def old_logprobs(settings: PPOConfig, sampled: Sampled) -> Literal["sampler", "update", "forward"]:
+    """Where the log-probabilities of the policy that sampled come from.
+
+    sampler: the backend's own, from the logits that it sampled from. In float32 they are those of a training forward to
+    2e-6, and cost nothing.
+    update: those of the update's forward, whose ratio then is 1. An iteration of one optimizer step updates the weights
+    that sampled. Rewards take the KL from the backend's.
+    forward: one more forward of the actor. In bf16 and fp16 decoding rounds otherwise than training, which several
+    steps would take for a change of the policy; and a value head's values come from it.
+    """
+    if sampled.entropy is None or settings.value_head is not None:
+        return "forward"
+    if settings.ppo.epochs == 1 and settings.ppo.minibatch == settings.responses:
+        return "update"
+    return "sampler" if settings.precision == "float32" else "forward"
 
 
 def _reward_terms(
@@ -176,7 +201,7 @@ def _reward_terms(
                 values = engines.reward(micro.ids, micro.mask)
             return (pooled(values, micro.mask, micro.score_mask, settings.reward.score),)
 
-        (terms["model"],) = _in_micro_batches(sequences, settings.ppo.micro_batch, score)
+        (terms["model"],) = _in_micro_batches(sequences, settings, SCORING_WIDTH, score)
     if functions:
         prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask)
         responses = decode(tokenizer, sequences.responses, sequences.response_mask)
@@ -202,7 +227,7 @@ def make_experience(
         NotFiniteError: on all ranks; `control` is as it was.
     """
     ppo = settings.ppo
-    own_values, own_final = own.values or _values(engines.critic, own.sequences, ppo.micro_batch)  # 1
+    own_values, own_final = own.values or _values(engines.critic, own.sequences, settings)  # 1
     gather = rows_of_all_ranks(prompts)  # 2
     sequences = own.sequences.map(gather)
     logprobs, ref_logprobs, entropy, raw_scores, values, final_values = (
@@ -217,7 +242,9 @@ def make_experience(
     group = gather(prompts.draw_index) // settings.rollout.samples
     after = torch.where(sequences.ended, 0.0, final_values) if ppo.bootstrap else None
     advantages, returns, moments = _advantages(rewards, values, after, mask, group, ppo)  # 4
-    experience = Experience(sequences, logprobs, ref_logprobs, values, advantages, returns, control.kl.coef)
+    experience = Experience(
+        sequences, logprobs, ref_logprobs, values, advantages, returns, control.kl.coef, own.logprobs_from == "update"
+    )
     clipped = torch.zeros_like(scores) if ppo.reward_clip is None else (scores.abs() > ppo.reward_clip).float()
     everyone = torch.ones_like(scores)
     metrics = response_metrics(sequences, logprobs, ref_logprobs, entropy, raw_scores, terms, everyone) | {
@@ -254,7 +281,7 @@ def shape_scores(scores: torch.Tensor, ended: torch.Tensor, ppo: PPOSettings, co
     return scores
 
 
-def _values(critic: Any, sequences: Sequences, micro_batch: int) -> list[torch.Tensor]:
+def _values(critic: Any, sequences: Sequences, settings: PPOConfig) -> list[torch.Tensor]:
     """The critic's values of the states before each response token [B,R] and after the last one [B]; else 0."""
     if critic is None:
         nothing = torch.zeros(sequences.response_mask.shape, device=sequences.input_ids.device)
@@ -264,7 +291,7 @@ def _values(critic: Any, sequences: Sequences, micro_batch: int) -> list[torch.T
         values = critic(micro.ids, micro.mask)
         return micro.before_response(values), last_token_scores(values, micro.mask)
 
-    return _in_micro_batches(sequences, micro_batch, score)
+    return _in_micro_batches(sequences, settings, SCORING_WIDTH, score)
 
 
 def _advantages(
@@ -321,7 +348,7 @@ def response_metrics(
 
 
 def _score_policy(
-    engine: Any, sequences: Sequences, settings: PPOConfig, with_entropy: bool
+    engine: Any, sequences: Sequences, settings: PPOConfig, width: int, with_entropy: bool = False
 ) -> list[torch.Tensor]:
     """(logprobs [B,R], entropy [B,R]) of the responses at the sampling temperature; with a value head, as `_values`,
     (values [B,R], after the last token [B]) as well."""
@@ -333,25 +360,38 @@ def _score_policy(
         more = [found for x in values for found in (micro.before_response(x), last_token_scores(x, micro.mask))]
         return micro.align(logprobs), micro.align(entropy), *more
 
-    return _in_micro_batches(sequences, settings.ppo.micro_batch, score)
+    return _in_micro_batches(sequences, settings, width, score)
 
 
 def _reference_logprobs(engines: Engines, sequences: Sequences, settings: PPOConfig) -> torch.Tensor:
     """[B,R] of the reference; without an engine of its own it is the actor, its adapters off."""
     if engines.reference is not None:
-        return _score_policy(engines.reference, sequences, settings, with_entropy=False)[0]
+        return _score_policy(engines.reference, sequences, settings, SCORING_WIDTH)[0]
     with adapters_off(engines.actor.module):
-        return _score_policy(engines.actor, sequences, settings, with_entropy=False)[0]
+        return _score_policy(engines.actor, sequences, settings, SCORING_WIDTH)[0]
 
 
 def _in_micro_batches(
-    sequences: Sequences, micro_batch: int, score: Callable[[Any], tuple[torch.Tensor, ...]]
+    sequences: Sequences, settings: PPOConfig, width: int, score: Callable[[Any], tuple[torch.Tensor, ...]]
 ) -> list[torch.Tensor]:
-    """Run `score` on micro-batches of rows of like length; its results [b,...] in the rows' order, [B,...].
-
-    Micro-batches are those of training, so that the old log-probabilities come from the same forward as the new.
+    """Run `score` on micro-batches `width` times as large as training's; its results [b,...] in the rows' order,
+    [B,...]. With a width of 1 the log-probabilities come from the same forward as training's.
     """
-    order = sequences.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-    found = [score(sequences.micro_batch(rows)) for rows in order.split(micro_batch)]
+    lengths = sequences.attention_mask.sum(dim=1)
+    # Responses to one prompt next to each other: they share its forward. Then rows of like length.
+    samples = settings.rollout.samples if len(lengths) % settings.rollout.samples == 0 else 1
+    longest = lengths.view(-1, samples).amax(dim=1).argsort(descending=True, stable=True)
+    order = (longest[:, None] * samples + torch.arange(samples, device=longest.device)).flatten()
+    found = [score(sequences.micro_batch(rows)) for rows in _split(order, lengths, settings, width)]
     back = order.argsort()
     return [torch.cat(parts)[back] for parts in zip(*found, strict=True)]
+
+
+def _split(order: torch.Tensor, lengths: torch.Tensor, settings: PPOConfig, width: int) -> Sequence[torch.Tensor]:
+    """The micro-batches of forwards over rows `order`, as many on each rank."""
+    if settings.ppo.micro_batch is not None:
+        return order.split(width * settings.ppo.micro_batch)
+    assert settings.ppo.micro_batch_tokens is not None
+    rows, sizes, tokens = order.tolist(), lengths.tolist(), width * settings.ppo.micro_batch_tokens
+    needed = dist.max_over_ranks({"forwards": float(len(fill(rows, sizes, tokens)))}, order.device)["forwards"]
+    return [torch.tensor(part, device=order.device) for part in fill(rows, sizes, tokens, at_least=int(needed))]

@@ -70,8 +70,8 @@ def train(run: PPORun) -> None:
                     experience, metrics = make_experience(engines, own, prompts, settings, control)
                 saver.stop_if_asked(iteration - 1, carried)  # the rollout is dropped: a resumed run samples the same
                 warned = warned or warn_of_constant(metrics)
-                if iteration == 1:
-                    check_first_iteration(engines, experience, settings, inputs.plan)
+                if iteration == run.first + 1:
+                    check_first_iteration(engines, experience, settings, run.rollouts.name, untrained=run.first == 0)
                 with watch("update"):  # 4
                     losses, minibatches = ppo_update(engines, experience, iteration, settings, inputs.plan, run.extras)
                 note_minibatches(run.health, iteration, minibatches, names)

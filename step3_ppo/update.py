@@ -20,9 +20,12 @@ from tristage.algo.masking import masked_sum
 from tristage.algo.ppo import clipped_policy_loss, clipped_value_loss, huber_value_loss, kl_estimate
 from tristage.batches import Experience, SFTBatch
 from tristage.config import BatchPlan
-from tristage.data.loader import RowNumbers, deal
+from tristage.data.loader import RowNumbers, deal, deal_tokens
 from tristage.engine import FORWARD_TOLERANCE, StepReport, backward_mean, optimizer_steps
+from tristage.errors import UserError
 from tristage.training.metrics import Averages
+
+CHECKED_ROWS = 4  # of each rank, by check_first_iteration
 
 
 @dataclass
@@ -55,7 +58,7 @@ def ppo_update(
     """All optimizer steps of one iteration: (metrics averaged over tokens, epochs and ranks; a report per step). A
     collective.
 
-    Rows are shuffled anew each epoch over all ranks; the set of rows of a minibatch, and so the update, does not
+    Prompts are shuffled anew each epoch over all ranks; the set of rows of a minibatch, and so the update, does not
     depend on the number of ranks or the micro-batch. While the critic warms up, the actor is not trained.
     """
     device = experience.logprobs.device
@@ -68,7 +71,7 @@ def ppo_update(
     steps = len(experience.logprobs) // plan.global_batch
     epoch = 0
     for epoch in range(settings.ppo.epochs):
-        order = np.random.default_rng([settings.seed, iteration, epoch]).permutation(len(experience.logprobs))
+        order = shuffled(len(experience.logprobs), plan.global_batch, settings, [iteration, epoch])
         epoch_kl = Averages()
         for place, rows in enumerate(np.split(order, steps)):
             number = ((iteration - 1) * settings.ppo.epochs + epoch) * steps + place  # optimizer step, 0-based
@@ -79,6 +82,13 @@ def ppo_update(
             if epoch_kl.reduce(device)["policy/approx_kl"] > settings.ppo.target_kl:
                 break
     return averages.reduce(device) | {"policy/epochs": epoch + 1.0}, reports
+
+
+def shuffled(rows: int, minibatch: int, settings: PPOConfig, draw: list[int]) -> np.ndarray:
+    """[rows] in the order of an epoch. Responses to one prompt stay together where minibatches hold whole prompts."""
+    samples = settings.rollout.samples if minibatch % settings.rollout.samples == 0 else 1
+    prompts = np.random.default_rng([settings.seed, *draw]).permutation(rows // samples)
+    return (prompts[:, None] * samples + np.arange(samples)).ravel()
 
 
 @dataclass
@@ -97,7 +107,7 @@ class Minibatch:
     ) -> MinibatchReport:
         losses = defaultdict(list)  # by engine, of each backward
         global_tokens = float(self.experience.mask[rows].sum())
-        dealt = deal(rows, lengths, plan, dist.rank())
+        dealt = self._deal(rows, lengths, plan)
         for micro in dealt:
             places = torch.tensor(micro)
             if not self.warming:
@@ -110,6 +120,15 @@ class Minibatch:
         if not self.warming and extras.after_step is not None:
             extras.after_step(number, report.skipped)
         return MinibatchReport(report, dealt)
+
+    def _deal(self, rows: list[int], lengths: list[int], plan: BatchPlan) -> list[RowNumbers]:
+        """This rank's micro-batches; responses to one prompt stay together, for they share its forward."""
+        ppo, samples = self.settings.ppo, self.settings.rollout.samples
+        together = samples if len(rows) % (samples * plan.world_size) == 0 else 1
+        if ppo.micro_batch_tokens is not None:
+            by_tokens = deal_tokens(rows, lengths, plan, dist.rank(), ppo.micro_batch_tokens, together)
+            return [[*micro] for micro in by_tokens]
+        return deal(rows, lengths, plan, dist.rank(), together)
 
     def _step(self, losses: Mapping[str, list[torch.Tensor]]) -> StepReport:
         """Both engines step, or neither; what they did together, each micro-batch's losses added up."""
@@ -126,10 +145,11 @@ class Minibatch:
         """Forward and backward of the actor on one micro-batch, its loss sum; rows [b] index the experience."""
         experience, ppo = self.experience, self.settings.ppo
         micro, mask = experience.sequences.micro_batch(rows), experience.mask[rows]
-        old_logprobs, advantages = experience.logprobs[rows], experience.advantages[rows]
+        advantages = experience.advantages[rows]
         temperature, with_entropy = self.settings.rollout.temperature, ppo.entropy_coef > 0
         found = self.engines.actor(micro.ids, micro.mask, micro.score_mask, temperature, with_entropy)
         logprobs, entropy = (micro.align(x) for x in found[:2])
+        old_logprobs = logprobs.detach() if experience.updates_once else experience.logprobs[rows]
         losses = clipped_policy_loss(logprobs, old_logprobs, advantages, ppo.clip, ppo.clip_high, ppo.dual_clip)
         if ppo.kl_in == "loss":
             losses = losses + experience.kl_coef * kl_estimate(logprobs, experience.ref_logprobs[rows], ppo.kl_kind)
@@ -190,28 +210,33 @@ class Minibatch:
 
 
 @torch.no_grad()
-def check_first_iteration(engines: Engines, experience: Experience, settings: PPOConfig, plan: BatchPlan) -> None:
-    """Before the first update: training's own forward gives the sampled log-probabilities again (ratio 1), and
-    an actor that starts as its reference has KL 0. Dropout left on, a wrong mask or another temperature fail here.
+def check_first_iteration(
+    engines: Engines, experience: Experience, settings: PPOConfig, backend: str, untrained: bool = True
+) -> None:
+    """Before this process's first update: training's own forward gives the log-probabilities of the rollout again
+    (ratio 1), and an `untrained` actor that starts as its reference has KL 0. Dropout left on, a wrong mask, another
+    temperature or a `backend` that computes something else fail here.
 
     Raises:
-        RuntimeError: on every rank, with the two numbers.
+        UserError: on every rank, with the two numbers.
     """
     engines.actor.train()
-    rows = torch.arange(plan.micro_batch * dist.rank(), plan.micro_batch * (dist.rank() + 1))
+    ranks = dist.world_size()
+    rows = torch.arange(dist.rank(), min(len(experience.logprobs), CHECKED_ROWS * ranks), ranks)
     micro, mask = experience.sequences.micro_batch(rows), experience.mask[rows]
     found = micro.align(engines.actor(micro.ids, micro.mask, micro.score_mask, settings.rollout.temperature)[0])
     log_ratio = _largest(found - experience.logprobs[rows], mask)
     kl = _largest(kl_estimate(experience.logprobs, experience.ref_logprobs), experience.mask)
-    if settings.reference_path != settings.actor_path:
+    if settings.reference_path != settings.actor_path or not untrained:
         kl = 0.0
     worst: dict[str, Any] = dist.max_over_ranks({"log_ratio": log_ratio, "kl": kl}, experience.logprobs.device)
     tolerance = FORWARD_TOLERANCE[settings.precision]
     if max(worst.values()) > tolerance:
-        raise RuntimeError(
+        fix = "" if backend == "padded" else "set rollout.backend=padded, and "
+        raise UserError(
             f"before the first update the log-ratio is {worst['log_ratio']:.2e} and the KL to the reference "
             f"{worst['kl']:.2e}, both should be 0 (tolerance {tolerance}): the model's forward differs between "
-            "sampling, scoring and training; report this with the model's config.json"
+            f"sampling (backend {backend}), scoring and training; {fix}report this with the model's config.json"
         )
 
 

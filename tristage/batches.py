@@ -163,6 +163,7 @@ class Experience:
     advantages: torch.Tensor  # [N,R] whitened over all rows
     returns: torch.Tensor  # [N,R]
     kl_coef: float = 0.0  # of this iteration
+    updates_once: bool = False  # by the weights that sampled: the update's forward gives their log-probabilities too
 
     @property
     def mask(self) -> torch.Tensor:

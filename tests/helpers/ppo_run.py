@@ -40,7 +40,7 @@ class Run:
         return make_experience(self.engines, own, batch, settings, self.ppo.control)
 
     def check(self, experience: Experience) -> None:
-        check_first_iteration(self.engines, experience, self.settings, self.ppo.inputs.plan)
+        check_first_iteration(self.engines, experience, self.settings, self.rollouts.name)
 
     def update(self, experience: Experience, iteration: int = 1) -> dict[str, float]:
         return ppo_update(self.engines, experience, iteration, self.settings, self.ppo.inputs.plan)[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import tiny
 from tristage.config import BatchPlan
-from tristage.data.loader import WINDOW_STEPS, Loader, evaluation_rows
+from tristage.data.loader import WINDOW_STEPS, Loader, deal, deal_tokens, evaluation_rows, fill
 from tristage.errors import UserError
 from tristage.training import setup
 
@@ -171,9 +171,51 @@ def test_nothing_to_train_on_is_an_error(lengths, epochs):
 def test_rows_of_like_length_share_a_micro_batch_over_the_ranks():
     lengths = [9, 4, 6, 8, 3, 7, 5]
     assert [loader.step_rows(0) for loader in loaders(2, 2, lengths=lengths)] == [
-        [[0, 3], [6, 1]],  # lengths 9 8, 5 4
-        [[5, 2], [4, None]],  # lengths 7 6, 3
+        [[0, 2], [6, None]],  # lengths 9 6, 5
+        [[3, 5], [1, 4]],  # lengths 8 7, 4 3
     ]
+
+
+@pytest.mark.parametrize("ranks, micro_batch", [(2, 4), (2, 16), (4, 2), (4, 8), (8, 1)])
+def test_ranks_get_about_as_many_tokens(ranks, micro_batch):
+    """No rank has more than the mean by a tenth, unless its one longest row has."""
+    plan = BatchPlan.make(32, micro_batch, ranks)
+    excess, in_blocks = [], []
+    for start in range(0, 3200, 32):
+        rows = range(start, start + 32)
+        dealt = [[row for micro in deal(rows, SKEWED, plan, rank) for row in micro] for rank in range(ranks)]
+        assert sorted(row for own in dealt for row in own) == [*rows]
+        least = max(SKEWED[start : start + 32].sum() / ranks, SKEWED[start : start + 32].max())
+        excess.append(max(SKEWED[own].sum() for own in dealt) / least)
+        blocks = np.sort(SKEWED[start : start + 32])[::-1].reshape(-1, ranks, micro_batch)
+        in_blocks.append(blocks.sum(axis=(0, 2)).max() / least)
+    assert np.mean(excess) < 1.1 and np.mean(excess) < 0.99 * np.mean(in_blocks)
+
+
+def test_rows_that_belong_together_stay_on_one_rank():
+    plan = BatchPlan.make(12, 3, 2)
+    lengths = [5, 6, 7, 1, 2, 3, 9, 9, 9, 4, 4, 4]
+    dealt = [deal(range(12), lengths, plan, rank, together=3) for rank in (0, 1)]
+    assert dealt == [[[6, 7, 8], [3, 4, 5]], [[0, 1, 2], [9, 10, 11]]]
+
+
+def test_a_micro_batch_is_filled_to_its_tokens_but_never_empty():
+    lengths = [9, 5, 4, 3, 2, 20]
+    assert fill([5, 0, 1, 2, 3, 4], lengths, 10) == [[5], [0], [1, 2], [3, 4]]
+    assert fill([0, 1, 2, 3], lengths, 100) == [[0, 1, 2, 3]]
+    assert fill([0, 1, 2, 3], lengths, 100, at_least=3) == [[0], [1], [2, 3]]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=24), st.integers(1, 4), st.integers(1, 100))
+@thorough
+def test_by_tokens_every_row_comes_once_in_as_many_micro_batches_on_each_rank(lengths, ranks, tokens):
+    rows = list(range(len(lengths) * ranks))
+    lengths = lengths * ranks
+    dealt = [deal_tokens(rows, lengths, BatchPlan.make(len(rows), 1, ranks), rank, tokens) for rank in range(ranks)]
+    assert sorted(row for rank in dealt for micro in rank for row in micro) == rows
+    assert len({len(rank) for rank in dealt}) == 1
+    for micro in (micro for rank in dealt for micro in rank):
+        assert micro and (len(micro) == 1 or sum(lengths[row] for row in micro) <= tokens)
 
 
 @pytest.mark.parametrize("seed", range(4))

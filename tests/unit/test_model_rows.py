@@ -115,14 +115,15 @@ def assert_close(found: list[dict[str, torch.Tensor]], tolerance: float = 1e-5) 
 def policy_forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor) -> Forward:
     def forward() -> dict[str, torch.Tensor]:
         logprobs, entropy, *values = model(ids, mask, wanted, 0.7, with_entropy=True)
-        return {"logprobs": logprobs, "entropy": entropy} | {"values": x[:, 1:] * mask[:, 1:] for x in values}
+        spread = {"values": values[0] * mask} if values else {}
+        return {"logprobs": logprobs, "entropy": entropy} | spread
 
     return forward
 
 
 def reward_forward(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Forward:
     def forward() -> dict[str, torch.Tensor]:
-        return dict(values=model(ids, mask) * mask)
+        return {"values": model(ids, mask) * mask}
 
     return forward
 

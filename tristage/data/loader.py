@@ -6,6 +6,7 @@ micro-batch only decide which rank runs them.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 
@@ -100,13 +101,72 @@ def evaluation_rows(
     return deal(list(range(len(lengths))), lengths, plan, rank)
 
 
-def deal(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, plan: BatchPlan, rank: int) -> list[RowNumbers]:
+def deal(
+    rows: Sequence[int], lengths: Sequence[int] | np.ndarray, plan: BatchPlan, rank: int, together: int = 1
+) -> list[RowNumbers]:
     """`rank`'s micro-batches of one step's `rows`, which may be fewer than the plan's (fillers complete them).
 
-    Sorted, longest first (so that out-of-memory shows on the first micro-batch), and dealt in blocks like cards:
-    micro_batch 2, 2 ranks, lengths 9 8 7 6 5 4 3:   rank 0: [9 8] [5 4]   rank 1: [7 6] [3 None]
+    Sorted, longest first (so that out-of-memory shows on the first micro-batch), and each dealt to the rank with the
+    fewest tokens that has room (Graham 1969): micro_batch 2, 2 ranks, lengths 9 8 7 6 5 4 3:
+    rank 0: [9 6] [5 None]   rank 1: [8 7] [4 3]
+
+    Each `together` rows that follow each other in `rows` stay on one rank; they must divide its share.
     """
-    by_length = sorted(rows, key=lambda row: (-lengths[row], row))
-    dealt: RowNumbers = [*by_length, *[None] * (plan.global_batch - len(rows))]
-    starts = range(rank * plan.micro_batch, len(dealt), plan.micro_batch * plan.world_size)
-    return [dealt[start : start + plan.micro_batch] for start in starts]
+    own = [row for unit in _shares(rows, lengths, plan, together)[rank] for row in unit]
+    return [own[start : start + plan.micro_batch] for start in range(0, len(own), plan.micro_batch)]
+
+
+def deal_tokens(
+    rows: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
+    plan: BatchPlan,
+    rank: int,
+    tokens: int,
+    together: int = 1,
+) -> list[list[int]]:
+    """As `deal` of as many rows as the plan has, with as many in a micro-batch as fit `tokens`, but at least one; each
+    rank has as many micro-batches.
+    """
+    dealt = _shares(rows, lengths, plan, together)
+    shares = [[row for unit in share for row in unit if row is not None] for share in dealt]
+    needed = [len(fill(share, lengths, tokens)) for share in shares]
+    return fill(shares[rank], lengths, tokens, at_least=max(needed))
+
+
+def fill(
+    rows: Sequence[int], lengths: Sequence[int] | np.ndarray, tokens: int, at_least: int = 1
+) -> list[list[int]]:
+    """`rows` in their order, in micro-batches of at most `tokens` unless one row has more; `at_least` so many."""
+    filled: list[list[int]] = []
+    left = 0
+    for row in rows:
+        if not filled or lengths[row] > left:
+            filled.append([])
+            left = tokens
+        filled[-1].append(row)
+        left -= int(lengths[row])
+    while len(filled) < at_least:  # the most rows are halved: there are as many rows as micro-batches, or more
+        place = max(range(len(filled)), key=lambda i: len(filled[i]))
+        half = len(filled[place]) // 2
+        filled[place : place + 1] = [filled[place][:half], filled[place][half:]]
+    return filled
+
+
+def _shares(
+    rows: Sequence[int], lengths: Sequence[int] | np.ndarray, plan: BatchPlan, together: int
+) -> list[list[RowNumbers]]:
+    """Each rank's units of `together` rows, the longest first."""
+    real = [rows[start : start + together] for start in range(0, len(rows), together)]
+    real.sort(key=lambda unit: (-sum(int(lengths[row]) for row in unit), unit[0]))
+    units: list[RowNumbers] = [[*unit] for unit in real]
+    units += [[None] * together] * (plan.global_batch // together - len(units))
+    room, remainder = divmod(len(units), plan.world_size)
+    assert not remainder, f"{len(units)} units of {together} rows on {plan.world_size} ranks"
+    shares: list[list[RowNumbers]] = [[] for _ in range(plan.world_size)]
+    fewest = [(0, rank) for rank in range(plan.world_size)]  # a heap of (tokens, rank) of the ranks with room
+    for unit in units:
+        tokens, rank = heapq.heappop(fewest)
+        shares[rank].append(unit)
+        if len(shares[rank]) < room:
+            heapq.heappush(fewest, (tokens + sum(int(lengths[row]) for row in unit if row is not None), rank))
+    return shares

@@ -143,7 +143,11 @@ def _ppo_phases(
         },
     )
     for engine in engines:
-        yield Phase(f"scoring by the {engine.name}", forward(engine, entropy=engine.name == "actor"))
+        scorer = engine
+        if engine is not actor:
+            rows = min(rollout.scored_at_once, rollout.rows // machine.ranks)
+            scorer = dataclasses.replace(engine, rows=rows)
+        yield Phase(f"scoring by the {engine.name}", forward(scorer, entropy=engine is actor))
     learners = [engine for engine in engines if not engine.frozen]
     waiting = {engine.name: kept_gradients(engine, machine) for engine in learners}
     for engine in learners:
