@@ -207,7 +207,7 @@ def test_bf16_starts_where_float32_does(step: str, runs: Runs) -> None:
         # Rounding moves some samples to another token, so only averages are alike.
         assert lines[0]["objective/entropy"] == pytest.approx(expected[0]["objective/entropy"], rel=0.05)
         assert lines[0]["rollout/length"] == pytest.approx(expected[0]["rollout/length"], rel=0.25)
-        assert lines[0]["objective/kl"] == 0
+        assert abs(lines[0]["objective/kl"]) < 0.01  # decoding and the reference's forward round apart
     else:
         for line, its in zip(lines[:4], expected[:4], strict=True):
             assert line[LOSS[step]] == pytest.approx(its[LOSS[step]], rel=0.03)

@@ -190,10 +190,8 @@ def run_both(folders: dict[str, str], settings: PPOConfig, tokenizer: Any, ids: 
         return PlainEngine(load(folders[name], tokenizer, dtype=torch.float64))
 
     engines = Engines(engine("actor"), engine("critic"), engine("reference"), engine("reward"))
-    nothing = torch.zeros(B, R)
-    sampled = SimpleNamespace(
-        input_ids=ids, attention_mask=torch.ones_like(ids).bool(), logprobs=nothing, entropy=nothing, weights_version=0
-    )
+    mask = torch.ones_like(ids).bool()  # without entropy the actor's forward gives the log-probabilities
+    sampled = SimpleNamespace(input_ids=ids, attention_mask=mask, logprobs=None, entropy=None, weights_version=0)
     rollouts: Any = SimpleNamespace(generate=lambda request, sampling: sampled, stop_ids=(tokenizer.eos_token_id,))
     prompts = PromptBatch(ids[:, :P], sampled.attention_mask[:, :P], torch.arange(B), torch.ones(B).bool())
     sampled = sample_responses(rollouts, prompts, settings.rollout, settings.seed, 1)
@@ -382,4 +380,5 @@ def test_the_files_that_the_preset_names_are_there(
 
 def test_the_preset_spells_out_every_setting_of_the_algorithm(preset: PPOConfig) -> None:
     unset = set(type(preset.ppo).model_fields) - preset.ppo.model_fields_set
-    assert unset == {"huber_delta", "adaptive_kl_horizon"}  # of choices that it does not make
+    # of choices that it does not make
+    assert unset == {"huber_delta", "adaptive_kl_horizon", "micro_batch_tokens"}
