@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import oracles
-from tristage.algo.logprobs import entropy, linear_token_logprobs, token_logprobs
+from tristage.algo import logprobs as module
+from tristage.algo.logprobs import LogitLimits, chunk_rows, entropy, linear_token_logprobs, token_logprobs
 
 B, T, V, H = 3, 5, 11, 4
 
@@ -20,11 +22,50 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def rows_at_a_time(chunk: int, block: int = 2, vocabulary: int = V) -> LogitLimits:
+    """Limits for float32 logits."""
+    return LogitLimits(chunk * vocabulary * 4, block * vocabulary * 4)
+
+
 def linear_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden [B,T,H], weight [V,H], bias [V], ids [B,T]"""
     g = generator(seed)
     hidden, weight, bias = (torch.randn(s, generator=g) for s in ((B, T, H), (V, H), (V,)))
     return hidden, weight, bias, torch.randint(0, V, (B, T), generator=g)
+
+
+class Shapes(TorchDispatchMode):
+    """Records name and shape of what each operation gives, in forward and in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.found.append((func.overloadpacket.__name__, tuple(result.shape)))
+        return result
+
+
+class LiveLogits(TorchDispatchMode):
+    """Bytes of tensors [.,V] that an operation gave and that are still referred to: now, and the most at one time."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.peak = vocabulary, 0
+        self.tensors: list[weakref.ref[Tensor]] = []
+
+    def now(self) -> int:
+        tensors = [x for ref in self.tensors if (x := ref()) is not None]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.ndim == 2 and result.shape[1] == self.vocabulary:
+            self.tensors.append(weakref.ref(result))
+            self.peak = max(self.peak, self.now())
+        return result
 
 
 def test_token_logprobs_on_a_four_token_vocabulary() -> None:
@@ -88,7 +129,7 @@ def test_bfloat16_logits_are_upcast_before_the_softmax() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_linear_token_logprobs_match_the_oracle(temperature: float) -> None:
     hidden, weight, bias, ids = linear_case(0)
-    logprobs, entropies = linear_token_logprobs(hidden, weight, ids, bias, temperature, chunk_tokens=4)
+    logprobs, entropies = linear_token_logprobs(hidden, weight, ids, bias, temperature, limits=rows_at_a_time(4))
     logits = torch.tensor(oracles.linear_logits(hidden, weight, bias, temperature))
     expected = torch.tensor(oracles.token_logprobs(logits, ids))
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
@@ -102,11 +143,11 @@ def test_temperature_two_halves_the_logits() -> None:
     assert logprobs.item() == pytest.approx(math.log(3 / 4))
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 15, 16, 1000])  # there are 15 rows
+@pytest.mark.parametrize("chunk", [1, 2, 4, 15, 16, 1000])  # there are 15 rows
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("entropy_in_loss", [False, True])
 def test_linear_token_logprobs_equal_the_whole_form_in_value_and_gradient(
-    chunk_tokens: int, with_bias: bool, entropy_grad: bool
+    chunk: int, with_bias: bool, entropy_in_loss: bool
 ) -> None:
     hidden, weight, bias, ids = linear_case(1)
     upstream = torch.randn(2, B, T, generator=generator(2))
@@ -115,30 +156,102 @@ def test_linear_token_logprobs_equal_the_whole_form_in_value_and_gradient(
         h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
         if chunked:
             logprobs, entropies = linear_token_logprobs(
-                h, w, ids, b if with_bias else None, 0.7, chunk_tokens, entropy_grad
+                h, w, ids, b if with_bias else None, 0.7, limits=rows_at_a_time(chunk)
             )
         else:
             logits = (h @ w.T + (b if with_bias else 0)) / 0.7
             logprobs, entropies = token_logprobs(logits, ids), entropy(logits)
         loss = (logprobs * upstream[0]).sum()
-        if entropy_grad:
+        if entropy_in_loss:
             loss = loss + (entropies * upstream[1]).sum()
         leaves = (h, w, b) if with_bias else (h, w)
         results.append([logprobs, entropies, *torch.autograd.grad(loss, leaves)])
-    for whole, chunk in zip(*results, strict=True):
-        torch.testing.assert_close(chunk, whole, atol=1e-5, rtol=1e-5)
+    for whole, chunk_by_chunk in zip(*results, strict=True):
+        torch.testing.assert_close(chunk_by_chunk, whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_tokens", [4, 1000])
-def test_entropy_carries_a_gradient_only_when_asked(chunk_tokens: int) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("chunk", [2, 6])
+def test_the_gradient_is_that_of_finite_differences(temperature: float, with_entropy: bool, chunk: int) -> None:
+    hidden, weight, bias, ids = (x.double() if x.is_floating_point() else x for x in linear_case(7))
+    limits = LogitLimits(chunk * V * 8, V * 4)
+
+    def scores(*leaves: Tensor) -> tuple[Tensor, ...]:
+        found = module._LinearTokenLogprobs.apply(*leaves, ids.flatten()[:6], temperature, with_entropy, limits, True)
+        return found if with_entropy else found[:1]
+
+    leaves = [x.requires_grad_() for x in (hidden.view(-1, H)[:6].clone(), weight, bias)]
+    assert torch.autograd.gradcheck(scores, leaves)
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_a_second_backward_gives_the_same_gradient(chunk: int) -> None:
+    """The first overwrites the logits that were kept."""
+    hidden, weight, _, ids = linear_case(1)
+    weight.requires_grad_()
+    logprobs, entropies = linear_token_logprobs(hidden, weight, ids, limits=rows_at_a_time(chunk))
+    first, second = (torch.autograd.grad((logprobs + entropies).sum(), weight, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_an_entropy_alone_has_its_gradient() -> None:
     hidden, weight, _, ids = linear_case(1)
     hidden.requires_grad_()
-    for wanted in (False, True):
-        logprobs, entropies = linear_token_logprobs(
-            hidden, weight, ids, chunk_tokens=chunk_tokens, entropy_grad=wanted
-        )
-        assert logprobs.requires_grad
-        assert entropies.requires_grad is wanted
+    (found,) = torch.autograd.grad(linear_token_logprobs(hidden, weight, ids)[1].sum(), hidden)
+    (expected,) = torch.autograd.grad(entropy(hidden @ weight.T).sum(), hidden)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_entropy_nan_is_in_its_place_and_carries_no_gradient() -> None:
+    hidden, weight, _, ids = linear_case(1)
+    logprobs, entropies = linear_token_logprobs(hidden.requires_grad_(), weight, ids, with_entropy=False)
+    assert entropies.isnan().all() and not entropies.requires_grad
+    logprobs.sum().backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_a_bias_that_forbids_a_token_gives_finite_gradients(chunk: int) -> None:
+    hidden, weight, bias, ids = linear_case(1)
+    bias[0], ids = -torch.inf, ids.clamp(min=1)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    logprobs, entropies = linear_token_logprobs(hidden, weight, ids, bias, limits=rows_at_a_time(chunk))
+    expected = torch.tensor(oracles.entropy((hidden[..., None, :] * weight[1:]).sum(-1) + bias[1:]))
+    torch.testing.assert_close(entropies, expected, atol=1e-5, rtol=1e-5)
+    for gradient in torch.autograd.grad((logprobs - 1000 * entropies).sum(), leaves):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    hidden, weight, _, ids = linear_case(1)
+    leaves = {"hidden": hidden, "weight": weight}
+    trained = leaves["weight" if frozen == "hidden" else "hidden"].requires_grad_()
+    with Shapes() as shapes:
+        linear_token_logprobs(hidden, weight, ids)[0].sum().backward()
+    assert trained.grad is not None and leaves[frozen].grad is None
+    products = [shape for name, shape in shapes.found if name in ("mm", "addmm_")]
+    # the logits, and the gradient of what is trained
+    assert products == [(B * T, V), (V, H) if frozen == "hidden" else (B * T, H)]
+
+
+@pytest.mark.parametrize("rows, row_bytes, limit, expected", [
+    (15, 44, 44 * 15, 15), (15, 44, 44 * 15 - 1, 8), (15, 44, 44 * 4, 4), (15, 44, 1, 1), (0, 44, 100, 1), (9, 1, 4, 3),
+])  # fmt: skip
+def test_chunks_are_as_few_as_the_limit_allows_and_of_one_size(
+    rows: int, row_bytes: int, limit: int, expected: int
+) -> None:
+    assert chunk_rows(rows, row_bytes, limit) == expected
+
+
+@pytest.mark.parametrize("chunk, products", [(15, 1), (8, 2 + 1), (5, 3 + 2)])
+def test_logits_of_the_last_chunk_are_computed_once_and_those_of_the_others_twice(chunk: int, products: int) -> None:
+    hidden, weight, _, ids = linear_case(1)
+    hidden.requires_grad_()
+    with Shapes() as shapes:
+        linear_token_logprobs(hidden, weight, ids, limits=rows_at_a_time(chunk))[0].sum().backward()
+    assert sum(name == "mm" and shape[1] == V for name, shape in shapes.found) == products
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, T), (B, 0)])
@@ -146,7 +259,7 @@ def test_no_rows_give_no_logprobs_and_a_zero_gradient(shape: tuple[int, ...]) ->
     hidden = torch.zeros(*shape, H, requires_grad=True)
     weight = torch.randn(V, H, generator=generator(0), requires_grad=True)
     ids = torch.zeros(shape, dtype=torch.long)
-    logprobs, entropies = linear_token_logprobs(hidden, weight, ids, chunk_tokens=4)
+    logprobs, entropies = linear_token_logprobs(hidden, weight, ids, limits=rows_at_a_time(4))
     assert logprobs.shape == entropies.shape == shape
     logprobs.sum().backward()
     assert hidden.grad is not None and hidden.grad.shape == hidden.shape
@@ -163,7 +276,7 @@ def test_a_single_token_needs_no_leading_dimension() -> None:
 def test_bfloat16_hidden_and_weight_give_float32_and_bfloat16_gradients() -> None:
     hidden, weight, _, ids = linear_case(4)
     h, w = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
-    logprobs, entropies = linear_token_logprobs(h, w, ids, chunk_tokens=4)
+    logprobs, entropies = linear_token_logprobs(h, w, ids, limits=rows_at_a_time(2))
     assert logprobs.dtype == entropies.dtype == torch.float32
     # The product is rounded to bfloat16, then everything is float32.
     torch.testing.assert_close(logprobs, token_logprobs(h @ w.T, ids))
@@ -176,56 +289,33 @@ def test_inputs_are_left_alone() -> None:
     inputs = linear_case(5)
     before = [x.clone() for x in inputs]
     hidden, weight, bias, ids = inputs
-    linear_token_logprobs(hidden, weight, ids, bias, 0.5, chunk_tokens=4)
+    linear_token_logprobs(hidden, weight, ids, bias, 0.5, limits=rows_at_a_time(4))
     token_logprobs(hidden @ weight.T, ids)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any operation gives, in forward and in backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, Tensor):
-                self.numel = max(self.numel, x.numel())
-        return result
-
-
-def test_the_vocabulary_is_never_held_for_more_than_one_chunk() -> None:
-    rows, vocabulary, chunk = 256, 500, 16
-    hidden = torch.randn(rows, H, generator=generator(0), requires_grad=True)
-    weight = torch.randn(vocabulary, H, generator=generator(1), requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [16, 256])
+def test_memory_is_a_chunk_of_logits_and_three_blocks(chunk: int, dtype: torch.dtype) -> None:
+    rows, vocabulary = 256, 500
+    hidden = torch.randn(rows, H, generator=generator(0)).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, H, generator=generator(1)).to(dtype).requires_grad_()
     ids = torch.randint(0, vocabulary, (rows,), generator=generator(2))
-    with LargestTensor() as whole:
+    with LiveLogits(vocabulary) as live:
         token_logprobs(hidden @ weight.T, ids).sum().backward()
-    assert whole.numel == rows * vocabulary  # the recorder sees what it should
-    with LargestTensor() as chunked:
-        logprobs, entropies = linear_token_logprobs(
-            hidden, weight, ids, chunk_tokens=chunk, entropy_grad=True
-        )
+    assert live.peak > 2 * rows * vocabulary * dtype.itemsize  # the recorder sees what it should
+    limits = LogitLimits(chunk * vocabulary * dtype.itemsize, 2 * vocabulary * 4)
+    with LiveLogits(vocabulary) as live:
+        logprobs, entropies = linear_token_logprobs(hidden, weight, ids, temperature=0.7, limits=limits)
+        kept = live.now()
         (logprobs + entropies).sum().backward()
-    assert chunked.numel == chunk * vocabulary
-
-
-def test_no_chunk_keeps_its_logits_for_backward() -> None:
-    rows, vocabulary, chunk = 64, 500, 16
-    hidden = torch.randn(rows, H, generator=generator(0), requires_grad=True)
-    weight = torch.randn(vocabulary, H, generator=generator(1), requires_grad=True)
-    ids = torch.randint(0, vocabulary, (rows,), generator=generator(2))
-    saved: list[int] = []
-
-    def pack(x: Tensor) -> Tensor:
-        saved.append(x.numel())
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk)
-    assert not saved or max(saved) <= weight.numel()
+    assert kept == limits.chunk  # the last chunk's
+    assert limits.chunk < live.peak <= limits.chunk + 3 * limits.block
+    assert live.now() == 0
+    with torch.no_grad(), LiveLogits(vocabulary) as live:
+        linear_token_logprobs(hidden, weight, ids, limits=limits)
+        assert live.now() == 0
+    assert limits.chunk < live.peak <= limits.chunk + 3 * limits.block
 
 
 def test_the_weight_is_used_as_it_is_and_never_copied() -> None:
@@ -241,5 +331,5 @@ def test_the_weight_is_used_as_it_is_and_never_copied() -> None:
             return func(*args, **(kwargs or {}))
 
     with Watch():  # chunks of 3, so that no chunk of logits has the shape of the weight
-        linear_token_logprobs(hidden, weight, ids, chunk_tokens=3)
+        linear_token_logprobs(hidden, weight, ids, limits=rows_at_a_time(3))
     assert pointers == {weight.untyped_storage().data_ptr()}

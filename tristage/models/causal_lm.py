@@ -87,7 +87,6 @@ class CausalLM(nn.Module):
                 bias=getattr(head, "bias", None),
                 temperature=temperature,
                 with_entropy=with_entropy,
-                entropy_grad=True,
             )
         else:
             logits = rows.select(self.model(**rows.inputs).logits, wanted).float() / temperature
