@@ -45,7 +45,7 @@ def engine_config(template: dict[str, Any], precision: str, plan: BatchPlan, cli
         gradient_clipping=clip_norm or math.inf,
         bf16={"enabled": precision == "bf16"},
         fp16={"enabled": precision == "fp16"},
-        # The optimizer is built here (fused on GPUs, plain on CPUs), not by DeepSpeed's own rules.
+        # The optimizer is built here (engine/optimizer.py), not by DeepSpeed's own rules.
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
     )

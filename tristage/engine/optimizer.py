@@ -24,10 +24,11 @@ def _adamw(model: nn.Module, config: dict[str, Any], settings: OptimizerSettings
         {"params": plain, "weight_decay": 0.0},
     ]
     adam_options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
-    if not torch.cuda.is_available():
-        return torch.optim.AdamW(groups, **adam_options)
-    if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    if offloads and torch.cuda.is_available():
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam_options)
+    # One pass over parameter, gradient and moments. On a CPU each element's result depends on no other element, so it is
+    # the same in a flat partition (ZeRO) and in a parameter of its own.
     return torch.optim.AdamW(groups, fused=True, **adam_options)
 
 
