@@ -53,6 +53,9 @@ def engine_config(template: dict[str, Any], precision: str, plan: BatchPlan, cli
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage", 0) != 2:
         zero.setdefault("overlap_comm", False)  # managed_gradient_accumulation=False allows it at stage 2 only
+    if zero.get("stage", 0) in (1, 2):
+        # `true` sends as much: DeepSpeed 0.19 then also reduces each bucket entirely on every rank, after copying it.
+        zero.setdefault("reduce_scatter", False)
     return config
 
 
