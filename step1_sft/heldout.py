@@ -9,7 +9,7 @@ import torch
 
 from tristage import dist
 from tristage.data.collate import collate_sft, pick
-from tristage.data.loader import evaluation_rows
+from tristage.data.loader import evaluation_batches
 from tristage.data.store import Rows
 from tristage.training.metrics import Averages
 
@@ -19,7 +19,7 @@ def evaluate(engine: Any, rows: Rows, micro_batch: int, tokenizer: Any, device: 
     """{"sft/loss", "sft/perplexity"} over every answer token of `rows` once, over all ranks. A collective."""
     engine.eval()
     averages = Averages()
-    for micro in evaluation_rows(rows.lengths, micro_batch, dist.world_size(), dist.rank()):
+    for micro in evaluation_batches(rows.lengths, micro_batch, dist.world_size(), dist.rank(), device.type):
         batch = collate_sft(pick(rows, micro), tokenizer.pad_token_id).to(device)
         logprobs, _ = engine(batch.input_ids, batch.attention_mask, batch.loss_mask)
         averages.add("sft/loss", -logprobs.sum(), batch.loss_mask[:, 1:].sum())

@@ -11,7 +11,7 @@ from step2_dpo.loss import pair_metrics, prompt_losses
 from step2_dpo.reference import Reference, answer_logprobs
 from tristage import dist
 from tristage.data.collate import collate_ranking, pick
-from tristage.data.loader import evaluation_rows
+from tristage.data.loader import evaluation_batches
 from tristage.data.store import Rows
 from tristage.training.metrics import Averages
 
@@ -23,7 +23,7 @@ def evaluate(
     """Loss over every prompt of `rows` once and pair_metrics over their pairs, over all ranks. A collective."""
     engine.eval()
     averages = Averages()
-    for micro in evaluation_rows(rows.lengths, settings.micro_batch, dist.world_size(), dist.rank()):
+    for micro in evaluation_batches(rows.lengths, settings.micro_batch, dist.world_size(), dist.rank(), device.type):
         batch = collate_ranking(pick(rows, micro), tokenizer.pad_token_id).to(device)
         logprobs, ref_logprobs = answer_logprobs(engine, batch), reference(micro, batch)
         losses = prompt_losses(logprobs, ref_logprobs, batch, settings)

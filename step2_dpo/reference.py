@@ -19,7 +19,7 @@ from tristage import dist
 from tristage.batches import PreferenceBatch
 from tristage.config import BatchPlan, require_folder_or_hub_id
 from tristage.data.collate import collate_ranking, pick
-from tristage.data.loader import evaluation_rows
+from tristage.data.loader import evaluation_batches
 from tristage.data.sets import fingerprint
 from tristage.data.store import Rows
 from tristage.data.template import read_template
@@ -141,7 +141,7 @@ def precompute(
     """Every answer of `rows` once, divided over the ranks; every rank gets all results. A collective."""
     own: list[np.ndarray] = [np.zeros(0, np.float32)]
     of_row: list[np.ndarray] = [np.zeros(0, np.int64)]
-    for micro in evaluation_rows(rows.lengths, micro_batch, dist.world_size(), dist.rank()):
+    for micro in evaluation_batches(rows.lengths, micro_batch, dist.world_size(), dist.rank(), device.type):
         batch = collate_ranking(pick(rows, micro), pad_id)
         real = batch.is_real[batch.prompt_index]
         logprobs = reference(micro, batch.to(device))

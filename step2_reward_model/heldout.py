@@ -12,7 +12,7 @@ from step2_reward_model.loss import compare, pair_options, prompt_losses
 from step2_reward_model.measures import Measurements
 from tristage import dist
 from tristage.data.collate import collate_ranking, pick
-from tristage.data.loader import evaluation_rows
+from tristage.data.loader import evaluation_batches
 from tristage.data.store import Rows
 from tristage.models.reward_model import last_token_scores
 
@@ -24,7 +24,7 @@ def evaluate(
     """Every prompt, pair and answer of `rows` once, over all ranks; the same on every rank. A collective."""
     engine.eval()
     collected: dict[str, list[torch.Tensor]] = {}
-    for micro in evaluation_rows(rows.lengths, settings.micro_batch, dist.world_size(), dist.rank()):
+    for micro in evaluation_batches(rows.lengths, settings.micro_batch, dist.world_size(), dist.rank(), device.type):
         items = pick(rows, micro)
         batch = collate_ranking(items, tokenizer.pad_token_id).to(device)
         values = engine(batch.input_ids, batch.attention_mask)

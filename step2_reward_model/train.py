@@ -24,7 +24,7 @@ from tristage.batches import PreferenceBatch
 from tristage.checkpoint import load_checkpoint
 from tristage.config import BatchPlan, load_config
 from tristage.data.collate import collate_ranking, collate_sft, pick
-from tristage.data.loader import evaluation_rows
+from tristage.data.loader import evaluation_batches
 from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
@@ -133,7 +133,7 @@ def normalize_scores(
     best = [best_answer(rows[int(row)]) for row in sample]
     lengths = [len(example.ids) for example in best]
     own: dict[int, float] = {}
-    for micro in evaluation_rows(lengths, settings.micro_batch, dist.world_size(), dist.rank()):
+    for micro in evaluation_batches(lengths, settings.micro_batch, dist.world_size(), dist.rank(), device.type):
         batch = collate_sft(pick(best, micro), tokenizer.pad_token_id).to(device)
         scores = last_token_scores(engine(batch.input_ids, batch.attention_mask), batch.attention_mask)
         own.update({row: score for row, score in zip(micro, scores.tolist(), strict=True) if row is not None})

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from tests.helpers import tiny
 from tristage.config import BatchPlan
-from tristage.data.loader import WINDOW_STEPS, Loader, deal, deal_tokens, evaluation_rows, fill
+from tristage.data.loader import (
+    WIDTH,
+    WINDOW_STEPS,
+    Loader,
+    deal,
+    deal_tokens,
+    evaluation_batches,
+    evaluation_rows,
+    fill,
+)
 from tristage.errors import UserError
 from tristage.training import setup
 
@@ -263,6 +272,34 @@ def test_evaluation_takes_every_row_once_in_equal_rounds(num_rows, world_size, m
     assert sorted(row for row in rows if row is not None) == list(range(num_rows))
     assert {len(rank) for rank in dealt} == {-(-num_rows // (micro_batch * world_size))}
     assert {len(batch) for rank in dealt for batch in rank} <= {micro_batch}
+
+
+def batches_of_all(lengths, micro_batch, world_size, device="cuda"):
+    """In the order in which they were cut: round by round."""
+    dealt = [evaluation_batches(lengths, micro_batch, world_size, rank, device) for rank in range(world_size)]
+    assert len({len(rank) for rank in dealt}) == 1  # equal rounds: under ZeRO-3 a forward is a collective
+    return [batch for of_round in zip(*dealt, strict=True) for batch in of_round]
+
+
+@thorough
+@example(num_rows=0, world_size=2, micro_batch=1)
+@example(num_rows=1, world_size=4, micro_batch=8)
+@given(num_rows=st.integers(0, 50), world_size=SIZES, micro_batch=st.integers(1, 8))
+def test_wide_evaluation_takes_every_row_once_whatever_the_number_of_ranks(num_rows, world_size, micro_batch):
+    lengths = LENGTHS[:num_rows]
+    batches = batches_of_all(lengths, micro_batch, world_size)
+    assert sorted(row for batch in batches for row in batch if row is not None) == list(range(num_rows))
+    assert [batch for batch in batches if batch != [None]] == batches_of_all(lengths, micro_batch, 1)
+    assert batches.count([None]) < world_size
+    padded = [len(batch) * lengths[batch[0]] for batch in batches if batch != [None]]
+    assert all(tokens <= WIDTH["cuda"] * micro_batch * max(lengths) for tokens in padded)
+
+
+def test_evaluation_batches_are_wide_where_rows_are_short_or_many():
+    assert [len(batch) for batch in batches_of_all([9] * 64, 2, 1)] == [8] * 8  # WIDTH times as wide
+    assert [len(batch) for batch in batches_of_all([9] * 64, 2, 1, "cpu")] == [2] * 32
+    assert [len(batch) for batch in batches_of_all([9] * 16, 2, 1)] == [2] * 8  # few rows: ranks share them
+    assert [len(batch) for batch in batches_of_all([9, 9, *[1] * 30], 1, 1)] == [1, 1, 9, 9, 9, 3]
 
 
 @pytest.mark.parametrize(
