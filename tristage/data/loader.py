@@ -16,8 +16,9 @@ from tristage.config import BatchPlan
 from tristage.errors import UserError
 
 WINDOW_STEPS = 50  # group_by_length: longer windows waste less padding and mix less
-# Tokens of an evaluation batch per token of training's largest micro-batch, by device type. A forward alone keeps nothing
-# for a backward, so on a GPU more rows fit. On a CPU wide batches are slower: their tensors leave the caches.
+# Tokens of an evaluation batch per token of training's largest micro-batch, by device type. A forward alone keeps
+# nothing for a backward, so on a GPU more rows fit. On a CPU wider batches are slower: tensors above malloc's limit for
+# reuse (32 MiB) take fresh pages at every layer.
 WIDTH = {"cpu": 1, "cuda": 4}
 FEWEST_BATCHES = 8  # of an evaluation, where training's micro-batch allows, so that this many ranks have one
 RowNumbers = list[int | None]  # of a micro-batch; None: a filler that keeps the ranks in step and is not counted
@@ -112,7 +113,7 @@ def evaluation_batches(
 
     Which rows share a batch does not depend on the number of ranks. A batch has as many rows as fit WIDTH times the
     tokens of `micro_batch` rows of the longest, fewer where the set is small. Fillers complete the last round: all
-    ranks run the same number of forwards. On a CPU, micro_batch 1, lengths 9 9 and 30 times 1: [9] [9] [1 x 9] [1 x 9] ...
+    ranks run the same number of forwards. On a CPU, micro_batch 1, lengths 9 9 1 1 ...: [9] [9] [1 x 9] [1 x 9] ...
     """
     lengths = np.asarray(lengths)
     if not len(lengths):
@@ -121,7 +122,8 @@ def evaluation_batches(
     tokens = min(max(narrow, int(lengths.sum()) // FEWEST_BATCHES), WIDTH[device_type] * narrow)
     batches = _cut(np.argsort(-lengths, kind="stable").tolist(), lengths, tokens)
     rounds = math.ceil(len(batches) / world_size)
-    return [*batches, *[[None]] * (rounds * world_size - len(batches))][rank::world_size]
+    fillers: list[RowNumbers] = [[None]] * (rounds * world_size - len(batches))
+    return [*batches, *fillers][rank::world_size]
 
 
 def _cut(rows: list[int], lengths: np.ndarray, tokens: int) -> list[RowNumbers]:

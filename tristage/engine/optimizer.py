@@ -27,8 +27,8 @@ def _adamw(model: nn.Module, config: dict[str, Any], settings: OptimizerSettings
     offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     if offloads and torch.cuda.is_available():
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam_options)
-    # One pass over parameter, gradient and moments. On a CPU each element's result depends on no other element, so it is
-    # the same in a flat partition (ZeRO) and in a parameter of its own.
+    # One pass over parameter, gradient and moments. On a CPU an element's result depends on no other, so it is the
+    # same in a flat partition (ZeRO) and in a parameter of its own.
     return torch.optim.AdamW(groups, fused=True, **adam_options)
 
 
