@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tristage import dist
 from tristage.config import BatchPlan, OptimizerSettings
 from tristage.dist import progress
-from tristage.engine.internals import check_internals
+from tristage.engine.internals import check_internals, import_muon_uncompiled
 from tristage.engine.optimizer import _adamw, schedule_factor
 from tristage.errors import UserError
 from tristage.storage.free_space import free_for_rank
@@ -130,6 +130,7 @@ def frozen_engine(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpe
 
 def _prepare(model: Any, config: dict[str, Any]) -> None:
     """Count each forward as progress; register with ZeRO-3 weights used outside their modules (output head)."""
+    import_muon_uncompiled()
     # The backbone runs both in the wrapper's forward and, token by token, in the inner model's `generate`.
     inner = getattr(model, "model", model)
     getattr(inner, "base_model", inner).register_forward_hook(lambda *_: progress.made_progress())

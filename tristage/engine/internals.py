@@ -13,10 +13,12 @@ Where 0.19.8 has a public way it is used, except:
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime import compiler
 
 from tristage.errors import UserError
 
@@ -46,6 +48,21 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "fp16 loss scaler": ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
     "fp16 loss scaler without ZeRO": ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter"),
 }
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which `deepspeed.initialize` does in any case, without compiling its functions.
+
+    No engine here uses Muon, and `torch.compile` imports torch's compiler at once: 1.2 CPU seconds per rank.
+    """
+    compiled = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:  # of another version, which initialize imports or not
+        pass
+    finally:
+        compiler.compile = compiled
 
 
 def check_internals(engine: Any) -> None:

@@ -13,11 +13,9 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,6 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from tristage.config import LoraSettings
 from tristage.errors import UserError
 from tristage.models.loading import load_config_without_dropout
+
+if TYPE_CHECKING:  # peft takes a second to import, so the functions that make adapters import it
+    from peft import LoraConfig
 
 ADAPTER = "default"  # peft's name of the one adapter
 SCALE_FILE = "score_scale.json"  # next to a reward model's adapter: the score_* keys of its config.json
@@ -57,6 +58,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings, path: str, seed: in
     Args:
         path: the folder or id that the model came from, for adapter_config.json.
     """
+    from peft import LoraConfig
+
     dtype, head = model.dtype, getattr(model, "score", None)
     names = _targeted(_linear_names(model), lora.targets)
     assert names, "check_lora comes first"
@@ -78,6 +81,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings, path: str, seed: in
 
 def _inject(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """peft's layers into the model; their random weights are those of `seed`, and nobody else's draws change."""
+    from peft import inject_adapter_in_model
+
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft reports GPT-2's transposed weights
         torch.manual_seed(seed)
@@ -115,7 +120,9 @@ def inner_linear_parameters(model: PreTrainedModel) -> int:
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    """peft's layers, known by their ModuleDict `lora_A`."""
+    modules = model.named_modules()
+    return ((name, module) for name, module in modules if isinstance(getattr(module, "lora_A", None), nn.ModuleDict))
 
 
 def _adapters(layer: Any) -> list[nn.Parameter]:
@@ -188,6 +195,8 @@ def read_adapter_config(folder: str) -> LoraConfig:
     values = json.loads((Path(folder) / "adapter_config.json").read_text())
     if values.get("peft_type") != "LORA" or values.get("use_dora"):
         raise UserError(f"{folder}: is not a plain LoRA adapter; merge it with peft")
+    from peft import LoraConfig
+
     return LoraConfig.from_pretrained(folder)
 
 

@@ -11,15 +11,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from tristage import dist
 from tristage.dist import progress, watchdog
 from tristage.storage.durable import append_json, explain_disk_errors, replace_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Averages:
@@ -140,6 +142,8 @@ class Board:
         self.writer: SummaryWriter | None = None
         self.hook = threading.excepthook
         threading.excepthook = self._on_thread_error
+        from torch.utils.tensorboard import SummaryWriter  # rank 0 alone needs it
+
         with self._giving_up():
             self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
