@@ -56,6 +56,8 @@ INSIDE_FUNCTIONS = {
     ("tristage/data/sources.py", "datasets"),
     ("tristage/data/sources.py", "huggingface_hub"),
     ("tristage/cli/main.py", "tristage"),
+    ("tristage/models/lora.py", "peft"),  # a second to import, with bitsandbytes
+    ("tristage/training/metrics.py", "torch"),  # TensorBoard, on rank 0 alone
 }
 
 
