@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -316,6 +318,28 @@ def test_memory_is_a_chunk_of_logits_and_three_blocks(chunk: int, dtype: torch.d
         linear_token_logprobs(hidden, weight, ids, limits=limits)
         assert live.now() == 0
     assert limits.chunk < live.peak <= limits.chunk + 3 * limits.block
+
+
+RESIDENT = """
+import torch
+from tristage.algo.logprobs import linear_token_logprobs
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+def run(rows, vocabulary):
+    hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(vocabulary, 8, requires_grad=True)
+    sum(linear_token_logprobs(hidden, weight, torch.zeros(rows, dtype=torch.long))).sum().backward()
+run(1, 100)
+before = peak()
+run(1024, 16384)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_blocks_leave_no_holes_that_the_heap_grows_around() -> None:
+    """Resident memory of a process, which the tensors above do not show: 64 MiB of logits, and three blocks of 1."""
+    found = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    assert 2**26 < int(found.stdout) < 1.5 * 2**26
 
 
 def test_the_weight_is_used_as_it_is_and_never_copied() -> None:

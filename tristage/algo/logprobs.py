@@ -92,14 +92,15 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         limits: LogitLimits,
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
-        found: list[tuple[Tensor, Tensor]] = []
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropies = (hidden.new_full((len(hidden),), torch.nan, dtype=dtype) for _ in range(2))
         for part in _chunks(hidden, weight, limits):
             ctx.logits = None  # frees those of the chunk before
             ctx.logits = F.linear(hidden[part], weight, bias)
             for block in _blocks(ctx.logits, limits):
-                found.append(_score(ctx.logits[block], ids[part][block], temperature, with_entropy))
+                of_entropy = entropies[part][block] if with_entropy else None
+                _score(ctx.logits[block], ids[part][block], temperature, logprobs[part][block], of_entropy)
         ctx.logits = ctx.logits if learns else None
-        logprobs, entropies = (torch.cat(x) for x in zip(*found, strict=True))
         ctx.save_for_backward(hidden, weight, bias, ids, entropies)
         ctx.temperature, ctx.limits = temperature, limits
         ctx.set_materialize_grads(False)
@@ -158,13 +159,15 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature
 
 
-def _score(logits: Tensor, ids: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
-    """logits [n,V], ids [n] -> log-probabilities [n] and entropy [n] (or nan)."""
+def _score(logits: Tensor, ids: Tensor, temperature: float, chosen: Tensor, entropy: Tensor | None) -> None:
+    """logits [n,V], ids [n]: write the log-probabilities into `chosen` [n], and the entropy into `entropy` [n].
+
+    A result of each block's own would lie in what the block before has freed, and the heap would grow by every block.
+    """
     logprobs = _scaled(logits, temperature).log_softmax(dim=1)
-    chosen = logprobs.gather(1, ids[:, None])[:, 0]
-    if not with_entropy:
-        return chosen, torch.full_like(chosen, torch.nan)
-    return chosen, -logprobs.exp().mul_(logprobs.clamp_(min=LOWEST)).sum(dim=1)
+    chosen.copy_(logprobs.gather(1, ids[:, None])[:, 0])
+    if entropy is not None:
+        entropy.copy_(logprobs.exp().mul_(logprobs.clamp_(min=LOWEST)).sum(dim=1).neg_())
 
 
 def _differentiate(
