@@ -140,12 +140,20 @@ def test_checkpointing_keeps_the_input_of_each_layer_and_one_layer():
     assert kept - recomputed == 21 * (2 * 320 - (2 * 2 * 10 + 320))
 
 
-def test_logits_exist_for_a_chunk_at_a_time():
-    assert memory.logit_bytes(engine(rows=2, scored=100), 16) == 200 * 50 * 16
-    assert memory.logit_bytes(engine(rows=20, scored=100), 16) == 1024 * 50 * 16
+@pytest.mark.parametrize("cpu, chunk, block", [(True, 2**27, 2**20), (False, 2**29, 2**25)])
+def test_logits_exist_for_a_chunk_and_in_float32_for_a_block_at_a_time(cpu, chunk, block):
+    machine = dataclasses.replace(FOUR, cpu=cpu)
+    few, many = (engine(bytes=2, rows=rows, scored=100) for rows in (2, 100_000))
+    assert memory.logit_bytes(few, machine, 16) == 50 * 200 * (2 + 3 * 4)
+    assert memory.logit_bytes(many, machine, 16) == pytest.approx(chunk + 3 * block, rel=1e-4)
+    large = engine(bytes=4, rows=9, shape=dataclasses.replace(SHAPE, vocabulary=2**28))
+    assert memory.logit_bytes(large, machine, 16) == 2**28 * (4 + 3 * 4)  # a token at a time
+
+
+def test_logits_of_a_head_that_is_not_in_chunks_exist_for_all_tokens():
     whole = dataclasses.replace(SHAPE, plain_head=False)
-    assert memory.logit_bytes(engine(rows=20, scored=100, shape=whole), 16) == 2000 * 50 * 16
-    assert memory.logit_bytes(engine(rows=20, scored=100, scalar_head=True), 16) == 0
+    assert memory.logit_bytes(engine(rows=20, scored=100, shape=whole), FOUR, 16) == 2000 * 50 * 16
+    assert memory.logit_bytes(engine(rows=20, scored=100, scalar_head=True), FOUR, 16) == 0
 
 
 def test_the_cache_of_decoding_has_keys_and_values_of_every_layer():

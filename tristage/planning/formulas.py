@@ -11,8 +11,8 @@ after Rajbhandari et al. 2020 ("ZeRO", section 3, whose 2 + 2 + 12 bytes per par
 0.19 adds: buckets in which gradients are reduced, and at ZeRO 3 the parameters that are gathered at one time.
 Offloaded states are the host's. Activations follow Korthikanti et al. 2022 ("Reducing activation recomputation",
 section 4.1): 34 h bytes per token and layer, less the 2 of their dropout masks and less the attention matrix, which
-fused attention does not keep, with the terms that other blocks have (layer_bytes). Logits exist for LOGIT_CHUNK
-tokens at a time (algo/logprobs.py).
+fused attention does not keep, with the terms that other blocks have (layer_bytes). Logits exist for a chunk of
+tokens at a time, in float32 for a block of these (algo/logprobs.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tristage.algo.logprobs import ON_CPU, ON_GPU
 from tristage.models.sizes import ModelShape
 
 GIB = 2**30
 ALLREDUCE_CHUNK = 500_000_000  # numbers that DeepSpeed flattens at a time, where no bucket says otherwise
-LOGIT_CHUNK = 1024
-# Bytes a logit of a chunk, measured: forward and backward, the same with the entropy, and forwards without gradients.
+BLOCKS = 3  # of float32 logits, next to a chunk: at the temperature, their log-softmax and its exp
+# Bytes per logit of a head that is not in chunks, measured: forward and backward, the same with the entropy, and
+# forwards without gradients.
 LOGIT_TRAIN, LOGIT_ENTROPY, LOGIT_SCORE, LOGIT_SCORE_ENTROPY = 16, 24, 8, 20
 SAMPLED_LOGIT = 28  # the sampler's float32 logits, and in float64 their copy, softmax and cumulative sum
 NF4 = 4.5 / 8  # bytes of a weight in 4 bits with a float32 scale for every 64
@@ -166,7 +168,7 @@ def backward(engine: Engine, machine: Machine) -> Bill:
         "buckets": _reduce_buckets(engine, machine, flat=early),
         "gathered": engine.gathered,
         "activations": activation_bytes(engine),
-        "logits": logit_bytes(engine, LOGIT_ENTROPY if engine.entropy else LOGIT_TRAIN),
+        "logits": logit_bytes(engine, machine, LOGIT_ENTROPY if engine.entropy else LOGIT_TRAIN),
     }
 
 
@@ -197,7 +199,7 @@ def _reduce_buckets(engine: Engine, machine: Machine, flat: bool) -> float:
     return engine.bytes * ((buffers if engine.zero.stage == 2 else 0.0) + (flattened if flat else 0.0))
 
 
-def forward(engine: Engine, entropy: bool = False) -> Bill:
+def forward(engine: Engine, machine: Machine, entropy: bool = False) -> Bill:
     """What a forward without gradients adds: one layer's activations."""
     shape = engine.shape
     widths = 4 * shape.hidden + min(shape.inner_kept, 3) * shape.inner
@@ -205,7 +207,7 @@ def forward(engine: Engine, entropy: bool = False) -> Bill:
     return {
         "gathered": engine.gathered,
         "activations": engine.rows * engine.tokens * (engine.bytes * widths + matrix),
-        "logits": logit_bytes(engine, LOGIT_SCORE_ENTROPY if entropy else LOGIT_SCORE),
+        "logits": logit_bytes(engine, machine, LOGIT_SCORE_ENTROPY if entropy else LOGIT_SCORE),
     }
 
 
@@ -267,11 +269,19 @@ def _norm_bytes(shape: ModelShape, number: int, width: int) -> float:
     return (3 * number if number == 4 else 4 + 2 * number) * width
 
 
-def logit_bytes(engine: Engine, bytes_each: int) -> float:
-    """Of the logits that exist at one time; a scalar head has none."""
-    tokens = engine.rows * engine.scored
-    chunk = min(tokens, LOGIT_CHUNK) if engine.shape.plain_head else tokens
-    return 0.0 if engine.scalar_head else float(bytes_each * chunk * engine.shape.vocabulary)
+def logit_bytes(engine: Engine, machine: Machine, bytes_each: int) -> float:
+    """Of the logits that exist at one time, `bytes_each` for those of a head that is not in chunks; a scalar head has
+    none.
+    """
+    tokens, vocabulary = engine.rows * engine.scored, engine.shape.vocabulary
+    if engine.scalar_head:
+        return 0.0
+    if not engine.shape.plain_head:
+        return float(bytes_each * tokens * vocabulary)
+    limits = ON_CPU if machine.cpu else ON_GPU
+    chunk = min(tokens, max(limits.chunk // (engine.bytes * vocabulary), 1))
+    block = min(chunk, max(limits.block // (4 * vocabulary), 1))
+    return float(vocabulary * (engine.bytes * chunk + BLOCKS * 4 * block))
 
 
 def kv_cache_bytes(engine: Engine, rows: int, tokens: int) -> float:

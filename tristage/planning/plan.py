@@ -115,7 +115,7 @@ def _phases(engines: tuple[Engine, ...], machine: Machine) -> Iterator[Phase]:
     """Steps 1 and 2: one engine learns; in DPO a reference is asked before."""
     for engine in engines:
         if engine.frozen:
-            yield Phase(f"asking the {engine.name}", forward(engine))
+            yield Phase(f"asking the {engine.name}", forward(engine, machine))
         else:
             waiting = {"gradients": kept_gradients(engine, machine)}
             yield Phase("forward and backward", backward(engine, machine))
@@ -147,7 +147,7 @@ def _ppo_phases(
         if engine is not actor:
             rows = min(rollout.scored_at_once, rollout.rows // machine.ranks)
             scorer = dataclasses.replace(engine, rows=rows)
-        yield Phase(f"scoring by the {engine.name}", forward(scorer, entropy=engine is actor))
+        yield Phase(f"scoring by the {engine.name}", forward(scorer, machine, entropy=engine is actor))
     learners = [engine for engine in engines if not engine.frozen]
     waiting = {engine.name: kept_gradients(engine, machine) for engine in learners}
     for engine in learners:
