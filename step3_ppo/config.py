@@ -128,11 +128,19 @@ class RolloutSettings(Settings):
 
     prompts: int = Field(gt=0, description="Prompts per iteration, over all ranks.")
     samples: int = Field(1, gt=0, description="Responses per prompt; rloo and grpo need two or more.")
-    backend: Literal["auto", "static", "padded"] = Field(
+    backend: Literal["auto", "static", "padded", "vllm"] = Field(
         "auto",
-        description="What samples: our own decoding loop (static), transformers' generate (padded), or static where it "
-        "knows the model's family and padded elsewhere (auto).",
+        description="What samples: our own decoding loop (static), transformers' generate (padded), static where it "
+        "knows the model's family and padded elsewhere (auto), or vLLM with a second copy of the weights (vllm).",
     )
+    tensor_parallel: int = Field(1, gt=0, description="Of backend vllm: ranks of a node that share an engine.")
+    importance_sampling: Literal["off", "truncate", "mask"] = Field(
+        "truncate",
+        description="Of backend vllm, which rounds otherwise than training: weigh each token's policy loss by the "
+        "ratio of its probabilities in training and sampling, at most importance_cap (truncate), or 0 if the ratio is "
+        "outside [1/importance_cap, importance_cap] (mask).",
+    )
+    importance_cap: float = Field(2.0, gt=1, description="Bound of the ratio of importance_sampling.")
     rows_at_once: int = Field(64, gt=0, description="Rows that one rank decodes at once; independent of micro_batch.")
     max_response_tokens: int = Field(gt=0, description="Token limit of a response.")
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
@@ -153,6 +161,11 @@ class RolloutSettings(Settings):
         description="ZeRO-3: gather the actor once per rollout if it fits (auto), or each layer at every token "
         "(never).",
     )
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether importance sampling weighs the policy loss."""
+        return self.backend == "vllm" and self.importance_sampling != "off"
 
 
 class PPOSettings(Settings):
@@ -261,10 +274,30 @@ class PPOConfig(RunSettings):
         self._check_advantage()
         self._check_on_critic()
         self._check_unused()
+        self._check_vllm()
         return self
+
+    def _check_vllm(self) -> None:
+        rollout, lora = self.rollout, self.actor.lora
+        if rollout.backend != "vllm":
+            return
+        if lora is not None and lora.quantize is not None:
+            raise ValueError(
+                "rollout.backend vllm takes whole weights; remove `actor.lora.quantize` or use another backend"
+            )
+        if (rollout.top_p < 1 or rollout.top_k) and rollout.temperature != 1:
+            raise ValueError(
+                "rollout.backend vllm gives no log-probabilities at a temperature before top_p or top_k; set "
+                "rollout.temperature to 1, remove `rollout.top_p` and `rollout.top_k`, or use another backend"
+            )
 
     def _check_unused(self) -> None:
         """Refuse a setting that would have no effect."""
+        of_vllm = {"tensor_parallel", "importance_sampling", "importance_cap"}
+        idle = {"gather_weights"} if self.rollout.backend == "vllm" else of_vllm
+        idle |= {"importance_cap"} if self.rollout.importance_sampling == "off" else set()
+        for key in sorted(idle & self.rollout.model_fields_set):
+            raise ValueError(f"key `rollout.{key}` has no effect with these settings; remove it")
         without_critic = {"whiten", "bootstrap", "gamma", "lam", "value_loss", "value_clip", "huber_delta"}
         unused = without_critic if self.critic is None and self.value_head is None else set()
         unused |= {"value_clip"} if self.ppo.value_loss == "huber" else {"huber_delta"}

@@ -16,6 +16,7 @@ from tristage.models.loading import empty_causal_lm, is_reward_model
 from tristage.models.reward_model import load_reward_model
 from tristage.models.rows import unknown_attention
 from tristage.models.tokenizer import SAME_TOKENIZER, load_tokenizer, require_same_tokenizer
+from tristage.rollout import check_vllm
 from tristage.training import setup
 
 
@@ -60,6 +61,9 @@ def check_models(settings: PPOConfig) -> Any:
 
 
 def _check_backend(settings: PPOConfig) -> None:
+    if settings.rollout.backend == "vllm":
+        key = f"{settings.file}: key `rollout"
+        check_vllm(settings.actor_path, settings.trust_remote_code, settings.rollout.tensor_parallel, key)
     if settings.rollout.backend != "static":
         return
     model = empty_causal_lm(settings.actor_path, settings.trust_remote_code)

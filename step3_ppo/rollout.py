@@ -23,6 +23,7 @@ from tristage.algo.ppo import (
     explained_variance,
     gae,
     group_advantages,
+    importance_ratio,
     kl_estimate,
     shaped_rewards,
 )
@@ -39,6 +40,7 @@ from tristage.rollout import (
     SamplingConfig,
     SeededRequest,
     StaticRollout,
+    VllmRollout,
     row_uniforms,
 )
 
@@ -86,11 +88,24 @@ class Responses:
     terms: dict[str, torch.Tensor]  # [B] each part of the reward, by name
     scores: torch.Tensor  # [B] their weighted sum
     logprobs_from: Literal["sampler", "update", "forward"]  # see old_logprobs
+    sampled_logprobs: torch.Tensor | None = None  # [B,R] as the backend gave them, where a forward gave `logprobs`
 
 
 def make_rollouts(actor: Any, tokenizer: Any, settings: PPOConfig) -> RolloutBackend:
-    """What samples responses from the actor."""
+    """What samples responses from the actor. A collective."""
     rollout, backend = settings.rollout, StaticRollout
+    if rollout.backend == "vllm":
+        return VllmRollout(
+            actor,
+            tokenizer,
+            rollout.rows_at_once,
+            rollout.stop_token_ids,
+            path=settings.actor_path,
+            max_tokens=settings.max_tokens,
+            tensor_parallel=rollout.tensor_parallel,
+            filtered=rollout.top_p < 1 or rollout.top_k > 0,
+            trust_remote_code=settings.trust_remote_code,
+        )
     if rollout.backend == "auto" and (why := unknown_attention(actor.module.model, settings.max_tokens)) is not None:
         dist.print0(f"rollout: transformers' generate decodes (backend: padded), since {why}")
         backend = PaddedRollout
@@ -160,7 +175,8 @@ def score_responses(
     terms = _reward_terms(engines, tokenizer, sequences, prompts, settings, functions)
     weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
     scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
-    return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores, origin)
+    sampled_logprobs = sampled.logprobs if origin == "forward" else None
+    return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores, origin, sampled_logprobs)
 
 
 def old_logprobs(settings: PPOConfig, sampled: Sampled) -> Literal["sampler", "update", "forward"]:
@@ -242,8 +258,17 @@ def make_experience(
     group = gather(prompts.draw_index) // settings.rollout.samples
     after = torch.where(sequences.ended, 0.0, final_values) if ppo.bootstrap else None
     advantages, returns, moments = _advantages(rewards, values, after, mask, group, ppo)  # 4
+    sampled_logprobs = None if own.sampled_logprobs is None else gather(own.sampled_logprobs)
     experience = Experience(
-        sequences, logprobs, ref_logprobs, values, advantages, returns, control.kl.coef, own.logprobs_from == "update"
+        sequences,
+        logprobs,
+        ref_logprobs,
+        values,
+        advantages,
+        returns,
+        control.kl.coef,
+        own.logprobs_from == "update",
+        sampled_logprobs,
     )
     clipped = torch.zeros_like(scores) if ppo.reward_clip is None else (scores.abs() > ppo.reward_clip).float()
     everyone = torch.ones_like(scores)
@@ -260,8 +285,24 @@ def make_experience(
             "value/return": masked_mean(returns, mask),
             "value/explained_variance": explained_variance(values, returns, mask),
         }
+    if settings.rollout.weighs_tokens:
+        metrics |= importance_metrics(experience, settings.rollout)
     control.kl.update(float(metrics["objective/kl"]), len(scores))  # 5
     return experience, {name: float(value) for name, value in metrics.items()}
+
+
+def importance_metrics(experience: Experience, rollout: RolloutSettings) -> dict[str, torch.Tensor]:
+    """The ratio of training's to the sampler's probabilities over real tokens, and how many of them are cut."""
+    assert experience.sampled_logprobs is not None
+    mask, ratio = experience.mask, importance_ratio(experience.logprobs, experience.sampled_logprobs)
+    cut = ratio > rollout.importance_cap
+    if rollout.importance_sampling == "mask":
+        cut |= ratio < 1 / rollout.importance_cap
+    return {
+        "rollout/importance_mean": masked_mean(ratio, mask),
+        "rollout/importance_max": ratio.masked_fill(~mask, 0.0).max(),
+        "rollout/importance_cut": masked_mean(cut.float(), mask),
+    }
 
 
 def _check_finite(mask: torch.Tensor, **found: torch.Tensor) -> None:

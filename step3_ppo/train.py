@@ -12,13 +12,14 @@ from step3_ppo.build import PPORun, read_inputs
 from step3_ppo.config import PPOConfig
 from step3_ppo.heldout import evaluate
 from step3_ppo.rollout import NotFiniteError, make_experience, sample_responses, score_responses
-from step3_ppo.update import MinibatchReport, check_first_iteration, ppo_update
+from step3_ppo.update import MinibatchReport, check_first_iteration, check_sampler, ppo_update
 from tristage import dist
 from tristage.batches import Experience
 from tristage.config import BatchPlan, load_config
 from tristage.data.sets import fingerprint
 from tristage.models.saving import save_model
 from tristage.models.tokenizer import generation_stop_ids
+from tristage.rollout import RolloutFailed
 from tristage.training.health import Health
 from tristage.training.metrics import RunLog, Stopwatch
 from tristage.training.run import Saver, entry_point, finish, start
@@ -63,14 +64,16 @@ def train(run: PPORun) -> None:
             prompts, names, carried = run.prompts(iteration), run.names(iteration), control.state_dict()
             try:
                 with watch("rollout"):  # 1
-                    run.rollouts.sync_weights(iteration - 1)
-                    sampled = sample_responses(run.rollouts, prompts, settings.rollout, settings.seed, iteration)
+                    with saver.saving(iteration - 1, carried, RolloutFailed), run.rollouts.failing_together():
+                        run.rollouts.sync_weights(iteration - 1)
+                        sampled = sample_responses(run.rollouts, prompts, settings.rollout, settings.seed, iteration)
                 with watch("score"):  # 2, 3
                     own = score_responses(engines, inputs.tokenizer, sampled, prompts, settings, inputs.functions)
                     experience, metrics = make_experience(engines, own, prompts, settings, control)
                 saver.stop_if_asked(iteration - 1, carried)  # the rollout is dropped: a resumed run samples the same
                 warned = warned or warn_of_constant(metrics)
                 if iteration == run.first + 1:
+                    check_sampler(experience, settings, run.rollouts.name)
                     check_first_iteration(engines, experience, settings, run.rollouts.name, untrained=run.first == 0)
                 with watch("update"):  # 4
                     losses, minibatches = ppo_update(engines, experience, iteration, settings, inputs.plan, run.extras)
@@ -82,7 +85,8 @@ def train(run: PPORun) -> None:
             log.write(iteration, "train", metrics)
             last = iteration == settings.iterations
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):  # 5
-                write_heldout(run, log, watch, iteration)
+                with saver.saving(iteration, control.state_dict(), RolloutFailed):
+                    write_heldout(run, log, watch, iteration)
             saver.after(iteration, last, control.state_dict())  # 6
 
 

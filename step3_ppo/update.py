@@ -16,8 +16,14 @@ import torch
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
 from tristage import dist
-from tristage.algo.masking import masked_sum
-from tristage.algo.ppo import clipped_policy_loss, clipped_value_loss, huber_value_loss, kl_estimate
+from tristage.algo.masking import masked_mean, masked_sum
+from tristage.algo.ppo import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    huber_value_loss,
+    importance_weights,
+    kl_estimate,
+)
 from tristage.batches import Experience, SFTBatch
 from tristage.config import BatchPlan
 from tristage.data.loader import RowNumbers, deal, deal_tokens
@@ -151,6 +157,8 @@ class Minibatch:
         logprobs, entropy = (micro.align(x) for x in found[:2])
         old_logprobs = logprobs.detach() if experience.updates_once else experience.logprobs[rows]
         losses = clipped_policy_loss(logprobs, old_logprobs, advantages, ppo.clip, ppo.clip_high, ppo.dual_clip)
+        if self.settings.rollout.weighs_tokens:
+            losses = losses * self._importance(rows)
         if ppo.kl_in == "loss":
             losses = losses + experience.kl_coef * kl_estimate(logprobs, experience.ref_logprobs[rows], ppo.kl_kind)
         if with_entropy:
@@ -172,6 +180,13 @@ class Minibatch:
             for averages in (self.averages, self.epoch_kl):
                 averages.add("policy/approx_kl", approx_kl, tokens)
         return loss_sum
+
+    def _importance(self, rows: torch.Tensor) -> torch.Tensor:
+        """[b,R] of the weights that training had when another engine sampled with them."""
+        experience, rollout = self.experience, self.settings.rollout
+        assert experience.sampled_logprobs is not None and rollout.importance_sampling != "off"
+        logprobs, sampled = experience.logprobs[rows], experience.sampled_logprobs[rows]
+        return importance_weights(logprobs, sampled, rollout.importance_cap, rollout.importance_sampling)
 
     def _critic_backward(self, rows: torch.Tensor, global_tokens: float) -> torch.Tensor:
         """The same of the critic."""
@@ -237,6 +252,27 @@ def check_first_iteration(
             f"before the first update the log-ratio is {worst['log_ratio']:.2e} and the KL to the reference "
             f"{worst['kl']:.2e}, both should be 0 (tolerance {tolerance}): the model's forward differs between "
             f"sampling (backend {backend}), scoring and training; {fix}report this with the model's config.json"
+        )
+
+
+def check_sampler(experience: Experience, settings: PPOConfig, backend: str) -> None:
+    """Before this process's first update: the backend's log-probabilities are those of training's forward. In float32
+    every token's; with less, where single tokens may differ by more, their mean over tokens.
+
+    Raises:
+        UserError: on every rank, with the numbers.
+    """
+    if experience.sampled_logprobs is None:
+        return
+    difference = (experience.logprobs - experience.sampled_logprobs).abs()
+    mean, largest = float(masked_mean(difference, experience.mask)), _largest(difference, experience.mask)
+    tolerance, compared = FORWARD_TOLERANCE[settings.precision], largest if settings.precision == "float32" else mean
+    if not compared <= tolerance:
+        fix = "report this with the model's config.json"
+        fix = fix if backend == "padded" else f"set rollout.backend to static or padded, or {fix}"
+        raise UserError(
+            f"the log-probabilities of rollout backend {backend} differ from the training forward's by {mean:.2e} per "
+            f"token, {largest:.2e} at most ({settings.precision}: tolerance {tolerance}); {fix}"
         )
 
 

@@ -164,6 +164,7 @@ class Experience:
     returns: torch.Tensor  # [N,R]
     kl_coef: float = 0.0  # of this iteration
     updates_once: bool = False  # by the weights that sampled: the update's forward gives their log-probabilities too
+    sampled_logprobs: torch.Tensor | None = None  # [N,R] as the backend gave them, where `logprobs` are not those
 
     @property
     def mask(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ HOMES = {
     "deepspeed": ("tristage/engine/", "tristage/rollout/"),
     "torch.distributed": ("tristage/dist/",),
     "peft": ("tristage/models/",),
+    "vllm": ("tristage/rollout/",),
     "transformers": (
         "tristage/models/",
         "tristage/rollout/",
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"config", "dist", "errors", "storage"},
     "checkpoint": {"config", "dist", "engine", "errors", "runs", "storage"},
     "models": {"algo", "config", "data", "dist", "engine", "errors", "storage"},
-    "rollout": {"algo", "batches", "dist", "engine"},
+    "rollout": {"algo", "batches", "dist", "engine", "errors", "models"},
     "planning": {"algo", "config", "errors", "models"},
     "training": {"checkpoint", "config", "data", "dist", "engine", "errors", "machine"}
     | {"models", "planning", "runs", "storage"},
@@ -58,6 +59,7 @@ INSIDE_FUNCTIONS = {
     ("tristage/cli/main.py", "tristage"),
     ("tristage/models/lora.py", "peft"),  # a second to import, with bitsandbytes
     ("tristage/training/metrics.py", "torch"),  # TensorBoard, on rank 0 alone
+    ("tristage/rollout/vllm.py", "vllm"),
 }
 
 

@@ -336,6 +336,13 @@ def policy_loss(
     return -gain
 
 
+def importance_weight(logprob: float, sampled_logprob: float, cap: float, kind: str) -> float:
+    ratio = math.exp(logprob - sampled_logprob)
+    if kind == "truncate":
+        return min(ratio, cap)
+    return ratio if 1 / cap <= ratio <= cap else 0.0
+
+
 def huber_loss(value: float, ret: float, delta: float) -> float:
     error = abs(value - ret)
     return 0.5 * error**2 if error <= delta else delta * error - 0.5 * delta**2

@@ -12,10 +12,12 @@ from torch import Tensor
 from tests.helpers import oracles
 from tristage.algo.masking import masked_mean, masked_sum, zero_masked
 from tristage.algo.ppo import (
+    ImportanceKind,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
     gae,
+    importance_weights,
     kl_estimate,
     shaped_rewards,
 )
@@ -40,6 +42,30 @@ def logprob_case(seed: int) -> list[Tensor]:
 
 def assert_close(result: Tensor, expected: object) -> None:
     torch.testing.assert_close(result, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+# importance_weights
+
+
+@pytest.mark.parametrize("kind, expected", [("truncate", [1.5, 2.0, 0.25]), ("mask", [1.5, 0.0, 0.0])])
+def test_a_ratio_beyond_the_cap_is_cut_or_left_out(kind: ImportanceKind, expected: list[float]) -> None:
+    sampled = torch.tensor([[0.1, 0.1, 0.1]])
+    logprobs = (sampled * torch.tensor([[1.5, 3.0, 0.25]])).log()
+    assert_close(importance_weights(logprobs, sampled.log(), 2.0, kind), [expected])
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_importance_weights_match_the_oracle_and_have_no_gradient(kind: ImportanceKind) -> None:
+    logprobs, sampled, _ = logprob_case(1)
+    logprobs.requires_grad_(True)
+    found = importance_weights(logprobs, sampled, 1.7, kind)
+    expected = [
+        [oracles.importance_weight(float(logprobs[b, t]), float(sampled[b, t]), 1.7, kind) for t in range(R)]
+        for b in range(B)
+    ]
+    assert_close(found, expected)
+    assert not found.requires_grad and found.isfinite().all()
+    assert importance_weights(logprobs, logprobs.detach(), 1.7, kind).eq(1).all()
 
 
 # kl_estimate

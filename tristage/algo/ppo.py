@@ -24,6 +24,7 @@ from .masking import at_least_float32, masked_moments, zero_masked
 
 KLKind = Literal["k1", "k2", "k3"]
 GroupBaseline = Literal["rloo", "grpo"]
+ImportanceKind = Literal["truncate", "mask"]
 
 # k3 grows as r = p_ref / p_policy: one token that the reference finds e^20 times likelier drowns a batch.
 # Within +-10 (a factor of 22,000) k3 is exact; beyond, it keeps the value at the bound and its gradient is 0.
@@ -125,6 +126,29 @@ def clipped_policy_loss(
     if dual_clip is not None:
         gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
     return -gain
+
+
+def importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, cap: float, kind: ImportanceKind) -> Tensor:
+    """logprobs [B,R], sampled_logprobs [B,R] -> weights [B,R] of the policy loss, without gradient.
+
+    A sampler that rounds otherwise than training draws from another distribution than the policy of `logprobs`. With
+    r = exp(logprobs - sampled_logprobs):
+      truncate = min(r, cap)                       (Ionides 2008, "Truncated Importance Sampling", eq. 3)
+      mask     = r where 1/cap <= r <= cap, else 0: tokens on which the two disagree teach nothing
+    With cap 2: r = 1.5 stays 1.5; r = 3 becomes 2 or 0; r = 0.25 stays 0.25 or becomes 0.
+    """
+    ratio = importance_ratio(logprobs, sampled_logprobs)
+    if kind == "truncate":
+        return ratio.clamp(max=cap)
+    if kind == "mask":
+        return torch.where((ratio >= 1 / cap) & (ratio <= cap), ratio, 0.0)
+    raise ValueError(f"importance sampling must be 'truncate' or 'mask', got {kind!r}")
+
+
+def importance_ratio(logprobs: Tensor, sampled_logprobs: Tensor) -> Tensor:
+    """logprobs [B,R], sampled_logprobs [B,R] -> exp(logprobs - sampled_logprobs) [B,R], without gradient."""
+    log_ratio = at_least_float32(logprobs.detach()) - at_least_float32(sampled_logprobs)
+    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:

@@ -164,6 +164,11 @@ def gathered(parameters: list[nn.Parameter], config: dict[str, Any] | None) -> c
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
+def gathered_to_read(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """Parameters whole inside the block, where ZeRO-3 has partitioned them. A collective there."""
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
 def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """All weights on the CPU of rank 0 (elsewhere empty); under ZeRO-3 gathered module by module."""
     if engine.zero_optimization_stage() == 3:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,16 +160,39 @@ def merge_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     In place, so that memory holds the weights once; those that the model itself still uses are copied first.
     """
     for name, layer in _lora_layers(model):
-        a, b = (state.pop(f"{name}.lora_{which}.{ADAPTER}.weight").float() for which in "AB")
-        change = layer.scaling[ADAPTER] * (b @ a)  # [out, in]
-        if isinstance(layer.get_base_layer(), Conv1D):
-            change = change.T  # GPT-2 keeps its weights [in, out]
+        a, b = (state.pop(f"{name}.lora_{which}.{ADAPTER}.weight") for which in "AB")
         weight = state[f"{name}.base_layer.weight"]
         if weight.data_ptr() == layer.get_base_layer().weight.data_ptr():
             weight = state[f"{name}.base_layer.weight"] = weight.clone()
-        weight.copy_(weight.float() + change)
+        weight.copy_(_merged(layer, weight, a, b))
         for key in [key for key in state if key.startswith(f"{name}.base_layer.")]:
             state[key.replace(".base_layer.", ".")] = state.pop(key)
+
+
+def _merged(layer: Any, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """W + alpha/rank B A, in float32."""
+    change = layer.scaling[ADAPTER] * (b.float() @ a.float())  # [out, in]
+    if isinstance(layer.get_base_layer(), Conv1D):
+        change = change.T  # GPT-2 keeps its weights [in, out]
+    return weight.float() + change
+
+
+def stream_merged(
+    model: nn.Module, whole: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A copy of each weight by its plain name, adapters merged as by `merge_state`, one after the other.
+
+    Args:
+        whole: within it the parameters that it is given are not partitioned.
+    """
+    layers = {f"{name}.base_layer.weight": layer for name, layer in _lora_layers(model)}
+    for name, parameter in model.named_parameters():
+        if f".{ADAPTER}." in name:
+            continue
+        layer = layers.get(name)
+        with torch.no_grad(), whole([parameter, *(_adapters(layer) if layer is not None else [])]):
+            weight = parameter.clone() if layer is None else _merged(layer, parameter, *_adapters(layer))
+        yield name.replace(".base_layer.", "."), weight.to(parameter.dtype)
 
 
 def save_adapter(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:

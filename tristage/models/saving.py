@@ -16,15 +16,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from tristage import dist
 from tristage.dist import progress
-from tristage.engine import full_state_dict
+from tristage.engine import full_state_dict, gathered_to_read
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.kernels import is_quantized
 from tristage.models.loading import load_config_without_dropout
-from tristage.models.lora import base_path, has_adapters, load_adapter, merge_state, read_adapter_config, save_adapter
+from tristage.models.lora import (
+    base_path,
+    has_adapters,
+    load_adapter,
+    merge_state,
+    read_adapter_config,
+    save_adapter,
+    stream_merged,
+)
 from tristage.models.reward_model import load_reward_model
 from tristage.models.scalar_head import register_scalar_head
 from tristage.models.tokenizer import load_tokenizer
@@ -54,6 +63,16 @@ def save_model(
             written = _write(engine.module.model, state, tokenizer, folder, shard_size)
         dist.barrier()
     return written
+
+
+def stream_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that `save_model` writes, by its names, adapters merged: copies, one after the other.
+
+    A collective under ZeRO-3, where each weight is gathered in its turn: every rank must take all of them.
+    """
+    model = engine.module.model
+    for name, weight in stream_merged(model, gathered_to_read):
+        yield from revert_weight_conversion(model, {name: weight}).items()
 
 
 def _write(

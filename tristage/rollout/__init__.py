@@ -2,17 +2,21 @@
 
 from deepspeed.runtime.rollout import SamplingConfig
 
-from tristage.rollout.base import RolloutBackend, SampledBatch, SeededRequest
+from tristage.rollout.base import RolloutBackend, RolloutFailed, SampledBatch, SeededRequest
 from tristage.rollout.padded import PaddedRollout
 from tristage.rollout.sampling import row_uniforms
 from tristage.rollout.static import StaticRollout
+from tristage.rollout.vllm import VllmRollout, check_vllm
 
 __all__ = [
     "PaddedRollout",
     "RolloutBackend",
+    "RolloutFailed",
     "SampledBatch",
     "SamplingConfig",
     "SeededRequest",
     "StaticRollout",
+    "VllmRollout",
+    "check_vllm",
     "row_uniforms",
 ]

@@ -14,6 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from tristage import dist
 from tristage.algo.masking import response_mask
 from tristage.engine import generation_mode, parameters_fit
+from tristage.errors import UserError
+
+
+class RolloutFailed(UserError):
+    """What sampling raised on some rank; raised on all of them, so that they can write a checkpoint before they end."""
 
 
 @dataclass
@@ -65,6 +70,26 @@ class RolloutBackend(RolloutEngine):
     def generate(self, request: SeededRequest, sampling: SamplingConfig) -> SampledBatch:
         """[B,P] prompts -> [B,P+R] sequences, R = max_new_tokens, right-padded after each row's first stop id."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What any rank raises inside ends the block on every rank with one sentence. A collective.
+
+        A rank that raises inside a collective of the block leaves the others there, for the watchdog to find.
+
+        Raises:
+            RolloutFailed: on every rank.
+        """
+        problem = None
+        try:
+            yield
+        except Exception as error:
+            what = str(error).strip().partition("\n")[0]
+            problem = what if isinstance(error, UserError) else f"{type(error).__name__}: {what}"
+        problems = dist.gather_objects(problem)
+        for rank, found in enumerate(problems):
+            if found is not None:
+                raise RolloutFailed(f"rollout backend {self.name} failed on rank {rank}: {found}")
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[bool]:

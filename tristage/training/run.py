@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,6 +127,17 @@ class Saver:
         if step > self.saved:
             self._save(step, control)
         raise Preempted(step)
+
+    @contextlib.contextmanager
+    def saving(self, step: int, control: dict[str, Any] | None, error: type[UserError]) -> Iterator[None]:
+        """If the block ends by an `error`, which every rank raises: checkpoint `step` first, unless it exists."""
+        try:
+            yield
+        except error as raised:
+            if step > self.saved:
+                self._save(step, control)
+            kept = f"the checkpoint of step {step} is written: start again to resume" if step else "no step is done"
+            raise error(f"{raised}; {kept}") from raised
 
     def _save(self, step: int, control: dict[str, Any] | None) -> None:
         state = (control or {}) | {"health": self.health.state()}
