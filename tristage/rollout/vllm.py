@@ -152,6 +152,7 @@ class VllmRollout(RolloutBackend):
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         for _ in weights:  # what vLLM has not asked for: all ranks take part in every gather
             pass
+        self.llm.apply_model(repack_tied_head)
         self.llm.reset_prefix_cache()
         everywhere = dist.gather_objects(self.llm.apply_model(parameter_sums)[0])
         difference = differing_layer(pushed, add_shards(everywhere[self._ranks()]), torch.finfo(self.model.dtype).eps)
@@ -310,14 +311,25 @@ def parameter_sums(model: nn.Module) -> dict[str, Sums]:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}"
-            if parameter.numel() == 0 and hasattr(module, "cpu_linear"):
-                # vLLM's CPU kernels keep a packed weight alone: its product with ones adds up its rows.
-                ones = torch.ones(1, module.input_size_per_partition, dtype=parameter.dtype)
-                rows = module.cpu_linear(ones, parameter, None)
-                found[id(parameter)] = (full, Sums(rows.sum(dtype=torch.float64).item(), None, 0))
+            if name == "weight" and hasattr(module, "cpu_linear"):
+                found[id(parameter)] = (full, _sums_of_packed(module))
             else:
                 found.setdefault(id(parameter), (full, sums_of(parameter)))
     return dict(found.values())
+
+
+def _sums_of_packed(module: Any) -> Sums:
+    """Of a linear layer on a CPU, whose kernel has a packed copy of the weight: the product with ones adds it up."""
+    width = module.weight.shape[1] if module.weight.numel() else module.input_size_per_partition
+    rows = module.cpu_linear(torch.ones(1, width, dtype=module.weight.dtype), module.weight, None)
+    return Sums(rows.sum(dtype=torch.float64).item(), None, 0)
+
+
+def repack_tied_head(model: nn.Module) -> None:
+    """On a CPU vLLM (0.32) packs an output layer that is tied to the embedding as it opens, and never again."""
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and module.weight.numel():
+            module.quant_method.process_weights_after_loading(module)
 
 
 def add_shards(shards: list[dict[str, Sums]]) -> dict[str, Sums]:
