@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tristage.config import (
     BatchPlan,
@@ -161,6 +161,11 @@ class RolloutSettings(Settings):
         description="ZeRO-3: gather the actor once per rollout if it fits (auto), or each layer at every token "
         "(never).",
     )
+
+    @field_validator("importance_sampling", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @property
     def weighs_tokens(self) -> bool:

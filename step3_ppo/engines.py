@@ -62,8 +62,8 @@ def check_models(settings: PPOConfig) -> Any:
 
 def _check_backend(settings: PPOConfig) -> None:
     if settings.rollout.backend == "vllm":
-        key = f"{settings.file}: key `rollout"
-        check_vllm(settings.actor_path, settings.trust_remote_code, settings.rollout.tensor_parallel, key)
+        rollout = settings.rollout
+        check_vllm(settings.actor_path, settings.trust_remote_code, rollout.tensor_parallel, str(settings.file))
     if settings.rollout.backend != "static":
         return
     model = empty_causal_lm(settings.actor_path, settings.trust_remote_code)

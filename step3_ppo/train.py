@@ -12,7 +12,7 @@ from step3_ppo.build import PPORun, read_inputs
 from step3_ppo.config import PPOConfig
 from step3_ppo.heldout import evaluate
 from step3_ppo.rollout import NotFiniteError, make_experience, sample_responses, score_responses
-from step3_ppo.update import MinibatchReport, check_first_iteration, check_sampler, ppo_update
+from step3_ppo.update import MinibatchReport, check_first_iteration, ppo_update
 from tristage import dist
 from tristage.batches import Experience
 from tristage.config import BatchPlan, load_config
@@ -73,7 +73,6 @@ def train(run: PPORun) -> None:
                 saver.stop_if_asked(iteration - 1, carried)  # the rollout is dropped: a resumed run samples the same
                 warned = warned or warn_of_constant(metrics)
                 if iteration == run.first + 1:
-                    check_sampler(experience, settings, run.rollouts.name)
                     check_first_iteration(engines, experience, settings, run.rollouts.name, untrained=run.first == 0)
                 with watch("update"):  # 4
                     losses, minibatches = ppo_update(engines, experience, iteration, settings, inputs.plan, run.extras)

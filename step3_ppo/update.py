@@ -235,6 +235,7 @@ def check_first_iteration(
     Raises:
         UserError: on every rank, with the two numbers.
     """
+    check_sampler(experience, settings, backend)
     engines.actor.train()
     ranks = dist.world_size()
     rows = torch.arange(dist.rank(), min(len(experience.logprobs), CHECKED_ROWS * ranks), ranks)

@@ -11,6 +11,8 @@ import re
 import signal
 import socket
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -29,6 +31,7 @@ from tests.helpers.faults import (
 from tests.helpers.interrupted import untimed
 from tristage.dist.watchdog import EXIT_PREEMPTED, EXIT_STALLED
 from tristage.machine.arrival import free_port
+from tristage.rollout import PaddedRollout
 
 SFT = "launch/step1_sft.sh"
 LONG = ["epochs=30", "save_every=25", "evaluate_every=70", "watchdog_seconds=60"]  # 192 steps
@@ -152,6 +155,37 @@ def test_a_reward_function_that_raises_on_one_rank_stops_the_others_at_once(base
     assert ranks.codes() == [EXIT_STALLED, 2]
     said = [line for line in (tmp_path / "log").read_text().splitlines() if "error" in line.lower()]
     assert said == ["error: reward function faulty failed on 8 responses (ZeroDivisionError: by a user)"]
+
+
+def failing_rollout(argv: list[str]) -> None:
+    """The padded backend; on rank 1 its third call (iteration 2) raises, after all ranks' weights are gathered."""
+    decode, calls = PaddedRollout._generate_rows, [0]
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if os.environ["RANK"] == "1" and calls[0] == 3:
+            raise RuntimeError("out of memory\nwhile decoding")
+        return decode(*arguments, **named)
+
+    with mock.patch.object(PaddedRollout, "_generate_rows", failing):
+        step3_ppo.train.main(argv)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_rollout_that_fails_on_one_rank_ends_the_run_with_a_checkpoint_to_resume(base, tmp_path, stage):
+    argv = [*ppo(base, tmp_path, "count_commas"), "rollout.backend=padded", "rollout.rows_at_once=64"]
+    if stage == 3:
+        argv += [f"{name}.deepspeed={tiny.deepspeed_json(3)}" for name in ("actor", "reference")]
+    ranks = Ranks(2, failing_rollout, argv, tmp_path / "log")
+    assert ranks.codes()[0] == 2, (tmp_path / "log").read_text()  # and ends the other
+    said = [line for line in (tmp_path / "log").read_text().splitlines() if "error" in line.lower()]
+    assert set(said) == {
+        "error: rollout backend padded failed on rank 1: RuntimeError: out of memory; the checkpoint of step 1 is "
+        "written: start again to resume"
+    }
+    assert checkpoints(tmp_path / "ppo") == ["step_000001"]
+    assert Ranks(2, step3_ppo.train.main, argv, tmp_path / "log").codes() == [0, 0]
+    assert "resum" in (tmp_path / "log").read_text() and steps_done(tmp_path / "ppo") == 3
 
 
 def test_a_constant_reward_is_warned_of_once(base, tmp_path):

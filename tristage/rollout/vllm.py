@@ -38,34 +38,33 @@ OUTSIDE = "outside the layers"
 OTHER_BACKEND = "set rollout.backend to static or padded"
 
 
-def check_vllm(path: str, trust_remote_code: bool, tensor_parallel: int, key: str) -> None:
+def check_vllm(path: str, trust_remote_code: bool, tensor_parallel: int, file: str) -> None:
     """Check before models load that vLLM can sample from the actor in the folder or of the id `path`.
 
     Args:
-        key: the setting's file and group, for the message.
+        file: of the settings, for the message.
 
     Raises:
         UserError: vLLM is not installed, too old, does not know the family, or cannot split it over the ranks.
     """
-    installed = _installed_version()
+    installed, key = _installed_version(), f"{file}: key `rollout.backend`"
     if installed is None:
-        raise UserError(f"{key}.backend: vLLM is not installed; `pip install tristage[vllm]`, or {OTHER_BACKEND}")
+        raise UserError(f"{key}: vLLM is not installed; `pip install tristage[vllm]`, or {OTHER_BACKEND}")
     if tuple(map(int, re.findall(r"\d+", installed)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise UserError(f"{key}.backend: vLLM {installed} is too old; install {oldest} or newer, or {OTHER_BACKEND}")
+        raise UserError(f"{key}: vLLM {installed} is too old; install {oldest} or newer, or {OTHER_BACKEND}")
     config: Any = load_config_without_dropout(path, trust_remote_code)
     known = _import_vllm().ModelRegistry.get_supported_archs()
     if not set(config.architectures or ()) & set(known):
-        raise UserError(
-            f"{key}.backend: vLLM {installed} does not know {config.model_type} models ({path}); {OTHER_BACKEND}"
-        )
+        raise UserError(f"{key}: vLLM {installed} does not know {config.model_type} models ({path}); {OTHER_BACKEND}")
     ranks_of_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     divided = {"ranks of a node": ranks_of_node, "attention heads": config.num_attention_heads}
     divided["key-value heads"] = _key_value_heads(config)
     for what, number in divided.items():
         if number % tensor_parallel:
             raise UserError(
-                f"{key}.tensor_parallel: {tensor_parallel} does not divide the {number} {what}; give a number that does"
+                f"{file}: key `rollout.tensor_parallel`: {tensor_parallel} does not divide the {number} {what}; "
+                "give a number that does"
             )
 
 
