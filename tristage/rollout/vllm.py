@@ -17,6 +17,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,8 +102,10 @@ class VllmRollout(RolloutBackend):
         # Log-probabilities at the temperature before top_p and top_k: "processed" ones come after both, "raw" ones
         # before the temperature. So with a filter the temperature must be 1, which PPOConfig checks.
         options["logprobs_mode"] = "raw_logprobs" if filtered else "processed_logprobs"
+        self._unlink_buffers()
         with _own_state():
             self.llm = self._open(options)
+        self._unlink_buffers()
         self._hand_over()
 
     def _options(self, max_tokens: int) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class VllmRollout(RolloutBackend):
             "gpu_memory_utilization": 0.01,  # for a check at the start alone: the line above decides
             "load_format": "dummy",  # every weight is pushed before the first request
             "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # a model folder's stop ids and penalties must not leak in
+            "generation_config": "vllm",  # not the folder's penalties and filters
             "disable_log_stats": True,
             "enable_sleep_mode": self.hands_over,
             "enforce_eager": not self.hands_over,
@@ -136,6 +139,12 @@ class VllmRollout(RolloutBackend):
                 f"rollout.backend: vLLM {_installed_version()} cannot open {options['model']} "
                 f"({type(error).__name__}: {_first_line(error)}); {OTHER_BACKEND}"
             ) from error
+
+    def _unlink_buffers(self) -> None:
+        """On a CPU, ranks of an engine share memory by a name that does not tell runs apart, and that vLLM leaves."""
+        ranks = "-".join(map(str, range(dist.world_size())[self._ranks()]))
+        for path in Path("/dev/shm").glob(f"*-[[]{ranks}[]]-cpushm_{dist.rank() % self.tensor_parallel}"):
+            path.unlink(missing_ok=True)
 
     def sync_weights(self, step: int) -> None:
         super().sync_weights(step)
@@ -174,7 +183,8 @@ class VllmRollout(RolloutBackend):
             self._push_weights()
         rows, device = len(request.prompt_ids), request.prompt_ids.device
         prompts, seeds = self._rows_of_engine(request)
-        outputs = self._run(prompts, [self._parameters(seed, sampling) for seed in seeds])
+        with _own_state():
+            outputs = self._run(prompts, [self._parameters(seed, sampling) for seed in seeds])
         start = dist.rank() % self.tensor_parallel * rows
         responses = torch.full((rows, sampling.max_new_tokens), self.tokenizer.pad_token_id)
         logprobs = torch.zeros(rows, sampling.max_new_tokens)
@@ -205,6 +215,7 @@ class VllmRollout(RolloutBackend):
             top_k=sampling.top_k,
             max_tokens=sampling.max_new_tokens,
             seed=seed,
+            ignore_eos=True,  # or the stop ids of the folder's generation_config.json are added
             stop_token_ids=list(self.stop_ids),
             logprobs=0,  # of the sampled token
             detokenize=False,
@@ -255,10 +266,12 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _own_state() -> Iterator[None]:
-    """vLLM seeds all random generators and replaces torch.set_num_threads; afterwards they are what they were."""
+    """vLLM seeds and draws from all random generators, and replaces torch.set_num_threads; afterwards all are as before.
+    """
     python, numpy, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python)
@@ -326,7 +339,8 @@ def _sums_of_packed(module: Any) -> Sums:
 
 def repack_tied_head(model: nn.Module) -> None:
     """On a CPU vLLM (0.32) packs an output layer that is tied to the embedding as it opens, and never again."""
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if hasattr(module, "cpu_linear") and module.weight.numel():
             module.quant_method.process_weights_after_loading(module)
 
