@@ -1,4 +1,4 @@
-"""CPU seconds of a PPO iteration beside a loop in DeepSpeed-Chat's style, on the same models and sizes, in one run.
+"""CPU seconds of a PPO iteration and of one in DeepSpeed-Chat's style, on the same models and sizes, in one run.
 
     python -m benchmarks.ppo_against_chat [OUT.json] [--repetitions N] [--smallest]
 
@@ -48,7 +48,7 @@ from tristage.models.tokenizer import load_tokenizer
 
 RANKS, MICRO_BATCH, VOCABULARY = 2, 4, 8192
 STOPS = [*range(20, 148)]  # of 8192 tokens of about the same chance: one in 64 ends a response
-# Name -> (contestants, ZeRO stage, rows a rank and iteration, mixed lengths)
+# Name -> (contestants, ZeRO stage, rows per rank and iteration, mixed lengths)
 EXPERIMENTS = {
     "ZeRO-2, 4 rows, full": (("tristage", "chat"), 2, 4, False),
     "ZeRO-2, 4 rows, mixed": (("tristage", "chat"), 2, 4, True),

@@ -20,9 +20,6 @@ from tristage.config import (
 )
 from tristage.errors import UserError
 
-# Rows of a forward without backward, which keeps one layer's activations, for one of a training forward.
-SCORING_WIDTH = 4
-
 
 class PPOOptimizerSettings(OptimizerSettings):
     """The same fields; eps defaults to 1e-5 as in PPO practice ("The 37 Implementation Details of PPO", detail 3)."""
@@ -415,13 +412,7 @@ class PPOConfig(RunSettings):
 
     def rollout_spec(self) -> RolloutSpec:
         rollout = self.rollout
-        return RolloutSpec(
-            self.responses,
-            rollout.rows_at_once,
-            self.max_tokens,
-            rollout.gather_weights,
-            SCORING_WIDTH * self.micro_rows,
-        )
+        return RolloutSpec(self.responses, rollout.rows_at_once, self.max_tokens, rollout.gather_weights)
 
     @property
     def micro_rows(self) -> int:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from step3_ppo.config import SCORING_WIDTH, PPOConfig
+from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
 from tristage.algo.masking import masked_mean
 from tristage.batches import PromptBatch, Sequences
 from tristage.data.collate import collate_sft, pick
+from tristage.data.loader import WIDTH
 from tristage.data.rows import SFTRow
 from tristage.data.store import Rows
 from tristage.data.tokenize import EncodingRules, Example, encode, encode_sampled
@@ -132,9 +133,9 @@ def retokenized_scores(
         None if turns is None else encode_sampled(turns, text, ended, engines.reward_tokenizer, limit)
         for turns, text, ended in zip(batch.turns, texts, sequences.ended.tolist(), strict=True)
     ]
-    order = torch.tensor([0 if example is None else -len(example.ids) for example in examples]).argsort(stable=True)
     device, scores = sequences.input_ids.device, []
-    for micro in order.split(SCORING_WIDTH * settings.micro_rows):
+    order = torch.tensor([0 if example is None else -len(example.ids) for example in examples]).argsort(stable=True)
+    for micro in order.split(WIDTH[device.type] * settings.micro_rows):
         made = collate_sft(pick(examples, micro.tolist()), engines.reward_tokenizer.pad_token_id).to(device)
         values = engines.reward(made.input_ids, made.attention_mask)
         scores.append(pooled(values, made.attention_mask, made.loss_mask, settings.reward.score))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from step3_ppo.config import SCORING_WIDTH, PPOConfig, PPOSettings, RolloutSettings
+from step3_ppo.config import PPOConfig, PPOSettings, RolloutSettings
 from step3_ppo.engines import Engines
 from step3_ppo.rewards import RewardTerm, decode, pooled, retokenized_scores, score_texts
 from tristage import dist
@@ -29,7 +29,7 @@ from tristage.algo.ppo import (
 )
 from tristage.batches import Experience, PromptBatch, Sampled, Sequences
 from tristage.data.collate import collate_prompts
-from tristage.data.loader import fill
+from tristage.data.loader import WIDTH, fill
 from tristage.data.store import Rows
 from tristage.models.lora import adapters_off
 from tristage.models.reward_model import last_token_scores
@@ -167,7 +167,7 @@ def score_responses(
     values: list[torch.Tensor] = []
     origin = old_logprobs(settings, sampled)
     if origin == "forward":
-        logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, 1, with_entropy=True)
+        logprobs, entropy, *values = _score_policy(engines.actor, sequences, settings, with_entropy=True)
     else:
         assert sampled.entropy is not None
         logprobs, entropy = sampled.logprobs, sampled.entropy
@@ -217,7 +217,7 @@ def _reward_terms(
                 values = engines.reward(micro.ids, micro.mask)
             return (pooled(values, micro.mask, micro.score_mask, settings.reward.score),)
 
-        (terms["model"],) = _in_micro_batches(sequences, settings, SCORING_WIDTH, score)
+        (terms["model"],) = _in_micro_batches(sequences, settings, score)
     if functions:
         prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask)
         responses = decode(tokenizer, sequences.responses, sequences.response_mask)
@@ -332,7 +332,7 @@ def _values(critic: Any, sequences: Sequences, settings: PPOConfig) -> list[torc
         values = critic(micro.ids, micro.mask)
         return micro.before_response(values), last_token_scores(values, micro.mask)
 
-    return _in_micro_batches(sequences, settings, SCORING_WIDTH, score)
+    return _in_micro_batches(sequences, settings, score)
 
 
 def _advantages(
@@ -389,7 +389,7 @@ def response_metrics(
 
 
 def _score_policy(
-    engine: Any, sequences: Sequences, settings: PPOConfig, width: int, with_entropy: bool = False
+    engine: Any, sequences: Sequences, settings: PPOConfig, with_entropy: bool = False
 ) -> list[torch.Tensor]:
     """(logprobs [B,R], entropy [B,R]) of the responses at the sampling temperature; with a value head, as `_values`,
     (values [B,R], after the last token [B]) as well."""
@@ -401,35 +401,41 @@ def _score_policy(
         more = [found for x in values for found in (micro.before_response(x), last_token_scores(x, micro.mask))]
         return micro.align(logprobs), micro.align(entropy), *more
 
-    return _in_micro_batches(sequences, settings, width, score)
+    # The actor's are micro-batches of training: the old log-probabilities come from the same forward as the new.
+    return _in_micro_batches(sequences, settings, score, wide=not with_entropy)
 
 
 def _reference_logprobs(engines: Engines, sequences: Sequences, settings: PPOConfig) -> torch.Tensor:
     """[B,R] of the reference; without an engine of its own it is the actor, its adapters off."""
     if engines.reference is not None:
-        return _score_policy(engines.reference, sequences, settings, SCORING_WIDTH)[0]
+        return _score_policy(engines.reference, sequences, settings)[0]
     with adapters_off(engines.actor.module):
-        return _score_policy(engines.actor, sequences, settings, SCORING_WIDTH)[0]
+        return _score_policy(engines.actor, sequences, settings)[0]
 
 
 def _in_micro_batches(
-    sequences: Sequences, settings: PPOConfig, width: int, score: Callable[[Any], tuple[torch.Tensor, ...]]
+    sequences: Sequences,
+    settings: PPOConfig,
+    score: Callable[[Any], tuple[torch.Tensor, ...]],
+    wide: bool = True,
 ) -> list[torch.Tensor]:
-    """Run `score` on micro-batches `width` times as large as training's; its results [b,...] in the rows' order,
-    [B,...]. With a width of 1 the log-probabilities come from the same forward as training's.
+    """Run `score` on micro-batches; its results [b,...] in the rows' order, [B,...].
+
+    They are training's, or `wide`: with as many more rows as a forward without backward may have on the device.
     """
     lengths = sequences.attention_mask.sum(dim=1)
     # Responses to one prompt next to each other: they share its forward. Then rows of like length.
     samples = settings.rollout.samples if len(lengths) % settings.rollout.samples == 0 else 1
     longest = lengths.view(-1, samples).amax(dim=1).argsort(descending=True, stable=True)
     order = (longest[:, None] * samples + torch.arange(samples, device=longest.device)).flatten()
-    found = [score(sequences.micro_batch(rows)) for rows in _split(order, lengths, settings, width)]
+    found = [score(sequences.micro_batch(rows)) for rows in _split(order, lengths, settings, wide)]
     back = order.argsort()
     return [torch.cat(parts)[back] for parts in zip(*found, strict=True)]
 
 
-def _split(order: torch.Tensor, lengths: torch.Tensor, settings: PPOConfig, width: int) -> Sequence[torch.Tensor]:
+def _split(order: torch.Tensor, lengths: torch.Tensor, settings: PPOConfig, wide: bool) -> Sequence[torch.Tensor]:
     """The micro-batches of forwards over rows `order`, as many on each rank."""
+    width = WIDTH[order.device.type] if wide else 1
     if settings.ppo.micro_batch is not None:
         return order.split(width * settings.ppo.micro_batch)
     assert settings.ppo.micro_batch_tokens is not None

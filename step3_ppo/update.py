@@ -270,7 +270,8 @@ def check_sampler(experience: Experience, settings: PPOConfig, backend: str) -> 
     tolerance, compared = FORWARD_TOLERANCE[settings.precision], largest if settings.precision == "float32" else mean
     if not compared <= tolerance:
         fix = "report this with the model's config.json"
-        fix = fix if backend == "padded" else f"set rollout.backend to static or padded, or {fix}"
+        if backend != "padded":
+            fix = f"set rollout.backend to {'padded' if backend == 'static' else 'static or padded'}, or {fix}"
         raise UserError(
             f"the log-probabilities of rollout backend {backend} differ from the training forward's by {mean:.2e} per "
             f"token, {largest:.2e} at most ({settings.precision}: tolerance {tolerance}); {fix}"

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "dist", "engine", "errors", "runs", "storage"},
     "models": {"algo", "config", "data", "dist", "engine", "errors", "storage"},
     "rollout": {"algo", "batches", "dist", "engine", "errors", "models"},
-    "planning": {"algo", "config", "errors", "models"},
+    "planning": {"algo", "config", "data", "errors", "models"},
     "training": {"checkpoint", "config", "data", "dist", "engine", "errors", "machine"}
     | {"models", "planning", "runs", "storage"},
     "launch": {"config", "data", "errors", "machine", "runs"},

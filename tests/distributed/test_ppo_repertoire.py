@@ -327,7 +327,7 @@ def run_target_kl(paths: dict[str, str], stage: int) -> dict[str, Any]:
         experience = torch.load(paths["experience"], weights_only=False)
         actor.eval()
         with torch.no_grad():
-            logprobs, _ = _score_policy(actor, experience.sequences, settings, 1)
+            logprobs, _ = _score_policy(actor, experience.sequences, settings)
         lengths = experience.sequences.attention_mask.sum(dim=1).tolist()
         last = [row for micro in deal(range(ROWS), lengths, plan, dist.world_size() - 1) for row in micro]
         logprobs[last] += gap

@@ -81,7 +81,7 @@ def test_scoring_at_another_temperature_fails_the_first_check(fresh: Run, monkey
     monkeypatch.setattr(step3_ppo.rollout, "old_logprobs", lambda *_: "forward")
     experience, metrics = fresh.experience()
     assert abs(metrics["objective/kl"]) < 1e-5  # actor and reference are wrong alike
-    with pytest.raises(UserError, match="before the first update"):
+    with pytest.raises(UserError, match="static differ from the training forward's by .* set rollout.backend to padded"):
         fresh.check(experience)
 
 
@@ -208,7 +208,7 @@ def answer_with(run: Run, monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -
             kept = min(length, RESPONSE)
             batch.input_ids[row, start:] = torch.tensor((ids + [pad] * RESPONSE)[:RESPONSE])
             batch.attention_mask[row, start:] = torch.arange(RESPONSE) < kept
-        batch.entropy = None  # these tokens were not sampled: the actor's forward says what they are worth
+        batch.logprobs = batch.entropy = None  # not sampled: the actor's forward says what these tokens are worth
         return batch
 
     monkeypatch.setattr(run.rollouts, "generate", generate_lengths)

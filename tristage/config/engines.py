@@ -61,4 +61,3 @@ class RolloutSpec:
     rows_at_once: int  # that one rank decodes
     tokens: int  # of a row, prompt and response
     gather_weights: Literal["auto", "never"]
-    scored_at_once: int  # rows of a forward of the frozen models and the critic

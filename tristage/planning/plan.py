@@ -20,6 +20,7 @@ from tristage.config import (
     read_deepspeed_json,
     read_values,
 )
+from tristage.data.loader import WIDTH
 from tristage.errors import UserError
 from tristage.models.lora import check_lora
 from tristage.models.sizes import model_shape
@@ -143,10 +144,8 @@ def _ppo_phases(
         },
     )
     for engine in engines:
-        scorer = engine
-        if engine is not actor:
-            rows = min(rollout.scored_at_once, rollout.rows // machine.ranks)
-            scorer = dataclasses.replace(engine, rows=rows)
+        width = 1 if engine is actor else WIDTH["cpu" if machine.cpu else "cuda"]
+        scorer = dataclasses.replace(engine, rows=min(width * engine.rows, max(1, rollout.rows // machine.ranks)))
         yield Phase(f"scoring by the {engine.name}", forward(scorer, machine, entropy=engine is actor))
     learners = [engine for engine in engines if not engine.frozen]
     waiting = {engine.name: kept_gradients(engine, machine) for engine in learners}
