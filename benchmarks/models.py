@@ -58,7 +58,7 @@ class Sizes:
     rows: int = 512  # how many
 
 
-SMALLEST = Sizes(32, 2, 2, 128, 16, 1, 64, 12, 6, 16, 128)
+SMALLEST = Sizes(32, 2, 2, 128, 16, 1, 64, 12, 6, 16, 256)
 
 
 def actor_config(sizes: Sizes) -> OPTConfig:
