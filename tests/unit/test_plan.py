@@ -108,8 +108,10 @@ def test_zero_3_gathers_what_it_may_and_the_projection_throughout():
 
 def test_a_gpu_has_whole_buckets_from_the_start_and_a_cpu_what_was_touched():
     two = Zero(2, buffers=2, bucket=5000)
-    assert memory.reduction(engine(zero=two), FOUR)["buckets"] == 2 * (2 * 5000 + 1000)  # and one flattened
-    assert memory.reduction(engine(zero=two), dataclasses.replace(FOUR, cpu=True))["buckets"] == 2 * (1000 + 1000)
+    copying = dataclasses.replace(two, copies=True)
+    assert memory.reduction(engine(zero=two), FOUR)["buckets"] == 2 * 2 * 5000
+    assert memory.reduction(engine(zero=copying), FOUR)["buckets"] == 2 * (2 * 5000 + 1000)  # and one flattened
+    assert memory.reduction(engine(zero=copying), dataclasses.replace(FOUR, cpu=True))["buckets"] == 2 * (1000 + 1000)
     assert memory.backward(engine(zero=two), FOUR)["buckets"] == 2 * 2 * 5000  # reduced at the end alone
     assert memory.backward(engine(1), FOUR)["buckets"] == 2 * 200
 
@@ -126,7 +128,6 @@ def test_the_step_makes_float32_gradients_of_its_part():
     assert memory.step(engine(0, 4), FOUR) == {"reduction": 4000}
     assert memory.step(engine(0), FOUR) == {"float32 gradients": 4000}  # larger than the reduction's 2000, and after it
     assert memory.step(engine(zero=Zero(2, offload_optimizer=True)), FOUR) == {}
-    assert memory.step(engine(2), dataclasses.replace(FOUR, cpu=True))["temporaries"] == 8 * 250
 
 
 def test_a_gpt_block_keeps_korthikantis_bytes_less_dropout_and_the_attention_matrix():
@@ -314,9 +315,9 @@ def test_the_command_says_what_fits(tmp_path, model, capsys):
 
 
 def test_the_cheapest_that_fits_is_named_where_the_setting_does_not(tmp_path, model, capsys):
-    assert command(tmp_path, model, "--gpu-memory", "5.2") == 1
+    assert command(tmp_path, model, "--gpu-memory", "4.9") == 1
     out = capsys.readouterr().out
-    assert "does not fit: " in out and "The cheapest that fits: configs/deepspeed/zero1.json" in out
+    assert "does not fit: " in out and "The cheapest that fits: configs/deepspeed/zero3.json" in out
 
 
 def test_checkpointing_is_named_where_no_stage_is_enough(tmp_path, model, capsys):

@@ -29,7 +29,7 @@ BLOCKS = 3  # of float32 logits, next to a chunk: at the temperature, their log-
 # Bytes per logit of a head that is not in chunks, measured: forward and backward, the same with the entropy, and
 # forwards without gradients.
 LOGIT_TRAIN, LOGIT_ENTROPY, LOGIT_SCORE, LOGIT_SCORE_ENTROPY = 16, 24, 8, 20
-SAMPLED_LOGIT = 28  # the sampler's float32 logits, and in float64 their copy, softmax and cumulative sum
+SAMPLED_LOGIT = 16  # the sampler's logits, their exponentials, and what the entropy adds up, in float32
 NF4 = 4.5 / 8  # bytes of a weight in 4 bits with a float32 scale for every 64
 
 Bill = dict[str, float]  # what memory is for -> bytes
@@ -43,6 +43,7 @@ class Zero:
     offload_optimizer: bool = False
     offload_param: bool = False
     buffers: int = 1  # reduce buckets: two where communication overlaps
+    copies: bool = False  # ZeRO 2 reduces a copy of its bucket: `reduce_scatter`, which engine_config leaves out
     bucket: float = 5e8  # numbers in one
     max_live: float = 1e9  # numbers that ZeRO 3 gathers at most, unless one module needs more
     sub_group: float = 1e9  # numbers that ZeRO 3 steps at a time
@@ -60,6 +61,7 @@ class Zero:
             offload_optimizer=offloads("offload_optimizer"),
             offload_param=offloads("offload_param"),
             buffers=2 if zero.get("overlap_comm", False) and zero.get("stage") == 2 else 1,
+            copies=bool(zero.get("reduce_scatter", False)),
             bucket=float(zero.get("reduce_bucket_size", cls.bucket)),
             max_live=float(zero.get("stage3_max_live_parameters", cls.max_live)),
             sub_group=float(zero.get("sub_group_size", cls.sub_group)),
@@ -187,7 +189,7 @@ def _earlier_gradients(engine: Engine, machine: Machine) -> float:
 
 
 def _reduce_buckets(engine: Engine, machine: Machine, flat: bool) -> float:
-    """Bytes of the buckets that ZeRO 2 copies gradients into (ZeRO 3's is resident); both flatten one to reduce it.
+    """Bytes of the buckets that ZeRO 2 copies gradients into (ZeRO 3's is resident), and of the copy that is reduced.
 
     ZeRO 1 makes its bucket for a backward and fills it in the step.
     """
@@ -196,7 +198,9 @@ def _reduce_buckets(engine: Engine, machine: Machine, flat: bool) -> float:
     buffers, flattened = engine.zero.bucket * engine.zero.buffers, min(engine.zero.bucket, engine.trained)
     if machine.cpu:  # memory is there once it is touched, on a GPU from the start
         buffers = min(buffers, engine.trained)
-    return engine.bytes * ((buffers if engine.zero.stage == 2 else 0.0) + (flattened if flat else 0.0))
+    if not flat or (engine.zero.stage == 2 and not engine.zero.copies):
+        flattened = 0.0
+    return engine.bytes * ((buffers if engine.zero.stage == 2 else 0.0) + flattened)
 
 
 def forward(engine: Engine, machine: Machine, entropy: bool = False) -> Bill:
@@ -228,8 +232,6 @@ def step(engine: Engine, machine: Machine) -> Bill:
         if zero.stage == 1:  # copied to partitions while the whole ones are there
             bill["partition"] = engine.bytes * part
             bill["buckets"] = engine.bytes * _bucket(engine, machine)
-    if machine.cpu:  # torch's own AdamW: two temporaries as large as the tensor that it steps
-        bill["temporaries"] = 8 * (part if zero.stage else min(engine.shape.largest, trained))
     return bill
 
 
