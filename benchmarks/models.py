@@ -1,4 +1,4 @@
-"""What the contestants train: an OPT-style actor and reward model with random weights, a tokenizer and rows, in a folder.
+"""What contestants train: an OPT-style actor and reward model with random weights, a tokenizer and rows, in a folder.
 
     python -m benchmarks.models FOLDER [--smallest]
 

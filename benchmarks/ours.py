@@ -46,8 +46,8 @@ def settings_for(job: Job, ranks: int) -> SFTConfig | RewardModelConfig | PPOCon
     else:
         own = {"epochs": MANY, "global_batch": rows, "micro_batch": micro_batch, "max_tokens": sizes.row}
         own |= {"optimizer.learning_rate": 1e-6, "deepspeed": "zero2"}
-        own |= {"sft": {"model": f"{folder}/actor", "data.train": f"{folder}/sft.jsonl"},
-                "reward_model": {"model": f"{folder}/reward", "data.train": f"{folder}/pairs.jsonl"}}[job["what"]]  # fmt: skip
+        model, data = {"sft": ("actor", "sft"), "reward_model": ("reward", "pairs")}[job["what"]]
+        own |= {"model": f"{folder}/{model}", "data.train": f"{folder}/{data}.jsonl"}
     kind = {"sft": SFTConfig, "reward_model": RewardModelConfig, "ppo": PPOConfig}[job["what"]]
     return kind.model_validate(nested(common | own | job.get("settings", {})))
 
