@@ -1,21 +1,33 @@
-"""Every benchmark can be imported, and the settings that they share are ones that their steps accept."""
+"""Every benchmark can be imported, their settings are ones that steps accept, and the page on speed quotes results."""
 
 from __future__ import annotations
 
 import importlib
+import math
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import ppo_phases, soak, tiny
+from benchmarks import against_peers, figures, floor, models, ours, ppo_phases, scaling, soak, speed_page, tiny, trl_ppo
+from benchmarks.against_peers import EXPERIMENTS
+from benchmarks.turns import Contestant
+from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
 from tristage.config import load_config
+from tristage.data.sets import load_sets
+from tristage.models.tokenizer import load_tokenizer
 
-NAMES = sorted(path.stem for path in Path(tiny.__file__).parent.glob("*.py") if path.stem not in ("__init__", "tiny"))
+STALE = "run python -m benchmarks.speed_page"
+HELPERS = ("__init__", "figures", "tiny", "turns")
+NAMES = sorted(path.stem for path in Path(tiny.__file__).parent.glob("*.py") if path.stem not in HELPERS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_starts(name):
+    if name == "trl_steps":
+        pytest.importorskip("trl", reason="trl is not installed, so there is no such contestant (pip install trl)")
     assert callable(importlib.import_module(f"benchmarks.{name}").main)
 
 
@@ -33,3 +45,153 @@ def test_the_iterations_of_the_soak_are_cheap_and_have_two_ranks(tmp_path):
     config = soak.write_config(tmp_path)
     settings = load_config(PPOConfig, ["--config", config, "iterations=7", *soak.CHEAPEST])
     assert (settings.iterations, settings.rollout.prompts, settings.plan(2).accumulation) == (7, 4, 1)
+
+
+# -- against peers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The smallest models and rows."""
+    path = tmp_path_factory.mktemp("models")
+    models.write(path, models.SMALLEST)
+    return str(path)
+
+
+def test_the_chance_of_eos_is_the_one_that_gives_the_mean_length():
+    ids = torch.randint(models.FIRST_WORD, models.SMALLEST.vocabulary, (4, 40))
+    chances = {mixed: models.make_actor(models.SMALLEST, mixed)(ids).logits.softmax(-1)[..., models.EOS]
+               for mixed in (False, True)}  # fmt: skip
+    odds = models.odds_of_eos(models.SMALLEST.response)
+    expected = odds / (1 + odds)
+    assert float(chances[False].max()) < 1e-9
+    torch.testing.assert_close(chances[True], torch.full_like(chances[True], expected), rtol=0.02, atol=0)
+    mean = sum((1 - expected) ** place for place in range(models.SMALLEST.response))  # that it has a token there
+    assert math.isclose(mean, 0.4 * models.SMALLEST.response, rel_tol=1e-6)
+
+
+def test_the_rows_of_peers_are_those_that_our_data_pipeline_reads(folder):
+    job = EXPERIMENTS["sft"].job | {"folder": folder}
+    settings = ours.settings_for(job, 1)
+    assert isinstance(settings, SFTConfig)
+    tokenizer = load_tokenizer(settings.model)
+    train, heldout = load_sets(settings, tokenizer)
+    read = sorted(example.ids for rows in (train, heldout) for example in (rows[i] for i in range(len(rows))))
+    assert read == sorted(row["prompt"] + row["response"] for row in models.read_ids(folder, "sft"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_our_settings_of_each_experiment_are_accepted(folder, name):
+    entries = [entry for entry in EXPERIMENTS[name].entries.values() if entry.module == against_peers.OURS]
+    for entry in entries:
+        job = EXPERIMENTS[name].job | entry.job | {"folder": folder}
+        assert ours.settings_for(job, 2).plan(2).global_batch == 2 * job["rows"]
+    assert entries[0] == next(iter(EXPERIMENTS[name].entries.values()))  # ratios are to the first
+
+
+def test_trl_ppo_makes_one_optimizer_step_per_iteration_and_counts_tokens_up_to_eos():
+    job = EXPERIMENTS["wide-mixed"].job | {"folder": "a"}
+    options = trl_ppo.options_of(job, response=128, ranks=2)
+    assert options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] == 64
+    assert (options["num_mini_batches"], options["num_ppo_epochs"], options["stop_token"]) == (1, 1, "eos")
+    eos = models.EOS
+    assert trl_ppo.real_tokens(torch.tensor([[5, eos, 6, eos], [5, 6, 7, 8], [eos, 5, 5, 5]])) == 2 + 4 + 1
+
+
+def record(tokens: int, **phases: float) -> dict:
+    return {"phases": phases, "tokens": tokens, "wall": 1.0, "peak_mib": 100.0}
+
+
+def test_a_ratio_is_taken_per_token_within_a_repetition_and_the_warm_up_does_not_count():
+    warm_up = [record(1, rollout=99.0), record(1, rollout=99.0)]
+    found = {
+        "tristage": {"started": [1.0, 3.0], "steps": [warm_up, [record(10, rollout=1.0, update=1.0)] * 2,
+                                                      [record(10, rollout=2.0, update=2.0)] * 2]},
+        "peer": {"started": [2.0, 2.0], "steps": [warm_up, [record(20, rollout=6.0, update=2.0)] * 2,
+                                                  [record(20, rollout=8.0, update=8.0)] * 2]},
+    }  # fmt: skip
+    rows = against_peers.summary(found)
+    assert rows["peer"]["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert rows["tristage"]["ratio"]["median"] == 1.0
+    assert rows["peer"]["cpu_seconds"] == {"median": 12.0, "low": 8.0, "high": 16.0}
+    assert rows["peer"]["phases"] == {"rollout": 7.0, "update": 5.0}
+    assert rows["peer"]["ms_per_token"]["low"] == 400.0 and rows["peer"]["tokens"] == 40
+    assert rows["tristage"]["start_cpu_seconds"] == 2.0
+
+
+@pytest.mark.parametrize("what", ["ours", "chat_style"])
+def test_a_contestant_takes_turns(folder, what):
+    job = EXPERIMENTS["zero2-mixed"].job | {"folder": folder}
+    with Contestant(f"benchmarks.{what}", job, ranks=1) as contestant:
+        (found,) = [contestant.step() for _ in range(2)][-1]
+    assert list(found["phases"]) == ["rollout", "score", "update"] and min(found["phases"].values()) > 0
+    assert 4 <= found["tokens"] <= 4 * models.SMALLEST.response
+
+
+def test_trl_takes_turns(folder):
+    pytest.importorskip("trl", reason="trl is not installed, so there is no such contestant (pip install trl)")
+    with Contestant(against_peers.TRL, EXPERIMENTS["reward_model"].job | {"folder": folder}, ranks=1) as contestant:
+        (found,) = contestant.step()
+    assert list(found["phases"]) == ["step"] and found["tokens"] > 8
+
+
+def test_a_contestant_that_fails_is_quoted(tmp_path):
+    with pytest.raises(RuntimeError, match=r"benchmarks.ours has ended too early(.|\n)*sizes.json"):
+        Contestant("benchmarks.ours", {"what": "sft", "folder": str(tmp_path), "rows": 1, "micro_batch": 1}, ranks=1)
+
+
+# -- floor and scaling -------------------------------------------------------------------------------------------------
+
+
+def test_the_floor_of_a_network_computed_by_hand():
+    sizes = models.Sizes(
+        width=2, layers=1, heads=1, vocabulary=10, reward_width=2, reward_layers=1, prompt=2, response=2
+    )
+    found = floor.floor(sizes, rows=1, rate={"flops": 1.0, "bytes": 1e9})
+    # A token in the trunk: 24 * 2^2 = 96, with 4 * 2 * context for attention; a logit 2 * 2 * 10 = 40.
+    assert found["rollout"] == 2 * (96 + 8) + 2 * (96 + 8 * 3 + 40)
+    forward, critic = 4 * (96 + 16) + 2 * 40, 4 * (96 + 16)
+    assert found["score"] == forward + 2 * critic
+    assert math.isclose(found["update"], 3 * (forward + critic), rel_tol=1e-6)
+    slow = floor.floor(sizes, rows=2, rate={"flops": 1e18, "bytes": 1.0})
+    weights = 12 * 4 + 20
+    assert math.isclose(slow["rollout"], 2 * 4 * (weights + 2 * 2 * 2 * 3) / 2)  # two rows share the weights
+    assert math.isclose(slow["update"], 28 * 2 * weights / 2 / 2)  # actor and critic, two ranks, two rows
+
+
+def test_rates_are_measured():
+    found = floor.rates(models.SMALLEST, repetitions=3)
+    assert found["flops"] > 0 and found["bytes"] > 0
+
+
+def test_the_grid_changes_one_thing_at_a_time():
+    base = models.Sizes()
+    grid = scaling.grid(base)
+    middle = scaling.Point(base)
+    assert all(middle in points.values() for points in grid.values())
+    assert len({point for points in grid.values() for point in points.values()}) == 1 + 4 * 2 + 1
+    assert all(point.sizes.prompt + point.sizes.response <= base.positions
+               for points in grid.values() for point in points.values())  # fmt: skip
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_speed_and_its_figures_are_those_of_the_results():
+    page = speed_page.PAGE.read_text(encoding="utf-8")
+    assert speed_page.filled(page, speed_page.blocks()) == page, STALE
+    for name, picture in speed_page.figures().items():
+        assert (speed_page.PICTURES / name).read_text(encoding="utf-8") == picture, STALE
+
+
+def test_every_experiment_has_results_on_the_page():
+    assert set(speed_page.TITLES) == set(EXPERIMENTS) == set(speed_page.read("against_peers")["experiments"])
+
+
+def test_a_figure_draws_bars_to_scale():
+    bars = [figures.Bar("a & b", {"x": 1.0, "y": 3.0}, "4"), figures.Bar("c", {"y": 2.0}, "2")]
+    root = ET.fromstring(figures.draw("title", "unit", {"group": bars}))
+    drawn = [(box.get("class"), float(box.get("width", 0))) for box in root.iter("{http://www.w3.org/2000/svg}rect")]
+    (x, first), (y, second), (again, third) = drawn[-3:]
+    assert (x, y, again) == ("part0", "part1", "part1")
+    assert math.isclose(3 * first, second, rel_tol=0.01) and math.isclose(2 * first, third, rel_tol=0.01)
