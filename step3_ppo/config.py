@@ -138,6 +138,11 @@ class RolloutSettings(Settings):
         "outside [1/importance_cap, importance_cap] (mask).",
     )
     importance_cap: float = Field(2.0, gt=1, description="Bound of the ratio of importance_sampling.")
+    cuda_graphs: bool = Field(
+        False,
+        description="Of backend static: decode by CUDA graphs, which spares a GPU the waiting for Python. Not yet run "
+        "on a GPU: compare times with and without it.",
+    )
     rows_at_once: int = Field(64, gt=0, description="Rows that one rank decodes at once; independent of micro_batch.")
     max_response_tokens: int = Field(gt=0, description="Token limit of a response.")
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
@@ -297,6 +302,7 @@ class PPOConfig(RunSettings):
         """Refuse a setting that would have no effect."""
         of_vllm = {"tensor_parallel", "importance_sampling", "importance_cap"}
         idle = {"gather_weights"} if self.rollout.backend == "vllm" else of_vllm
+        idle |= {"cuda_graphs"} if self.rollout.backend in ("padded", "vllm") else set()
         idle |= {"importance_cap"} if self.rollout.importance_sampling == "off" else set()
         for key in sorted(idle & self.rollout.model_fields_set):
             raise ValueError(f"key `rollout.{key}` has no effect with these settings; remove it")

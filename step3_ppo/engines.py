@@ -64,6 +64,8 @@ def _check_backend(settings: PPOConfig) -> None:
     if settings.rollout.backend == "vllm":
         rollout = settings.rollout
         check_vllm(settings.actor_path, settings.trust_remote_code, rollout.tensor_parallel, str(settings.file))
+    if settings.rollout.cuda_graphs and not dist.uses_gpu(settings.device):
+        raise UserError(f"{settings.file}: key `rollout.cuda_graphs` needs a GPU; remove it")
     if settings.rollout.backend != "static":
         return
     model = empty_causal_lm(settings.actor_path, settings.trust_remote_code)

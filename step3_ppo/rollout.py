@@ -111,7 +111,10 @@ def make_rollouts(actor: Any, tokenizer: Any, settings: PPOConfig) -> RolloutBac
         backend = PaddedRollout
     if rollout.backend == "padded":
         backend = PaddedRollout
-    return backend(actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
+    made = backend(actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
+    if isinstance(made, StaticRollout):
+        made.cuda_graphs = rollout.cuda_graphs
+    return made
 
 
 def prompt_batch(

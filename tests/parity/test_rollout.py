@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from step1_sft.train import sft_step
 from tests.helpers import tiny
@@ -360,6 +361,53 @@ def test_looking_seldom_at_which_rows_have_ended_changes_no_token(
     found = draw(policy.rollout(5, StaticRollout), make_prompts(policy.tokenizer))
     assert torch.equal(found.input_ids, expected.input_ids)
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
+def test_forwards_that_are_captured_and_replayed_sample_the_same(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a stand-in for a CUDA graph: capturing runs nothing, and replaying does what the forward does."""
+    captured, ran = [], []
+
+    def capture(step: Any) -> Any:
+        captured.append(step)
+        return lambda: (ran.append(step), step())
+
+    monkeypatch.setattr(static_module, "capture", capture)
+    for slots in (5, 64):
+        captured.clear()
+        ran.clear()
+        rollout = policy.rollout(slots, StaticRollout)
+        rollout.cuda_graphs = True
+        found = sample(rollout, make_prompts(policy.tokenizer)).responses
+        assert torch.equal(found, sample(policy.rollout(), make_prompts(policy.tokenizer)).responses)
+        assert 0 < len(captured) < len(ran)
+
+
+class NeverWaits(TorchDispatchMode):
+    """Fails at what a CUDA graph cannot hold: a number that goes to the host, or a shape that depends on numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(TOKENS), SamplingConfig(TOKENS, 0.7, 0.9, 5)])
+def test_the_device_part_of_a_decoding_step_never_waits(
+    sampling: SamplingConfig, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = static_module._Loop._step
+
+    def watched(self: Any, n: int, visible: int) -> None:
+        with NeverWaits():
+            step(self, n, visible)
+
+    monkeypatch.setattr(static_module._Loop, "_step", watched)
+    assert sample(policy.rollout(5, StaticRollout), make_prompts(policy.tokenizer), sampling).response_mask.any()
+    with pytest.raises(AssertionError, match="local_scalar_dense"), NeverWaits():
+        torch.ones(1).item()
 
 
 def test_attention_that_takes_no_mask_is_replaced_for_the_rollout(policy: Policy) -> None:

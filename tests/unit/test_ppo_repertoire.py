@@ -613,6 +613,22 @@ def test_a_stop_token_that_is_not_in_the_vocabulary_is_refused(tmp_path: Path, w
     assert str(caught.value).startswith(f"{path}: {sentence.format(sft=sft)}")
 
 
+@pytest.mark.parametrize("family, words, sentence", [
+    ("bloom", "rollout.backend=static",
+     "key `rollout.backend`: static does not know a bloom model ({sft}): it takes no position_ids; set it to padded"),
+    ("gemma2", "rollout.backend=static",
+     "key `rollout.backend`: static does not know a gemma2 model ({sft}): its attention slides over 8 tokens"),
+    ("llama", "rollout.cuda_graphs=true", "key `rollout.cuda_graphs` needs a GPU; remove it"),
+])  # fmt: skip
+def test_a_backend_that_cannot_sample_here_is_refused(tmp_path: Path, family: str, words: str, sentence: str) -> None:
+    sft = tiny.write_model(tmp_path / "sft", family)
+    path = tiny.write_yaml(tmp_path / "ppo.yaml", tiny.ppo_values(tmp_path / "out", sft, sft, "prompts.jsonl"))
+    by_rule = "reward={functions: [{function: 'tests.helpers.rewards:constant'}]}"
+    with pytest.raises(UserError) as caught:
+        check_models(load_config(PPOConfig, ["--config", path, words, by_rule]))
+    assert str(caught.value).startswith(f"{path}: {sentence.format(sft=sft)}")
+
+
 def test_other_stop_tokens_of_the_actors_generation_config_are_named_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,7 @@ def config(folder: Path, *words: str, actor: str = "actor") -> Any:
         (["rollout.importance_cap=3"], "key `rollout.importance_cap` has no effect"),
         (["rollout.importance_sampling=mask", "rollout.backend=static"], "key `rollout.importance_sampling` has no"),
         (["rollout.tensor_parallel=2", "rollout.backend=padded"], "key `rollout.tensor_parallel` has no effect"),
+        (["rollout.cuda_graphs=true", "rollout.backend=padded"], "key `rollout.cuda_graphs` has no effect"),
         ([VLLM, "rollout.gather_weights=never"], "key `rollout.gather_weights` has no effect"),
         ([VLLM, "rollout.importance_sampling=off", "rollout.importance_cap=3"], "key `rollout.importance_cap` has no"),
         ([VLLM, "rollout.top_p=0.9", "rollout.temperature=0.7"], "set rollout.temperature to 1"),

@@ -3,18 +3,22 @@
 A rollout has `rows_at_once` slots. A prompt enters a free slot by one forward over its tokens (once for all of its
 samples); then every forward decodes one token of each slot. A row that has ended leaves its slot to the next prompt,
 and when none waits, to the last slot's row: no forward computes rows that have ended, beyond an eighth of the slots.
+
+With `cuda_graphs` a forward that comes again (as many slots, as many columns) is captured and replayed; then slots are
+given up by halves, so that few forwards differ.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from deepspeed.runtime.rollout import SamplingConfig
 
 from tristage import dist
+from tristage.dist import progress
 from tristage.rollout.base import RolloutBackend, SampledBatch, SeededRequest
 from tristage.rollout.cache import SlotCache
 from tristage.rollout.sampling import choose
@@ -32,18 +36,28 @@ class StaticRollout(RolloutBackend):
     """Samples with the training weights in place; under ZeRO-3 with `gather: never` ranks decode in step."""
 
     name = "static"
+    cuda_graphs = False  # decode by CUDA graphs
 
     @torch.no_grad()
     def generate(self, request: SeededRequest, sampling: SamplingConfig) -> SampledBatch:
         model = self.engine.module.model
         with self.weights() as whole, additive_mask_attention(model):
             loop = _Loop(model, request, sampling, self.stop_ids, self.rows_at_once)
+            loop.replays = self.cuda_graphs and whole
             if whole:
                 loop.run()
             else:
                 loop.run_in_step()
         keep = sampling.max_new_tokens  # without the column that takes what is not kept
         return self.batch(request, *(x[:, :keep] for x in (loop.tokens, loop.logprobs, loop.entropy)))
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """A function that does on the GPU what `step` would, without its Python. Capturing does not run it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 @contextlib.contextmanager
@@ -86,6 +100,9 @@ class _Loop:
         # What the host knows of them, for it decides which rows leave and enter.
         self.host_alive, self.host_position = [False] * self.slots, [0] * self.slots
         self.forwards, self.check_every = 0, looks_at_every(device)
+        self.replays = False
+        # Of a forward by (slots, columns): None once it has run, then what replays it.
+        self.captured: dict[tuple[int, int], Callable[[], None] | None] = {}
 
     def run(self) -> None:
         """Decode until every row has ended, each slot on its own."""
@@ -154,6 +171,28 @@ class _Loop:
         """One token of each of the first n slots."""
         going = [place for place, alive in zip(self.host_position, self.host_alive, strict=True) if alive]
         visible = -(-(max(going, default=0) + 1) // COLUMNS) * COLUMNS
+        self._run_or_replay(n, visible)
+        progress.made_progress()
+        self.forwards += 1
+        for slot in range(n):
+            self.host_position[slot] += 1
+        if self.forwards % self.check_every == 0:
+            self.host_alive[:n] = self.alive[:n].tolist()
+
+    def _run_or_replay(self, n: int, visible: int) -> None:
+        """The first of equal forwards runs, the second is captured before it is replayed."""
+        if not self.replays:
+            return self._step(n, visible)
+        if (n, visible) not in self.captured:
+            self.captured[n, visible] = None
+            return self._step(n, visible)
+        replay = self.captured[n, visible]
+        if replay is None:
+            replay = self.captured[n, visible] = capture(lambda: self._step(n, visible))
+        replay()
+
+    def _step(self, n: int, visible: int) -> None:
+        """The device's part of a decoding step: nothing here waits for it."""
         row, position, count, alive = self.row[:n], self.position[:n], self.count[:n], self.alive[:n]
         self.cache.decode(position, visible)
         logits = self.model(
@@ -171,15 +210,12 @@ class _Loop:
         count += alive
         position += alive
         alive &= ~torch.isin(choice.tokens, self.stop_ids) & (count < self.limit)
-        self.forwards += 1
-        for slot in range(n):
-            self.host_position[slot] += 1
-        if self.forwards % self.check_every == 0:
-            self.host_alive[:n] = alive.tolist()
 
     def _close_gaps(self) -> None:
         """The rows that go on move to the first slots; the others are given up."""
         going = sum(self.host_alive)
+        if self.replays and going > len(self.host_alive) // 2:
+            return
         source = [slot for slot in range(going, len(self.host_alive)) if self.host_alive[slot]]
         target = [slot for slot in range(going) if not self.host_alive[slot]]
         if source:

@@ -17,7 +17,8 @@ MAY_CHANGE_ON_RESUME = {
     *("output", "device", "resume", "resume_changed", "check_disk", "watchdog_seconds", "max_bad_steps"),
     *("save_every", "keep_last", "keep_every_n_steps", "keep_best", "evaluate_every", "logged_samples", "grader"),
     *("micro_batch", "ppo.micro_batch", "ppo.micro_batch_tokens", "rollout.rows_at_once"),
-    *("rollout.backend", "rollout.gather_weights", "rollout.tensor_parallel", "precompute_reference"),
+    *("rollout.backend", "rollout.cuda_graphs", "rollout.gather_weights", "rollout.tensor_parallel"),
+    "precompute_reference",
     *("deepspeed", "*.deepspeed", "gradient_checkpointing", "*.gradient_checkpointing"),
     *("data.cache", "data.workers", "trust_remote_code", "*.trust_remote_code"),
 }
