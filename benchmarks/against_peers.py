@@ -3,8 +3,8 @@
     python -m benchmarks.against_peers [OUT.json] [--trl-ppo-python PYTHON] [--experiments NAME ...] [--repetitions N]
 
 Random weights: actor of 30 million parameters, reward model of 5.5 million (benchmarks.models), float32, two CPU ranks
-with one thread each. Contestants take turns, step by step, and a repetition is one turn of each; the first is a warm-up
-and does not count. What is compared are CPU seconds per rank, which hold where others use the machine too; a
+with one thread each. Contestants take turns, step by step, and a repetition is one turn of each, after a
+warm-up that does not count. What is compared are CPU seconds per rank, which hold where others use the machine too; a
 ratio is taken within a repetition, per real token (PPO: of responses), and its median and range are reported.
 
     sft             4 rows per rank of natural lengths, up to 256 tokens, at equal settings and each at its best
@@ -12,7 +12,7 @@ ratio is taken within a repetition, per real token (PPO: of responses), and its 
     zero2           PPO: 4 prompts per rank of 128 tokens, responses of 128, ZeRO-2
     zero2-mixed     the same with responses of mixed length, 40 % of the limit on average
     zero3           as zero2, all engines at ZeRO-3
-    wide            as zero2, 64 prompts per rank, sampled and trained in one iteration as each can
+    wide            as zero2, 64 prompts over the two ranks, sampled and trained in one iteration as each can
     wide-mixed      the same with responses of mixed length
 
 TRL's PPOTrainer needs an environment of its own, see trl_ppo.py; without `--trl-ppo-python` it is left out.
@@ -40,7 +40,7 @@ from benchmarks import models
 from benchmarks.turns import Contestant, Record
 
 OURS, CHAT, TRL, TRL_PPO = (f"benchmarks.{name}" for name in ("ours", "chat_style", "trl_steps", "trl_ppo"))
-WIDE = 64  # rows per rank
+WIDE = 32  # rows per rank: 64 per iteration
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,15 @@ class Experiment:
 
     job: dict[str, Any]
     entries: dict[str, Entry]
-    repetitions: float = 1.0  # as a share of --repetitions
+    share: float = 1.0  # of --repetitions
+    warm_up: int = 1
 
 
-def ppo(share: float, trl: bool = True, **job: Any) -> Experiment:
+def ppo(share: float, trl: bool = True, warm_up: int = 1, **job: Any) -> Experiment:
     entries = {"tristage": Entry(OURS), "DeepSpeed-Chat style": Entry(CHAT)}
     entries |= {"TRL 1.12": Entry(TRL_PPO)} if trl else {}
     job = {"what": "ppo", "rows": 4, "micro_batch": 4, "stage": 2, "actor": "actor", "sampled": False} | job
-    return Experiment(job, entries, share)
+    return Experiment(job, entries, share, warm_up)
 
 
 MIXED = {"actor": "actor-mixed", "sampled": True}
@@ -81,7 +82,7 @@ EXPERIMENTS = {
             "TRL, packed": Entry(TRL, {"rows": 2} | PACKED.job),
             "DeepSpeed-Chat style": Entry(CHAT),
         },
-        3,
+        2,
     ),
     "reward_model": Experiment(
         {"what": "reward_model", "rows": 4, "micro_batch": 4},
@@ -90,13 +91,13 @@ EXPERIMENTS = {
             "TRL": Entry(TRL),
             "DeepSpeed-Chat style": Entry(CHAT),
         },
-        6,
+        4,
     ),
     "zero2": ppo(1),
-    "zero2-mixed": ppo(2, **MIXED),
+    "zero2-mixed": ppo(4 / 3, **MIXED),
     "zero3": ppo(2 / 3, trl=False, stage=3),
-    "wide": ppo(2 / 3, rows=WIDE),
-    "wide-mixed": ppo(2 / 3, rows=WIDE, **MIXED),
+    "wide": ppo(2 / 3, warm_up=0, rows=WIDE),
+    "wide-mixed": ppo(2 / 3, warm_up=0, rows=WIDE, **MIXED),
 }
 
 
@@ -104,7 +105,7 @@ EXPERIMENTS = {
 
 
 def run(experiment: Experiment, folder: str, repetitions: int, pythons: dict[str, str]) -> dict[str, Any]:
-    """The records of all turns: contestant -> its start, and for each repetition those of its ranks."""
+    """The records of all turns but the warm-up: contestant -> its start, and for each repetition those of its ranks."""
     entries = {name: entry for name, entry in experiment.entries.items() if entry.module in pythons}
     with ExitStack() as stack:
         contestants = {}
@@ -112,15 +113,12 @@ def run(experiment: Experiment, folder: str, repetitions: int, pythons: dict[str
             job = experiment.job | entry.job | {"folder": folder}
             contestants[name] = stack.enter_context(Contestant(entry.module, job, 2, pythons[entry.module]))
         steps: dict[str, list[list[Record]]] = {name: [] for name in contestants}
-        for _ in range(1 + max(1, round(repetitions * experiment.repetitions))):
+        for repetition in range(-experiment.warm_up, max(1, round(repetitions * experiment.share))):
             for name, contestant in contestants.items():
-                steps[name].append(contestant.step())
+                found = contestant.step()
+                if repetition >= 0:
+                    steps[name].append(found)
         return {name: {"started": contestants[name].started, "steps": steps[name]} for name in contestants}
-
-
-def measured(found: dict[str, Any]) -> list[list[Record]]:
-    """Without the warm-up."""
-    return found["steps"][1:]
 
 
 def seconds(ranks: list[Record]) -> float:
@@ -140,10 +138,10 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """What tables show of an experiment, by contestant; `ratio` is the contestant's cost to that of the first."""
-    first = [per_token(ranks) for ranks in measured(next(iter(found.values())))]
+    first = [per_token(ranks) for ranks in next(iter(found.values()))["steps"]]
     rows = {}
     for name, contestant in found.items():
-        steps = measured(contestant)
+        steps = contestant["steps"]
         phases = dict.fromkeys(phase for ranks in steps for record in ranks for phase in record["phases"])
         rows[name] = {
             "cpu_seconds": spread(seconds(ranks) for ranks in steps),
@@ -180,17 +178,14 @@ def _lines(path: str) -> Iterator[str]:
     yield from Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def environment(pythons: dict[str, str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"command": shlex.join(["python", "-m", "benchmarks." + Path(sys.argv[0]).stem, *_shown()])}
+def environment(module: str, argv: list[str] | None, pythons: dict[str, str]) -> dict[str, Any]:
+    """The command, machine and versions; paths by their last part, for results are read on other machines."""
+    arguments = [Path(argument).name for argument in (sys.argv[1:] if argv is None else argv)]
+    found: dict[str, Any] = {"command": shlex.join(["python", "-m", f"benchmarks.{module}", *arguments])}
     found |= {"machine": machine(), "versions": versions(sys.executable) | {"deepspeed": metadata.version("deepspeed")}}
     if TRL_PPO in pythons:
         found["versions_of_trl_ppo"] = versions(pythons[TRL_PPO])
     return found
-
-
-def _shown() -> list[str]:
-    """The arguments, with paths by their last part: results are read on other machines."""
-    return [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -234,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
 
     found = with_folder(models.SMALLEST if options.smallest else models.Sizes(), run_all)
     if options.out:
-        result = environment(pythons) | {"experiments": found}
+        result = environment("against_peers", argv, pythons) | {"experiments": found}
         options.out.write_text(json.dumps(result) + "\n")
 
 

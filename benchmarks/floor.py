@@ -11,7 +11,7 @@ the sizes of decoding. With them, per response of P prompt and R response tokens
               or the update; the head at response positions only
     update    forward and backward of actor and critic (three forwards), and AdamW's reads and writes
 
-The iteration itself, at ZeRO-2 on two ranks, is measured in the same run: 4 rows per rank, and 64.
+The iteration itself, at ZeRO-2 on two ranks, is measured in the same run: 4 rows per rank, and 32.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.against_peers import EXPERIMENTS, OURS, WIDE, environment, measured, with_folder
+from benchmarks.against_peers import EXPERIMENTS, OURS, WIDE, environment, with_folder
 from benchmarks.models import SMALLEST, Sizes
-from benchmarks.turns import Contestant
+from benchmarks.turns import Contestant, Record
 
 RANKS, ADAM_BYTES = 2, 28  # read weight, gradient and two moments, write weight and moments, float32
 
@@ -98,19 +98,21 @@ def floor(sizes: Sizes, rows: int, rate: dict[str, float], ranks: int = RANKS) -
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def phases(steps: dict[str, Any], rows: int) -> dict[str, float]:
-    """Median CPU seconds per response of each phase."""
-    found = [record["phases"] for ranks in measured(steps) for record in ranks]
-    return {phase: statistics.median(record[phase] for record in found) / rows for phase in found[0]}
+def phases(contestant: Contestant, repetitions: int, rows: int) -> dict[str, float]:
+    """Median CPU seconds per response of each phase, after a warm-up."""
+    contestant.step()
+    found: list[Record] = [record for _ in range(repetitions) for record in contestant.step()]
+    return {phase: statistics.median(record["phases"][phase] for record in found) / rows
+            for phase in found[0]["phases"]}  # fmt: skip
 
 
 def measure(folder: str, sizes: Sizes, repetitions: int) -> dict[str, Any]:
     cases = {}
     for rows in (4, WIDE):
         with Contestant(OURS, EXPERIMENTS["zero2"].job | {"rows": rows, "folder": folder}, RANKS) as contestant:
-            steps = {"steps": [contestant.step() for _ in range(1 + repetitions)]}
+            found = phases(contestant, repetitions, rows)
         rate = rates(sizes, 3 + repetitions)  # close in time to what it is compared with
-        cases[str(rows)] = {"rates": rate, "floor": floor(sizes, rows, rate), "measured": phases(steps, rows)}
+        cases[str(rows)] = {"rates": rate, "floor": floor(sizes, rows, rate), "measured": found}
     return cases
 
 
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     for rows, case in cases.items():
         show(rows, case)
     if options.out:
-        result = environment({OURS: sys.executable}) | {"cases": cases}
+        result = environment("floor", argv, {OURS: sys.executable}) | {"cases": cases}
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -54,7 +54,7 @@ def measure(point: Point, repetitions: int) -> dict[str, float]:
     def run(folder: str) -> dict[str, float]:
         job = EXPERIMENTS["zero2"].job | {"rows": point.rows, "folder": folder}
         with Contestant(OURS, job, point.ranks) as contestant:
-            return phases({"steps": [contestant.step() for _ in range(1 + repetitions)]}, point.rows)
+            return phases(contestant, repetitions, point.rows)
 
     return dict(with_folder(point.sizes, run))
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     axes = measure_all(SMALLEST if options.smallest else Sizes(), options.repetitions)
     if options.out:
-        result = environment({OURS: sys.executable}) | {"axes": axes}
+        result = environment("scaling", argv, {OURS: sys.executable}) | {"axes": axes}
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

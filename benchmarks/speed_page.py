@@ -24,8 +24,8 @@ TITLES = {
     "zero2": "PPO, ZeRO-2, 4 rows per rank, full length",
     "zero2-mixed": "PPO, ZeRO-2, 4 rows per rank, mixed lengths",
     "zero3": "PPO, ZeRO-3, 4 rows per rank, full length",
-    "wide": "PPO, ZeRO-2, 64 rows per rank, full length",
-    "wide-mixed": "PPO, ZeRO-2, 64 rows per rank, mixed lengths",
+    "wide": "PPO, ZeRO-2, 32 rows per rank, full length",
+    "wide-mixed": "PPO, ZeRO-2, 32 rows per rank, mixed lengths",
 }
 AXES = {
     "prompt": "tokens of a prompt", "response": "tokens of a response", "rows": "rows per rank",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_our_settings_of_each_experiment_are_accepted(folder, name):
 def test_trl_ppo_makes_one_optimizer_step_per_iteration_and_counts_tokens_up_to_eos():
     job = EXPERIMENTS["wide-mixed"].job | {"folder": "a"}
     options = trl_ppo.options_of(job, response=128, ranks=2)
-    assert options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] == 64
+    assert options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] == against_peers.WIDE
     assert (options["num_mini_batches"], options["num_ppo_epochs"], options["stop_token"]) == (1, 1, "eos")
     eos = models.EOS
     assert trl_ppo.real_tokens(torch.tensor([[5, eos, 6, eos], [5, 6, 7, 8], [eos, 5, 5, 5]])) == 2 + 4 + 1
@@ -102,12 +103,11 @@ def record(tokens: int, **phases: float) -> dict:
     return {"phases": phases, "tokens": tokens, "wall": 1.0, "peak_mib": 100.0}
 
 
-def test_a_ratio_is_taken_per_token_within_a_repetition_and_the_warm_up_does_not_count():
-    warm_up = [record(1, rollout=99.0), record(1, rollout=99.0)]
+def test_a_ratio_is_taken_per_token_within_a_repetition():
     found = {
-        "tristage": {"started": [1.0, 3.0], "steps": [warm_up, [record(10, rollout=1.0, update=1.0)] * 2,
+        "tristage": {"started": [1.0, 3.0], "steps": [[record(10, rollout=1.0, update=1.0)] * 2,
                                                       [record(10, rollout=2.0, update=2.0)] * 2]},
-        "peer": {"started": [2.0, 2.0], "steps": [warm_up, [record(20, rollout=6.0, update=2.0)] * 2,
+        "peer": {"started": [2.0, 2.0], "steps": [[record(20, rollout=6.0, update=2.0)] * 2,
                                                   [record(20, rollout=8.0, update=8.0)] * 2]},
     }  # fmt: skip
     rows = against_peers.summary(found)
@@ -119,13 +119,20 @@ def test_a_ratio_is_taken_per_token_within_a_repetition_and_the_warm_up_does_not
     assert rows["tristage"]["start_cpu_seconds"] == 2.0
 
 
-@pytest.mark.parametrize("what", ["ours", "chat_style"])
-def test_a_contestant_takes_turns(folder, what):
-    job = EXPERIMENTS["zero2-mixed"].job | {"folder": folder}
-    with Contestant(f"benchmarks.{what}", job, ranks=1) as contestant:
-        (found,) = [contestant.step() for _ in range(2)][-1]
-    assert list(found["phases"]) == ["rollout", "score", "update"] and min(found["phases"].values()) > 0
-    assert 4 <= found["tokens"] <= 4 * models.SMALLEST.response
+def test_contestants_take_turns_and_their_records_are_written(tmp_path, capsys):
+    out = tmp_path / "found.json"
+    against_peers.main([str(out), "--smallest", "--repetitions", "1", "--experiments", "zero3"])
+    written = json.loads(out.read_text())
+    assert {"torch", "deepspeed"} < set(written["versions"]) and "against_peers" in written["command"]
+    (found,) = written["experiments"].values()
+    assert list(found) == ["tristage", "DeepSpeed-Chat style"]
+    sizes = models.SMALLEST
+    for contestant in found.values():
+        assert len(contestant["started"]) == 2 and len(contestant["steps"]) == 1
+        for rank in contestant["steps"][0]:
+            assert list(rank["phases"]) == ["rollout", "score", "update"] and min(rank["phases"].values()) > 0
+            assert rank["tokens"] == 4 * sizes.response  # EOS is never drawn
+    assert "DeepSpeed-Chat style" in capsys.readouterr().out
 
 
 def test_trl_takes_turns(folder):
@@ -164,6 +171,35 @@ def test_rates_are_measured():
     assert found["flops"] > 0 and found["bytes"] > 0
 
 
+class FakeContestant:
+    """Rollout costs 1, 2, ... CPU seconds, the warm-up 1, and other phases half of that; no ranks are started."""
+
+    def __init__(self, module, job, ranks):
+        self.ranks, self.steps = ranks, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def step(self):
+        self.steps += 1
+        return [record(8, rollout=1.0 * self.steps, score=0.5 * self.steps, update=0.5 * self.steps)] * self.ranks
+
+
+def test_floor_and_scaling_write_seconds_per_response_without_the_warm_up(tmp_path, monkeypatch):
+    for module in (floor, scaling):
+        monkeypatch.setattr(module, "Contestant", FakeContestant)
+        module.main([str(tmp_path / f"{module.__name__}.json"), "--smallest", "--repetitions", "3"])
+    cases = json.loads((tmp_path / "benchmarks.floor.json").read_text())["cases"]
+    assert {rows: case["measured"]["rollout"] * int(rows) for rows, case in cases.items()} == {"4": 3.0, "32": 3.0}
+    assert "| sum |" in speed_page.floor_table(cases)
+    axes = json.loads((tmp_path / "benchmarks.scaling.json").read_text())["axes"]
+    assert list(axes) == list(speed_page.AXES) and axes["ranks"]["1"]["score"] == 1.5 / scaling.ROWS
+    assert "ranks: 2" in speed_page.scaling_table(axes)
+
+
 def test_the_grid_changes_one_thing_at_a_time():
     base = models.Sizes()
     grid = scaling.grid(base)
@@ -184,8 +220,10 @@ def test_the_page_on_speed_and_its_figures_are_those_of_the_results():
         assert (speed_page.PICTURES / name).read_text(encoding="utf-8") == picture, STALE
 
 
-def test_every_experiment_has_results_on_the_page():
-    assert set(speed_page.TITLES) == set(EXPERIMENTS) == set(speed_page.read("against_peers")["experiments"])
+def test_results_are_of_experiments_that_there_are():
+    found = speed_page.read("against_peers")["experiments"]
+    assert set(speed_page.TITLES) == set(EXPERIMENTS) and found
+    assert {name: set(found[name]) - set(EXPERIMENTS[name].entries) for name in found} == dict.fromkeys(found, set())
 
 
 def test_a_figure_draws_bars_to_scale():
