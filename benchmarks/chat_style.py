@@ -17,9 +17,8 @@ from typing import Any
 import deepspeed
 import torch
 from torch.nn.functional import logsigmoid, pad
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from benchmarks.models import EOS, PAD, read_ids, read_sizes
+from benchmarks.models import EOS, PAD, open_actor, open_reward, read_ids, read_sizes
 from benchmarks.turns import Turns
 
 GAMMA, LAM, KL_COEF, CLIP, REWARD_CLIP = 1.0, 0.95, 0.1, 0.2, 5.0
@@ -28,9 +27,9 @@ GAMMA, LAM, KL_COEF, CLIP, REWARD_CLIP = 1.0, 0.95, 0.1, 0.2, 5.0
 class RewardModel(torch.nn.Module):
     """A value per position, [B,T]."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, folder: str) -> None:
         super().__init__()
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+        model = open_reward(folder)
         self.base, self.head = model.model, model.score
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -43,10 +42,6 @@ def engine(model: torch.nn.Module, stage: int, rows: int, trained: bool = True) 
     config |= {"zero_force_ds_cpu_optimizer": False}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True) if trained else None
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def causal_lm(path: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def padded(rows: list[list[int]], width: int) -> torch.Tensor:
@@ -70,7 +65,7 @@ class Rows:
 def sft(turns: Turns) -> Callable[[int], int]:
     """A step: the number of a step -> its real tokens on this rank."""
     job, rows = turns.job, Rows(turns, "sft")
-    width, model = read_sizes(job["folder"]).row, engine(causal_lm(f"{job['folder']}/actor"), 2, job["rows"])
+    width, model = read_sizes(job["folder"]).row, engine(open_actor(job["folder"]), 2, job["rows"])
 
     def step(number: int) -> int:
         ids = padded([row["prompt"] + row["response"] for row in rows.of_step(number)], width)
@@ -85,7 +80,7 @@ def sft(turns: Turns) -> Callable[[int], int]:
 
 def reward_model(turns: Turns) -> Callable[[int], int]:
     job, rows = turns.job, Rows(turns, "pairs")
-    width, model = read_sizes(job["folder"]).row, engine(RewardModel(f"{job['folder']}/reward"), 2, job["rows"])
+    width, model = read_sizes(job["folder"]).row, engine(RewardModel(job["folder"]), 2, job["rows"])
 
     def step(number: int) -> int:
         pairs = rows.of_step(number)
@@ -122,10 +117,10 @@ class PPO:
         folder, stage, rows = job["folder"], job["stage"], job["rows"]
         frozen = 3 if stage == 3 else 0
         self.sizes, self.rows = read_sizes(folder), Rows(turns, "prompts")
-        self.actor = engine(causal_lm(f"{folder}/{job['actor']}"), stage, rows)
-        self.reference = engine(causal_lm(f"{folder}/{job['actor']}"), frozen, rows, trained=False)
-        self.critic = engine(RewardModel(f"{folder}/reward"), stage, rows)
-        self.reward = engine(RewardModel(f"{folder}/reward"), frozen, rows, trained=False)
+        self.actor = engine(open_actor(folder, job["actor"]), stage, rows)
+        self.reference = engine(open_actor(folder, job["actor"]), frozen, rows, trained=False)
+        self.critic = engine(RewardModel(folder), stage, rows)
+        self.reward = engine(RewardModel(folder), frozen, rows, trained=False)
 
     def iteration(self, number: int) -> int:
         sequences = self.rollout(number)

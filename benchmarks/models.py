@@ -27,6 +27,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     OPTConfig,
     OPTForCausalLM,
     OPTForSequenceClassification,
@@ -148,6 +151,9 @@ def _write_rows(file: Path, rows: list[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+# -- for contestants other than ours -----------------------------------------------------------------------------------
+
+
 def read_sizes(folder: str | Path) -> Sizes:
     return Sizes(**json.loads(Path(folder, "sizes.json").read_text()))
 
@@ -160,6 +166,19 @@ def read_ids(folder: str | Path, name: str) -> list[dict[str, list[int]]]:
 
 def _ids(text: str) -> list[int]:
     return [int(word[1:]) for word in text.split()]
+
+
+def open_actor(folder: str, name: str = "actor") -> Any:
+    return AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", dtype=torch.float32, trust_remote_code=False)
+
+
+def open_reward(folder: str) -> Any:
+    path = f"{folder}/reward"
+    return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+
+
+def open_tokenizer(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(f"{folder}/actor", padding_side="left", trust_remote_code=False)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,14 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    TrainerCallback,
-)
+from transformers import TrainerCallback
 
-from benchmarks.models import EOS, read_ids, read_sizes
+from benchmarks.models import EOS, open_actor, open_reward, open_tokenizer, read_ids, read_sizes
 from benchmarks.turns import Turns
 
 MANY = 100_000  # iterations: the benchmark ends the run
@@ -83,17 +78,14 @@ def make_trainer(turns: Turns) -> Any:
 
     job, turn = turns.job, Turn(turns)
     folder = job["folder"]
-    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/{job['actor']}", padding_side="left")
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(f"{folder}/{job['actor']}", dtype=torch.float32) for _ in range(2)
-    )
-    value, reward = (
-        AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward", dtype=torch.float32) for _ in range(2)
-    )
+    policy, reference = (open_actor(folder, job["actor"]) for _ in range(2))
+    value, reward = (open_reward(folder) for _ in range(2))
     rows = [{"input_ids": row["prompt"]} for row in read_ids(folder, "prompts")]
     turn.watch(ppo_trainer)
     config = PPOConfig(**options_of(job, read_sizes(folder).response, turns.ranks))
-    return PPOTrainer(config, tokenizer, policy, reference, reward, Dataset.from_list(rows), value, callbacks=[turn])
+    return PPOTrainer(
+        config, open_tokenizer(folder), policy, reference, reward, Dataset.from_list(rows), value, callbacks=[turn]
+    )
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.models import PAD, read_ids, read_sizes
+from benchmarks.models import PAD, open_actor, open_reward, open_tokenizer, read_ids, read_sizes
 from benchmarks.turns import Turns
 
 MANY = 100_000  # steps: the benchmark ends the run
@@ -53,30 +53,22 @@ def make_trainer(turns: Turns) -> Any:
         "per_device_train_batch_size": job["rows"], "max_length": sizes.row, "max_steps": MANY, "learning_rate": 1e-6,
         "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 1,
     } | job.get("options", {})  # fmt: skip
-    model: Any
     if job["what"] == "sft":
-        tokenizer = AutoTokenizer.from_pretrained(f"{folder}/actor")
-        model = AutoModelForCausalLM.from_pretrained(f"{folder}/actor", dtype=torch.float32)
         rows = [
             {"input_ids": row["prompt"] + row["response"],
              "completion_mask": [0] * len(row["prompt"]) + [1] * len(row["response"])}
             for row in read_ids(folder, "sft")
         ]  # fmt: skip
-        trainer: Any = SFTTrainer(
-            model, SFTConfig(**common), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-            callbacks=[turn],
-        )  # fmt: skip
+        kind, model, config = SFTTrainer, open_actor(folder), SFTConfig(**common)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(f"{folder}/reward")
-        model = AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward", dtype=torch.float32)
         rows = [
             {f"{side}_ids": row["prompt"] + row[side] for side in ("chosen", "rejected")}
             for row in read_ids(folder, "pairs")
         ]
-        trainer = RewardTrainer(
-            model, RewardConfig(**common), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-            callbacks=[turn],
-        )  # fmt: skip
+        kind, model, config = RewardTrainer, open_reward(folder), RewardConfig(**common)
+    trainer: Any = kind(
+        model, config, train_dataset=Dataset.from_list(rows), processing_class=open_tokenizer(folder), callbacks=[turn]
+    )
     trainer.data_collator = counting(trainer.data_collator, turn)
     return trainer
 
