@@ -5,8 +5,8 @@ The last release that has it is 1.12.0 (trl.experimental.ppo), so it runs in an 
     python -m venv trl-ppo && trl-ppo/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0 accelerate==1.15.0
     python -m benchmarks.against_peers --trl-ppo-python trl-ppo/bin/python
 
-A job says `folder`, `actor`, `rows` per rank and iteration, `micro_batch`, `sampled`, and `options` of PPOConfig. TRL
-generates to the limit whatever was sampled, and cuts responses at their EOS afterwards.
+A job says `folder`, `actor`, `rows` per rank and iteration, `micro_batch`, `sampled`, and `options` of PPOConfig. Rows
+that have ended are computed until the last one has.
 """
 
 from __future__ import annotations
