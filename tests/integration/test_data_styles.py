@@ -102,7 +102,7 @@ def test_three_steps_train_on_the_layout(folder, style):
     accuracies = [line["reward_model/accuracy"] for line in read_metrics(here / "reward/metrics.jsonl")]
     assert len(accuracies) == 5 and all(0 <= accuracy <= 1 for accuracy in accuracies)
     first = read_metrics(here / "ppo/metrics.jsonl")[0]
-    assert first["objective/kl"] == 0 and first["rollout/length"] > 0
+    assert abs(first["objective/kl"]) < 1e-5 and first["rollout/length"] > 0
     for step in ("sft", "reward", "ppo"):
         assert (here / step / "final" / "model.safetensors").is_file()
 

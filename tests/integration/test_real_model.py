@@ -62,7 +62,7 @@ def test_three_steps_on_real_text_and_a_real_model(stage, model, tmp_path):
     before, after = [line["sft/loss"] for line in read_metrics(sft / "metrics.jsonl") if line["split"] == "heldout"]
     assert after < before < 4.0  # a pretrained model that reads its own template; an untrained one has 10.8
     first = read_metrics(ppo / "metrics.jsonl")[0]
-    assert first["objective/kl"] == 0.0 and first["rollout/length"] > 1
+    assert abs(first["objective/kl"]) < 1e-3 and first["rollout/length"] > 1
     original = AutoTokenizer.from_pretrained(model)
     for folder in (sft / "final", reward / "final", ppo / "final"):
         assert AutoTokenizer.from_pretrained(folder).chat_template == original.chat_template

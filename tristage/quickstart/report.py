@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
     lines = {step: heldout_metrics(out, step) for step in STEPS}
     for step, metric, meaning in ROWS:
         first, last = lines[step][0], lines[step][-1]
-        table.add_row(STEPS[step], meaning, f"{first[metric]:.3f}", f"{last[metric]:.3f}")
+        before, after = (round(line[metric], 3) + 0.0 for line in (first, last))  # + 0.0: no "-0.000"
+        table.add_row(STEPS[step], meaning, f"{before:.3f}", f"{after:.3f}")
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     peak = max(lines["step3_ppo"], key=lambda line: line["objective/grade"])
