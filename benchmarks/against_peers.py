@@ -164,9 +164,10 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 def versions(python: str, names: tuple[str, ...] = ("torch", "transformers", "trl", "accelerate")) -> dict[str, str]:
     """Of the libraries in that Python's environment."""
-    code = f"from importlib import metadata; print(*(metadata.version(name) for name in {names}))"
+    code = "import platform; from importlib import metadata; print(platform.python_version(), "
+    code += f"*(metadata.version(name) for name in {names}))"
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    return {"python": platform.python_version()} | dict(zip(names, found, strict=True))
+    return dict(zip(("python", *names), found, strict=True))
 
 
 def machine() -> dict[str, Any]:
