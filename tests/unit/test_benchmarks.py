@@ -60,7 +60,8 @@ def folder(tmp_path_factory):
 
 
 def test_the_chance_of_eos_is_the_one_that_gives_the_mean_length():
-    ids = torch.randint(models.FIRST_WORD, models.SMALLEST.vocabulary, (4, 40), generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(models.FIRST_WORD, models.SMALLEST.vocabulary, (4, 40), generator=seeded)
     chances = {mixed: models.make_actor(models.SMALLEST, mixed)(ids).logits.softmax(-1)[..., models.EOS]
                for mixed in (False, True)}  # fmt: skip
     odds = models.odds_of_eos(models.SMALLEST.response)
