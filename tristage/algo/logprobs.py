@@ -65,9 +65,8 @@ def linear_token_logprobs(
     """
     rows, learns = hidden.reshape(-1, hidden.shape[-1]), torch.is_grad_enabled()
     limits = limits or (ON_CPU if hidden.device.type == "cpu" else ON_GPU)
-    logprobs, entropies = _LinearTokenLogprobs.apply(
-        rows, weight, bias, ids.reshape(-1), temperature, with_entropy, limits, learns
-    )
+    apply: Any = _LinearTokenLogprobs.apply
+    logprobs, entropies = apply(rows, weight, bias, ids.reshape(-1), temperature, with_entropy, limits, learns)
     return logprobs.float().view(ids.shape), entropies.float().view(ids.shape)
 
 
