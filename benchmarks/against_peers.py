@@ -209,13 +209,27 @@ def with_folder(sizes: models.Sizes, function: Callable[[str], Any]) -> Any:
         return function(folder)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None, repetitions: int) -> argparse.ArgumentParser:
+    """The arguments that against_peers, floor and scaling share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
-    parser.add_argument("--repetitions", type=int, default=3, help="of one PPO iteration at ZeRO-2; others in ratio")
-    parser.add_argument("--trl-ppo-python", help="python of an environment with trl 1.12.0, see trl_ppo.py")
+    parser.add_argument("--repetitions", type=int, default=repetitions, help="of one PPO iteration at ZeRO-2")
     parser.add_argument("--smallest", action="store_true", help="networks of a few thousand parameters, to try it out")
+    return parser
+
+
+def write_result(
+    out: Path | None, module: str, argv: list[str] | None, pythons: dict[str, str], **found: dict[str, Any]
+) -> None:
+    """What was found and on what, where a file was asked for."""
+    if out is not None:
+        out.write_text(json.dumps(environment(module, argv, pythons) | found, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line(__doc__, repetitions=3)
+    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--trl-ppo-python", help="python of an environment with trl 1.12.0, see trl_ppo.py")
     options = parser.parse_args(argv)
     pythons = dict.fromkeys([OURS, CHAT, TRL], sys.executable)
     if options.trl_ppo_python:
@@ -229,9 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         return found
 
     found = with_folder(models.SMALLEST if options.smallest else models.Sizes(), run_all)
-    if options.out:
-        result = environment("against_peers", argv, pythons) | {"experiments": found}
-        options.out.write_text(json.dumps(result) + "\n")
+    write_result(options.out, "against_peers", argv, pythons, experiments=found)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,6 @@ class PPO:
 
 def main() -> None:
     turns = Turns()
-    torch.set_num_threads(1)
     torch.manual_seed(turns.rank)
     deepspeed.init_distributed()
     if turns.job["what"] == "ppo":

@@ -16,18 +16,15 @@ The iteration itself, at ZeRO-2 on two ranks, is measured in the same run: 4 row
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.against_peers import EXPERIMENTS, OURS, WIDE, environment, with_folder
+from benchmarks.against_peers import EXPERIMENTS, OURS, WIDE, command_line, with_folder, write_result
 from benchmarks.models import SMALLEST, Sizes
 from benchmarks.turns import Contestant, Record
 
@@ -125,19 +122,13 @@ def show(rows: str, case: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--smallest", action="store_true", help="a network of a few thousand parameters, to try it out")
-    options = parser.parse_args(argv)
+    options = command_line(__doc__, repetitions=3).parse_args(argv)
     torch.set_num_threads(1)
     sizes = SMALLEST if options.smallest else Sizes()
     cases = with_folder(sizes, lambda folder: measure(folder, sizes, options.repetitions))
     for rows, case in cases.items():
         show(rows, case)
-    if options.out:
-        result = environment("floor", argv, {OURS: sys.executable}) | {"cases": cases}
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, "floor", argv, {OURS: sys.executable}, cases=cases)
 
 
 if __name__ == "__main__":

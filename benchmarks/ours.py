@@ -141,7 +141,6 @@ def ppo(settings: PPOConfig, device: torch.device, turns: Turns) -> Iterator[Cal
 def main() -> None:
     turns = Turns()
     quiet_libraries()
-    torch.set_num_threads(1)
     device, settings, first = dist.init("cpu"), settings_for(turns.job, turns.ranks), "step"
     if isinstance(settings, PPOConfig):
         steps, first = ppo(settings, device, turns), "rollout"

@@ -9,14 +9,11 @@ after a warm-up; every response runs to its limit.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.against_peers import EXPERIMENTS, OURS, environment, with_folder
+from benchmarks.against_peers import EXPERIMENTS, OURS, command_line, with_folder, write_result
 from benchmarks.floor import phases
 from benchmarks.models import SMALLEST, Sizes
 from benchmarks.turns import Contestant
@@ -73,15 +70,9 @@ def measure_all(base: Sizes, repetitions: int) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--smallest", action="store_true", help="a network of a few thousand parameters, to try it out")
-    options = parser.parse_args(argv)
+    options = command_line(__doc__, repetitions=2).parse_args(argv)
     axes = measure_all(SMALLEST if options.smallest else Sizes(), options.repetitions)
-    if options.out:
-        result = environment("scaling", argv, {OURS: sys.executable}) | {"axes": axes}
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, "scaling", argv, {OURS: sys.executable}, axes=axes)
 
 
 if __name__ == "__main__":

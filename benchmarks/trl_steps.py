@@ -74,9 +74,7 @@ def make_trainer(turns: Turns) -> Any:
 
 
 def main() -> None:
-    turns = Turns()
-    torch.set_num_threads(1)
-    make_trainer(turns).train()
+    make_trainer(Turns()).train()
 
 
 if __name__ == "__main__":
