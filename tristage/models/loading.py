@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,7 +123,12 @@ def packed_mask(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def takes_positions(model: nn.Module) -> bool:
     """Families with ALiBi (BLOOM) have no position_ids: their rows can be padded but not packed."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return "position_ids" in _parameters(type(model).forward)
+
+
+@functools.cache  # every forward asks
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def empty_causal_lm(path: str, trust_remote_code: bool = False) -> Any:
