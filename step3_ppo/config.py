@@ -127,20 +127,20 @@ class RolloutSettings(Settings):
     samples: int = Field(1, gt=0, description="Responses per prompt; rloo and grpo need two or more.")
     backend: Literal["auto", "static", "padded", "vllm"] = Field(
         "auto",
-        description="What samples: our own decoding loop (static), transformers' generate (padded), static where it "
-        "knows the model's family and padded elsewhere (auto), or vLLM with a second copy of the weights (vllm).",
+        description="Sampler: our own decoding loop (static), transformers' generate (padded), static where it knows "
+        "the model's family and padded elsewhere (auto), or vLLM with a second copy of the weights (vllm).",
     )
-    tensor_parallel: int = Field(1, gt=0, description="Of backend vllm: ranks of a node that share an engine.")
+    tensor_parallel: int = Field(1, gt=0, description="For backend vllm: ranks of a node that share one engine.")
     importance_sampling: Literal["off", "truncate", "mask"] = Field(
         "truncate",
-        description="Of backend vllm, which rounds otherwise than training: weigh each token's policy loss by the "
-        "ratio of its probabilities in training and sampling, at most importance_cap (truncate), or 0 if the ratio is "
-        "outside [1/importance_cap, importance_cap] (mask).",
+        description="For backend vllm, which rounds differently from training: multiply each token's policy loss by "
+        "the ratio of its probabilities in training and sampling, at most importance_cap (truncate), or by 0 if the "
+        "ratio is outside [1/importance_cap, importance_cap] (mask).",
     )
     importance_cap: float = Field(2.0, gt=1, description="Bound of the ratio of importance_sampling.")
     cuda_graphs: bool = Field(
         False,
-        description="Of backend static: decode by CUDA graphs, which spares a GPU the waiting for Python. Not yet run "
+        description="For backend static: decode with CUDA graphs, so that a GPU does not wait for Python. Not yet run "
         "on a GPU: compare times with and without it.",
     )
     rows_at_once: int = Field(64, gt=0, description="Rows that one rank decodes at once; independent of micro_batch.")
@@ -184,8 +184,7 @@ class PPOSettings(Settings):
     micro_batch_tokens: int | None = Field(
         None,
         gt=0,
-        description="In place of micro_batch: as many rows per forward and backward on one rank as have this many "
-        "tokens together, prompts and responses.",
+        description="Tokens (prompts and responses) per forward and backward on one rank, in place of micro_batch.",
     )
     advantage: Literal["gae", "rloo", "grpo"] = Field(
         "gae", description="Advantages from the critic (gae), or from the other responses to a prompt (rloo, grpo)."

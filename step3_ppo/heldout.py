@@ -19,7 +19,7 @@ def evaluate(run: PPORun, iteration: int = 0) -> tuple[dict[str, float], list[di
     rows, grader = inputs.heldout, inputs.grader
     places = [row for (row,) in evaluation_rows(rows.lengths, 1, dist.world_size(), dist.rank())]
     batch = prompt_batch(rows, range(len(rows)), places, settings, tokenizer).to(run.device)
-    with run.rollouts.failing_together():
+    with run.rollouts.fail_together():
         run.rollouts.sync_weights(iteration)
         sampled = sample_responses(run.rollouts, batch, settings.rollout, settings.seed, EVALUATION_DRAW)
     own = score_responses(run.engines, tokenizer, sampled, batch, settings, inputs.functions)

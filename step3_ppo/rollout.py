@@ -93,8 +93,8 @@ class Responses:
 
 def make_rollouts(actor: Any, tokenizer: Any, settings: PPOConfig) -> RolloutBackend:
     """What samples responses from the actor. A collective."""
-    rollout, backend = settings.rollout, StaticRollout
-    if rollout.backend == "vllm":
+    rollout, backend = settings.rollout, settings.rollout.backend
+    if backend == "vllm":
         return VllmRollout(
             actor,
             tokenizer,
@@ -106,15 +106,11 @@ def make_rollouts(actor: Any, tokenizer: Any, settings: PPOConfig) -> RolloutBac
             filtered=rollout.top_p < 1 or rollout.top_k > 0,
             trust_remote_code=settings.trust_remote_code,
         )
-    if rollout.backend == "auto" and (why := unknown_attention(actor.module.model, settings.max_tokens)) is not None:
-        dist.print0(f"rollout: transformers' generate decodes (backend: padded), since {why}")
-        backend = PaddedRollout
-    if rollout.backend == "padded":
-        backend = PaddedRollout
-    made = backend(actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
-    if isinstance(made, StaticRollout):
-        made.cuda_graphs = rollout.cuda_graphs
-    return made
+    if backend == "auto" and (why := unknown_attention(actor.module.model, settings.max_tokens)) is not None:
+        dist.print0(f"rollout: transformers' generate samples (rollout.backend padded), since static cannot: {why}")
+        backend = "padded"
+    common = (actor, tokenizer, rollout.rows_at_once, rollout.gather_weights, rollout.stop_token_ids)
+    return PaddedRollout(*common) if backend == "padded" else StaticRollout(*common, cuda_graphs=rollout.cuda_graphs)
 
 
 def prompt_batch(
@@ -189,7 +185,7 @@ def old_logprobs(settings: PPOConfig, sampled: Sampled) -> Literal["sampler", "u
     2e-6, and cost nothing.
     update: those of the update's forward, whose ratio then is 1. An iteration of one optimizer step updates the weights
     that sampled. Rewards take the KL from the backend's.
-    forward: one more forward of the actor. In bf16 and fp16 decoding rounds otherwise than training, which several
+    forward: one more forward of the actor. In bf16 and fp16 decoding rounds differently from training, which several
     steps would take for a change of the policy; and a value head's values come from it.
     """
     if sampled.entropy is None or settings.value_head is not None:

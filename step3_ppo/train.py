@@ -19,7 +19,7 @@ from tristage.config import BatchPlan, load_config
 from tristage.data.sets import fingerprint
 from tristage.models.saving import save_model
 from tristage.models.tokenizer import generation_stop_ids
-from tristage.rollout import RolloutFailed
+from tristage.rollout import RolloutError
 from tristage.training.health import Health
 from tristage.training.metrics import RunLog, Stopwatch
 from tristage.training.run import Saver, entry_point, finish, start
@@ -64,7 +64,7 @@ def train(run: PPORun) -> None:
             prompts, names, carried = run.prompts(iteration), run.names(iteration), control.state_dict()
             try:
                 with watch("rollout"):  # 1
-                    with saver.saving(iteration - 1, carried, RolloutFailed), run.rollouts.failing_together():
+                    with saver.checkpoint_on(iteration - 1, carried, RolloutError), run.rollouts.fail_together():
                         run.rollouts.sync_weights(iteration - 1)
                         sampled = sample_responses(run.rollouts, prompts, settings.rollout, settings.seed, iteration)
                 with watch("score"):  # 2, 3
@@ -84,7 +84,7 @@ def train(run: PPORun) -> None:
             log.write(iteration, "train", metrics)
             last = iteration == settings.iterations
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):  # 5
-                with saver.saving(iteration, control.state_dict(), RolloutFailed):
+                with saver.checkpoint_on(iteration, control.state_dict(), RolloutError):
                     write_heldout(run, log, watch, iteration)
             saver.after(iteration, last, control.state_dict())  # 6
 

@@ -298,6 +298,14 @@ def test_a_rollout_leaves_the_engine_as_it_was(backend: Backend, policy: Policy)
         assert model.generation_config is config
 
 
+@each_backend
+def test_a_batch_names_the_weights_that_sampled_it(backend: Backend, policy: Policy) -> None:
+    rollout = policy.rollout(backend=backend)
+    for version in (0, 3):
+        rollout.sync_weights(version)
+        assert draw(rollout, make_prompts(policy.tokenizer, [3])).weights_version == version
+
+
 # ---- the static backend ----------------------------------------------------------------------------------------------
 
 
@@ -357,7 +365,7 @@ def test_looking_seldom_at_which_rows_have_ended_changes_no_token(
 ) -> None:
     """As on a GPU, where each look waits for the device."""
     expected = draw(policy.rollout(5), make_prompts(policy.tokenizer))
-    monkeypatch.setattr(static_module, "looks_at_every", lambda device: 5)
+    monkeypatch.setattr(static_module, "forwards_between_checks", lambda device: 5)
     found = draw(policy.rollout(5, StaticRollout), make_prompts(policy.tokenizer))
     assert torch.equal(found.input_ids, expected.input_ids)
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
@@ -377,8 +385,7 @@ def test_forwards_that_are_captured_and_replayed_sample_the_same(
     for slots in (5, 64):
         captured.clear()
         ran.clear()
-        rollout = policy.rollout(slots, StaticRollout)
-        rollout.cuda_graphs = True
+        rollout = StaticRollout(policy.engine, policy.tokenizer, slots, cuda_graphs=True)
         found = sample(rollout, make_prompts(policy.tokenizer)).responses
         assert torch.equal(found, sample(policy.rollout(), make_prompts(policy.tokenizer)).responses)
         assert 0 < len(captured) < len(ran)

@@ -131,7 +131,7 @@ def clipped_policy_loss(
 def importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, cap: float, kind: ImportanceKind) -> Tensor:
     """logprobs [B,R], sampled_logprobs [B,R] -> weights [B,R] of the policy loss, without gradient.
 
-    A sampler that rounds otherwise than training draws from another distribution than the policy of `logprobs`. With
+    A sampler that rounds differently from training draws from another distribution than the policy of `logprobs`. With
     r = exp(logprobs - sampled_logprobs):
       truncate = min(r, cap)                       (Ionides 2008, "Truncated Importance Sampling", eq. 3)
       mask     = r where 1/cap <= r <= cap, else 0: tokens on which the two disagree teach nothing

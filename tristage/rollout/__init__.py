@@ -2,7 +2,7 @@
 
 from deepspeed.runtime.rollout import SamplingConfig
 
-from tristage.rollout.base import RolloutBackend, RolloutFailed, SampledBatch, SeededRequest
+from tristage.rollout.base import RolloutBackend, RolloutError, SampledBatch, SeededRequest
 from tristage.rollout.padded import PaddedRollout
 from tristage.rollout.sampling import row_uniforms
 from tristage.rollout.static import StaticRollout
@@ -11,7 +11,7 @@ from tristage.rollout.vllm import VllmRollout, check_vllm
 __all__ = [
     "PaddedRollout",
     "RolloutBackend",
-    "RolloutFailed",
+    "RolloutError",
     "SampledBatch",
     "SamplingConfig",
     "SeededRequest",

@@ -17,7 +17,7 @@ from tristage.engine import generation_mode, parameters_fit
 from tristage.errors import UserError
 
 
-class RolloutFailed(UserError):
+class RolloutError(UserError):
     """What sampling raised on some rank; raised on all of them, so that they can write a checkpoint before they end."""
 
 
@@ -72,13 +72,13 @@ class RolloutBackend(RolloutEngine):
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def failing_together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """What any rank raises inside ends the block on every rank with one sentence. A collective.
 
         A rank that raises inside a collective of the block leaves the others there, for the watchdog to find.
 
         Raises:
-            RolloutFailed: on every rank.
+            RolloutError: on every rank.
         """
         problem = None
         try:
@@ -89,7 +89,7 @@ class RolloutBackend(RolloutEngine):
         problems = dist.gather_objects(problem)
         for rank, found in enumerate(problems):
             if found is not None:
-                raise RolloutFailed(f"rollout backend {self.name} failed on rank {rank}: {found}")
+                raise RolloutError(f"rollout backend {self.name} failed on rank {rank}: {found}")
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[bool]:

@@ -27,8 +27,8 @@ COLUMNS = 64  # attention looks at a multiple of this many columns: fewer shapes
 PREFILL_TOKENS = 4096  # of one forward over prompts, padding included: it bounds the memory of activations
 
 
-def looks_at_every(device: torch.device) -> int:
-    """Forwards between two looks at which rows have ended: on a GPU each look waits for the device."""
+def forwards_between_checks(device: torch.device) -> int:
+    """Forwards between two checks of which rows have ended: on a GPU each check waits for the device."""
     return 1 if device.type == "cpu" else 8
 
 
@@ -36,14 +36,16 @@ class StaticRollout(RolloutBackend):
     """Samples with the training weights in place; under ZeRO-3 with `gather: never` ranks decode in step."""
 
     name = "static"
-    cuda_graphs = False  # decode by CUDA graphs
+
+    def __init__(self, *arguments: Any, cuda_graphs: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
     def generate(self, request: SeededRequest, sampling: SamplingConfig) -> SampledBatch:
         model = self.engine.module.model
         with self.weights() as whole, additive_mask_attention(model):
-            loop = _Loop(model, request, sampling, self.stop_ids, self.rows_at_once)
-            loop.replays = self.cuda_graphs and whole
+            loop = _Loop(model, request, sampling, self.stop_ids, self.rows_at_once, self.cuda_graphs and whole)
             if whole:
                 loop.run()
             else:
@@ -75,7 +77,13 @@ class _Loop:
     """One request. B rows in S slots, of which the first n decode; R tokens at most."""
 
     def __init__(
-        self, model: Any, request: SeededRequest, sampling: SamplingConfig, stop_ids: Sequence[int], rows_at_once: int
+        self,
+        model: Any,
+        request: SeededRequest,
+        sampling: SamplingConfig,
+        stop_ids: Sequence[int],
+        rows_at_once: int,
+        replays: bool,
     ) -> None:
         self.model, self.sampling, self.limit = model, sampling, sampling.max_new_tokens
         ids, mask = request.prompt_ids, request.prompt_attention_mask.bool()
@@ -99,8 +107,7 @@ class _Loop:
         self.alive = torch.zeros(self.slots, dtype=torch.bool, device=device)
         # What the host knows of them, for it decides which rows leave and enter.
         self.host_alive, self.host_position = [False] * self.slots, [0] * self.slots
-        self.forwards, self.check_every = 0, looks_at_every(device)
-        self.replays = False
+        self.forwards, self.check_every, self.replays = 0, forwards_between_checks(device), replays
         # Of a forward by (slots, columns): None once it has run, then what replays it.
         self.captured: dict[tuple[int, int], Callable[[], None] | None] = {}
 

@@ -4,7 +4,7 @@ or one that `tensor_parallel` neighbouring ranks share, with a copy of the actor
 1. `sync_weights` pushes the actor's weights, gathered one at a time, and compares sums of both copies. 2. `generate`
 samples, each row by a seed of its own. 3. On a GPU vLLM then frees its memory until the next push.
 
-vLLM rounds otherwise than the training forward, and gives no entropy: log-probabilities of training are scored by
+vLLM rounds differently from the training forward, and gives no entropy: log-probabilities of training are scored by
 training's own forward, and those given here serve importance sampling (algo.ppo.importance_weights).
 """
 
@@ -168,8 +168,8 @@ class VllmRollout(RolloutBackend):
         if found is not None:
             raise UserError(
                 f"vLLM's copy of the weights differs from the actor's after it was pushed ({found}): vLLM "
-                f"{_installed_version()} reads a {self.model.config.model_type} model otherwise than transformers "
-                f"writes it; {OTHER_BACKEND}"
+                f"{_installed_version()} reads a {self.model.config.model_type} model differently from how "
+                f"transformers writes it; {OTHER_BACKEND}"
             )
 
     def _ranks(self) -> slice:

@@ -129,8 +129,8 @@ class Saver:
         raise Preempted(step)
 
     @contextlib.contextmanager
-    def saving(self, step: int, control: dict[str, Any] | None, error: type[UserError]) -> Iterator[None]:
-        """If the block ends by an `error`, which every rank raises: checkpoint `step` first, unless it exists."""
+    def checkpoint_on(self, step: int, control: dict[str, Any] | None, error: type[UserError]) -> Iterator[None]:
+        """Write the checkpoint of `step`, if there is none, before an `error` that every rank raises ends the block."""
         try:
             yield
         except error as raised:
