@@ -27,11 +27,13 @@ from tristage.data.tokenize import Example
 from tristage.engine import FORWARD_TOLERANCE, StepReport, backward_mean, optimizer_step, train_engine
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
+from tristage.models.flops import Work
 from tristage.models.loading import check_packable
 from tristage.models.saving import save_model
 from tristage.training import run, setup
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
+from tristage.training.speed import Speed
 
 SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
 
@@ -60,7 +62,7 @@ def train(
     if settings.packing:
         check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
-    watch = Stopwatch(device)
+    watch, speed = Stopwatch(device), Speed(settings, device)
     with RunLog(output, "sft", loader.total_steps, first, SHOWN) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
         if first == 0:
@@ -72,7 +74,9 @@ def train(
                 ]
                 metrics, report = sft_step(engine, micro_batches, device)
             health.after_step(step, report, row_ids(trained, loader.step_rows(step - 1)))
-            log.write(step, "train", metrics | watch.take())
+            work = [Work.of(batch.attention_mask, batch.loss_mask, batch.position_ids) for batch in micro_batches]
+            seconds = watch.take()
+            log.write(step, "train", metrics | seconds | speed.step(work, seconds))
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))

@@ -26,10 +26,12 @@ from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.engine import FORWARD_TOLERANCE, StepReport, backward_mean, optimizer_step, train_engine
 from tristage.models.causal_lm import load_causal_lm
+from tristage.models.flops import Work
 from tristage.models.saving import save_model
 from tristage.training import run, setup
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
+from tristage.training.speed import Speed
 
 NAMES = {"sigmoid": "DPO", "ipo": "IPO", "ipo_sum": "IPO", "simpo": "SimPO"}
 SHOWN = {
@@ -66,7 +68,7 @@ def train(
     loader = setup.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
-    watch = Stopwatch(device)
+    watch, speed = Stopwatch(device), Speed(settings, device)
 
     def collated(step: int) -> list[tuple[RowNumbers, PreferenceBatch]]:
         micro_batches = loader.step_rows(step - 1)
@@ -79,9 +81,13 @@ def train(
             log.write(0, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
         for step in range(first + 1, loader.total_steps + 1):
             with watch("step"):
-                metrics, report = dpo_step(engine, references.train, collated(step), settings, device)
+                micro_batches = collated(step)
+                metrics, report = dpo_step(engine, references.train, micro_batches, settings, device)
             health.after_step(step, report, row_ids(rows, loader.step_rows(step - 1)))
-            log.write(step, "train", metrics | watch.take())
+            work = [Work.of(batch.attention_mask, batch.answer_mask) for _, batch in micro_batches]
+            seconds = watch.take()
+            live = settings.reference is not None and not settings.precompute_reference
+            log.write(step, "train", metrics | seconds | speed.step(work, seconds, reference=live))
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))

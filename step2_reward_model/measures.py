@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from tristage.algo.masking import correlation
+from tristage.intervals import wilson_interval
 
-Z = 1.959964  # of a standard normal, within which 95 % lie
 MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 4.0, math.inf)  # log-odds
 LENGTH_EDGES = (-math.inf, -64.0, -16.0, 0.0, 1.0, 17.0, 65.0, math.inf)  # tokens: whole numbers
 
@@ -43,6 +43,7 @@ class Measurements:
         """The numbers of a held-out line of metrics.jsonl."""
         low, high = wilson_interval(self.is_right.sum(), len(self.margins))
         return {
+            "reward_model/pairs": float(len(self.margins)),
             "reward_model/loss": mean(self.losses),
             "reward_model/accuracy": mean(self.is_right),
             "reward_model/accuracy_low": low,
@@ -60,16 +61,6 @@ class Measurements:
 def mean(values: np.ndarray) -> float:
     """Of numbers or truths; 0 of none."""
     return float(values.mean()) if len(values) else 0.0
-
-
-def wilson_interval(successes: float, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson 1927); (0, 1) of nothing. 8 of 10: (0.490, 0.943)."""
-    if not count:
-        return 0.0, 1.0
-    share = successes / count
-    centre = share + Z**2 / (2 * count)
-    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return float(centre - half) / (1 + Z**2 / count), float(centre + half) / (1 + Z**2 / count)
 
 
 def calibration_error(margins: np.ndarray, num_bins: int = 10) -> float:

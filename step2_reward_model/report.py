@@ -15,8 +15,8 @@ from step2_reward_model.measures import (
     Measurements,
     accuracy_by,
     mean,
-    wilson_interval,
 )
+from tristage.intervals import wilson_interval
 
 
 def tables(measured: Measurements) -> list[Table]:

@@ -29,12 +29,14 @@ from tristage.data.sets import fingerprint, load_sets
 from tristage.data.store import Rows
 from tristage.data.tokenize import Example, RankedExamples
 from tristage.engine import StepReport, backward_mean, optimizer_step, train_engine
+from tristage.models.flops import Work
 from tristage.models.loading import is_reward_model
 from tristage.models.reward_model import last_token_scores, load_reward_model
 from tristage.models.saving import save_model
 from tristage.training import run, setup
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
+from tristage.training.speed import Speed
 
 SHOWN = {
     "reward_model/loss": "loss",
@@ -69,7 +71,7 @@ def train(
     loader = setup.train_loader(settings, rows.lengths, plan)
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
-    watch = Stopwatch(device)
+    watch, speed = Stopwatch(device), Speed(settings, device)
     with RunLog(output, "reward model", loader.total_steps, first, SHOWN) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
         if first == 0:
@@ -82,7 +84,9 @@ def train(
                 options = pair_options(settings)
                 metrics, report = reward_model_step(engine, micro_batches, settings.loss, device, **options)
             health.after_step(step, report, row_ids(rows, loader.step_rows(step - 1)))
-            log.write(step, "train", metrics | watch.take())
+            work = [Work.of(batch.attention_mask, batch.attention_mask) for batch in micro_batches]
+            seconds = watch.take()
+            log.write(step, "train", metrics | seconds | speed.step(work, seconds))
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 measured = evaluate(engine, heldout, settings, tokenizer, device)

@@ -257,7 +257,12 @@ class PPOConfig(RunSettings):
         description="package.module:function, (prompts, responses) -> scores, that grades held-out responses; only "
         "reported.",
     )
-    logged_samples: int = Field(8, ge=0, description="Held-out responses written to samples.jsonl per evaluation.")
+    logged_samples: int = Field(
+        8, ge=0, description="Responses written to samples.jsonl: of each evaluation, and of an iteration's rollout."
+    )
+    samples_every: int = Field(
+        10, ge=0, description="Iterations between rollouts of which samples are written; 0 writes held-out ones only."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PPOConfig:

@@ -22,10 +22,10 @@ def main(argv: list[str]) -> None:
             "reference.model (where actor.lora started) and reference.deepspeed"
         )
     inputs = read_inputs(settings, train=False)
-    metrics, samples = evaluate(PPORun.build(inputs, dist.init(settings.device), train=False))
-    for sample in samples:
+    found = evaluate(PPORun.build(inputs, dist.init(settings.device), train=False))
+    for sample in found.samples[: settings.logged_samples]:
         dist.print0(f"\n{sample['prompt']}\n-> {sample['response']}\n   score {sample['score']:.3f}")
-    for name, value in metrics.items():
+    for name, value in found.metrics.items():
         dist.print0(f"{name} {value:.4f}")
 
 

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from step3_ppo.build import PPORun
-from step3_ppo.rewards import decode, score_texts
+from step3_ppo.rewards import score_texts
 from step3_ppo.rollout import prompt_batch, response_metrics, rows_of_all_ranks, sample_responses, score_responses
+from step3_ppo.samples import samples_of
 from tristage import dist
 from tristage.data.loader import evaluation_rows
+from tristage.intervals import win_rate
 
 EVALUATION_DRAW = 0  # iterations count from 1; every evaluation samples with the same numbers
+JUDGES = {"score": "objective/win_rate", "grade": "objective/grade_win_rate"}  # column -> metric
 
 
-def evaluate(run: PPORun, iteration: int = 0) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(metrics, samples) of one sampled response to every held-out prompt after `iteration`. A collective."""
+@dataclass(frozen=True)
+class Evaluation:
+    """One sampled response to every held-out prompt: means, and on rank 0 each response."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]  # as samples.jsonl has them, in the order of the prompts; on other ranks none
+
+    def columns(self) -> dict[str, list[float]]:
+        """A line of heldout.jsonl: a number per prompt of score, KL, length, whether it ended, and any grade."""
+        names = [name for name in ("score", "kl", "length", "ended", "grade") if name in self.samples[0]]
+        return {name: [float(sample[name]) for sample in self.samples] for name in names}
+
+
+def evaluate(run: PPORun, iteration: int = 0) -> Evaluation:
+    """One sampled response to every held-out prompt after `iteration`, with the same random numbers each time. A
+    collective.
+    """
     inputs, settings, tokenizer = run.inputs, run.settings, run.inputs.tokenizer
     rows, grader = inputs.heldout, inputs.grader
     places = [row for (row,) in evaluation_rows(rows.lengths, 1, dist.world_size(), dist.rank())]
@@ -24,25 +44,27 @@ def evaluate(run: PPORun, iteration: int = 0) -> tuple[dict[str, float], list[di
         sampled = sample_responses(run.rollouts, batch, settings.rollout, settings.seed, EVALUATION_DRAW)
     own = score_responses(run.engines, tokenizer, sampled, batch, settings, inputs.functions)
     gather = rows_of_all_ranks(batch)
-    sequences = sampled.sequences.map(gather)
-    logprobs, ref_logprobs, entropy, scores, real = (
-        gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, batch.is_real)
-    )
-    terms = {name: gather(term) for name, term in own.terms.items()}
-    found = response_metrics(sequences, logprobs, ref_logprobs, entropy, scores, terms, real.float())
-    metrics = {name: float(value) for name, value in found.items()}
+    real = gather(batch.is_real)
+    found = own.map(lambda x: gather(x)[real])
+    metrics = {name: float(value) for name, value in response_metrics(found).items()}
     if not dist.is_main():
-        return metrics, []
-    kept = real.nonzero().flatten().tolist()
-    prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask, kept)
-    responses = decode(tokenizer, sequences.responses, sequences.response_mask, kept)
-    samples = [
-        {"prompt": prompt, "response": response, "score": float(scores[row])}
-        for prompt, response, row in zip(prompts, responses, kept, strict=True)
-    ]
+        return Evaluation(metrics, [])
+    samples = samples_of(found, tokenizer, "heldout", range(len(rows)))
     if grader is not None:
+        prompts, responses = ([sample[key] for sample in samples] for key in ("prompt", "response"))
         grades = score_texts(grader, prompts, responses, f"grader {settings.grader}").tolist()
         metrics["objective/grade"] = sum(grades) / len(grades)
-        for sample, grade in zip(samples, grades, strict=True):
-            sample["grade"] = grade
-    return metrics, samples[: settings.logged_samples]
+        samples = [sample | {"grade": grade} for sample, grade in zip(samples, grades, strict=True)]
+    return Evaluation(metrics, samples)
+
+
+def win_rates(now: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """How often a response is better than the one before training to the same prompt, by each judge that both have:
+    the share, ties as half, and its 95 % interval.
+    """
+    found: dict[str, float] = {}
+    for judge, metric in JUDGES.items():
+        if judge in now and len(now[judge]) == len(before.get(judge, ())) and None not in before[judge]:
+            rate, low, high = win_rate(now[judge], before[judge])
+            found |= {metric: rate, f"{metric}_low": low, f"{metric}_high": high}
+    return found

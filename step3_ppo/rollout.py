@@ -90,6 +90,27 @@ class Responses:
     logprobs_from: Literal["sampler", "update", "forward"]  # see old_logprobs
     sampled_logprobs: torch.Tensor | None = None  # [B,R] as the backend gave them, where a forward gave `logprobs`
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Responses:
+        """The same with `function` applied to every tensor."""
+        sampled = None if self.sampled_logprobs is None else function(self.sampled_logprobs)
+        return Responses(
+            sequences=self.sequences.map(function),
+            logprobs=function(self.logprobs),
+            ref_logprobs=function(self.ref_logprobs),
+            entropy=function(self.entropy),
+            values=[function(x) for x in self.values],
+            terms={name: function(term) for name, term in self.terms.items()},
+            scores=function(self.scores),
+            logprobs_from=self.logprobs_from,
+            sampled_logprobs=sampled,
+        )
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """[B] nats of each response: the sum over its tokens of log p - log p of the reference."""
+        kl = kl_estimate(self.logprobs, self.ref_logprobs, "k1")
+        return masked_sum(kl, self.sequences.response_mask, dim=1)
+
 
 def make_rollouts(actor: Any, tokenizer: Any, settings: PPOConfig) -> RolloutBackend:
     """What samples responses from the actor. A collective."""
@@ -244,11 +265,9 @@ def make_experience(
     ppo = settings.ppo
     own_values, own_final = own.values or _values(engines.critic, own.sequences, settings)  # 1
     gather = rows_of_all_ranks(prompts)  # 2
-    sequences = own.sequences.map(gather)
-    logprobs, ref_logprobs, entropy, raw_scores, values, final_values = (
-        gather(x) for x in (own.logprobs, own.ref_logprobs, own.entropy, own.scores, own_values, own_final)
-    )
-    terms = {name: gather(scores) for name, scores in own.terms.items()}
+    found = own.map(gather)
+    values, final_values = gather(own_values), gather(own_final)
+    sequences, logprobs, ref_logprobs, raw_scores = found.sequences, found.logprobs, found.ref_logprobs, found.scores
     mask = sequences.response_mask
     _check_finite(mask, score=raw_scores[:, None], logprob=logprobs, reference_logprob=ref_logprobs, value=values)
     scores = shape_scores(raw_scores, sequences.ended, ppo, control)  # 3
@@ -257,7 +276,6 @@ def make_experience(
     group = gather(prompts.draw_index) // settings.rollout.samples
     after = torch.where(sequences.ended, 0.0, final_values) if ppo.bootstrap else None
     advantages, returns, moments = _advantages(rewards, values, after, mask, group, ppo)  # 4
-    sampled_logprobs = None if own.sampled_logprobs is None else gather(own.sampled_logprobs)
     experience = Experience(
         sequences,
         logprobs,
@@ -267,11 +285,10 @@ def make_experience(
         returns,
         control.kl.coef,
         own.logprobs_from == "update",
-        sampled_logprobs,
+        found.sampled_logprobs,
     )
     clipped = torch.zeros_like(scores) if ppo.reward_clip is None else (scores.abs() > ppo.reward_clip).float()
-    everyone = torch.ones_like(scores)
-    metrics = response_metrics(sequences, logprobs, ref_logprobs, entropy, raw_scores, terms, everyone) | {
+    metrics = response_metrics(found) | {
         "objective/reward": masked_sum(rewards, mask, dim=1).mean(),
         "objective/score_clipfrac": clipped.mean(),
         "objective/kl_coef": torch.tensor(control.kl.coef, dtype=torch.float64),
@@ -361,30 +378,28 @@ def rows_of_all_ranks(prompts: PromptBatch) -> Callable[[torch.Tensor], torch.Te
     return lambda x: dist.all_gather_rows(x)[order]
 
 
-def response_metrics(
-    sequences: Sequences,
-    logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
-    entropy: torch.Tensor,
-    scores: torch.Tensor,
-    terms: dict[str, torch.Tensor],
-    weight: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Means over rows of weight 1 (weight [B] is 0 for fillers) of what one looks at first."""
-    mask = sequences.response_mask & (weight > 0).unsqueeze(1)
-    rows = weight.sum().clamp(min=1)
-    kl = kl_estimate(logprobs, ref_logprobs, "k1")
-    parts = {f"objective/score_{name}": (term * weight).sum() / rows for name, term in terms.items()}
+def response_metrics(found: Responses) -> dict[str, torch.Tensor]:
+    """Means over the responses of all ranks of what one looks at first."""
+    sequences, mask = found.sequences, found.sequences.response_mask
+    parts = {f"objective/score_{name}": term.mean() for name, term in found.terms.items()}
     return (parts if len(parts) > 1 else {}) | {
-        "objective/score": (scores * weight).sum() / rows,
-        "objective/score_std": scores[weight > 0].std(correction=0),
-        "objective/score_length_correlation": correlation(scores[weight > 0], mask.sum(dim=1)[weight > 0]),
-        "objective/kl": masked_sum(kl, mask) / rows,
-        "objective/kl_per_token": masked_mean(kl, mask),
-        "objective/entropy": masked_mean(entropy, mask),
-        "rollout/length": mask.sum() / rows,
-        "rollout/eos_rate": (sequences.ended * weight).sum() / rows,
+        "objective/score": found.scores.mean(),
+        "objective/score_std": found.scores.std(correction=0),
+        "objective/score_length_correlation": correlation(found.scores, mask.sum(dim=1)),
+        "objective/kl": found.kl.mean(),
+        "objective/kl_per_token": masked_mean(kl_estimate(found.logprobs, found.ref_logprobs, "k1"), mask),
+        "objective/entropy": masked_mean(found.entropy, mask),
+        "rollout/length": mask.sum(dim=1).float().mean(),
+        "rollout/eos_rate": sequences.ended.float().mean(),
+        "rollout/commonest_share": _commonest_share(sequences),
     }
+
+
+def _commonest_share(sequences: Sequences) -> torch.Tensor:
+    """[] the share of the responses that are the commonest one, token by token."""
+    tokens = torch.where(sequences.response_mask, sequences.responses, -1)
+    _, counts = tokens.unique(dim=0, return_counts=True)
+    return counts.max() / len(tokens)
 
 
 def _score_policy(

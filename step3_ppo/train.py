@@ -10,11 +10,18 @@ from typing import Any
 
 from step3_ppo.build import PPORun, read_inputs
 from step3_ppo.config import PPOConfig
-from step3_ppo.heldout import evaluate
-from step3_ppo.rollout import NotFiniteError, make_experience, sample_responses, score_responses
+from step3_ppo.heldout import evaluate, win_rates
+from step3_ppo.rollout import (
+    NotFiniteError,
+    make_experience,
+    rows_of_all_ranks,
+    sample_responses,
+    score_responses,
+)
+from step3_ppo.samples import samples_of
+from step3_ppo.speed import scored_by, speed_metrics
 from step3_ppo.update import MinibatchReport, check_first_iteration, ppo_update
 from tristage import dist
-from tristage.batches import Experience
 from tristage.config import BatchPlan, load_config
 from tristage.data.sets import fingerprint
 from tristage.models.saving import save_model
@@ -23,6 +30,7 @@ from tristage.rollout import RolloutError
 from tristage.training.health import Health
 from tristage.training.metrics import RunLog, Stopwatch
 from tristage.training.run import Saver, entry_point, finish, start
+from tristage.training.speed import Speed
 
 SHOWN = {
     "objective/score": "score",
@@ -54,7 +62,7 @@ def train(run: PPORun) -> None:
     5. evaluate on held-out prompts; 6. save.
     """
     inputs, settings, engines, control = run.inputs, run.settings, run.engines, run.control
-    watch, warned = Stopwatch(run.device), False
+    watch, warned, speed = Stopwatch(run.device), False, Speed(settings, run.device)
     own_pieces = None if run.average is None else run.average.pieces
     with RunLog(Path(settings.output), "ppo", settings.iterations, run.first, SHOWN) as log:
         saver = Saver(settings, run.device, engines.trained(), run.health, log, own_pieces)
@@ -77,7 +85,12 @@ def train(run: PPORun) -> None:
                 with watch("update"):  # 4
                     losses, minibatches = ppo_update(engines, experience, iteration, settings, inputs.plan, run.extras)
                 note_minibatches(run.health, iteration, minibatches, names)
-                metrics |= losses | throughput(experience, watch)
+                metrics |= losses
+                metrics |= speed_metrics(speed, experience, scored_by(own, settings), losses, watch.take())
+                if settings.samples_every and iteration % settings.samples_every == 0:
+                    found = own.map(rows_of_all_ranks(prompts))
+                    rows = range(min(settings.logged_samples, settings.responses))
+                    log.write_samples(iteration, samples_of(found, inputs.tokenizer, "train", rows))
             except NotFiniteError as broken:
                 run.health.record_bad_step(iteration, broken.what, broken.batches(names))
                 metrics = watch.take()
@@ -90,15 +103,24 @@ def train(run: PPORun) -> None:
 
 
 def write_heldout(run: PPORun, log: RunLog, watch: Stopwatch, iteration: int) -> None:
-    """Evaluate the actor, and with `ema` its average, and write metrics and samples. A collective."""
+    """Evaluate the actor, and with `ema` its average, and write metrics, samples and numbers. A collective."""
     with watch("evaluate"):
-        metrics, samples = evaluate(run, iteration)
+        found = evaluate(run, iteration)
+        averaged = None
         if run.average is not None and iteration:
             with run.average.in_place():
-                averaged, _ = evaluate(run, iteration)
-            metrics |= {f"ema/{name}": value for name, value in averaged.items()}
-    log.write(iteration, "heldout", metrics | watch.take())
-    log.write_samples(iteration, samples)
+                averaged = evaluate(run, iteration)
+    metrics = found.metrics | watch.take()
+    if dist.is_main():
+        log.write_rows(iteration, found.columns())
+        before = log.rows_before_training()
+        if iteration and before is not None:
+            metrics |= win_rates(found.columns(), before)
+        if averaged is not None:
+            rates = {} if before is None else win_rates(averaged.columns(), before)
+            metrics |= {f"ema/{name}": value for name, value in (averaged.metrics | rates).items()}
+    log.write(iteration, "heldout", metrics)
+    log.write_samples(iteration, found.samples[: run.settings.logged_samples])
 
 
 def export(run: PPORun) -> list[Path]:
@@ -154,17 +176,6 @@ def note_minibatches(health: Health, iteration: int, minibatches: list[Minibatch
     for step, micro_batches in minibatches:
         rows = [[names[row] for row in micro if row is not None] for micro in micro_batches]
         health.after_step(iteration, step, rows)
-
-
-def throughput(experience: Experience, watch: Stopwatch) -> dict[str, float]:
-    """Seconds of each phase, and tokens (prompt and response, real ones) a second over all ranks."""
-    seconds = watch.take()
-    tokens = float(experience.sequences.attention_mask.sum())
-    return seconds | {
-        "time/iteration": sum(seconds.values()),
-        "throughput/tokens_per_second": tokens / sum(seconds.values()),
-        "throughput/response_tokens_per_second": float(experience.mask.sum()) / seconds["time/rollout"],
-    }
 
 
 if __name__ == "__main__":

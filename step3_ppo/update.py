@@ -68,7 +68,8 @@ def ppo_update(
     depend on the number of ranks or the micro-batch. While the critic warms up, the actor is not trained.
     """
     device = experience.logprobs.device
-    averages, reports = Averages(), []
+    averages = Averages()
+    reports: list[MinibatchReport] = []
     lengths = experience.sequences.attention_mask.sum(dim=1).tolist()
     warming = settings.critic is not None and iteration <= settings.critic.warmup_iterations
     for engine in (engines.actor, engines.critic):
@@ -81,7 +82,7 @@ def ppo_update(
         epoch_kl = Averages()
         for place, rows in enumerate(np.split(order, steps)):
             number = ((iteration - 1) * settings.ppo.epochs + epoch) * steps + place  # optimizer step, 0-based
-            minibatch = Minibatch(engines, experience, settings, averages, epoch_kl, warming)
+            minibatch = Minibatch(engines, experience, settings, averages, epoch_kl, warming, not reports)
             reports.append(minibatch.step(rows.tolist(), lengths, plan, number, extras))
         if settings.ppo.target_kl is not None and not warming:
             # Reduced first: all ranks stop together.
@@ -107,6 +108,7 @@ class Minibatch:
     averages: Averages
     epoch_kl: Averages
     warming: bool  # the critic alone learns
+    weights_sampled: bool  # by the actor's present weights, as in an iteration's first step
 
     def step(
         self, rows: list[int], lengths: list[int], plan: BatchPlan, number: int, extras: ActorExtras
@@ -176,6 +178,8 @@ class Minibatch:
             approx_kl = masked_sum(kl_estimate(old_logprobs, logprobs, "k3"), mask)
             self.averages.add("policy/loss", loss, tokens)
             self.averages.add("policy/ratio", masked_sum(ratio, mask), tokens)
+            if self.weights_sampled:
+                self.averages.add("policy/first_ratio_error", masked_sum((ratio - 1).abs(), mask), tokens)
             self.averages.add("policy/clipfrac", masked_sum(outside.float(), mask), tokens)
             for averages in (self.averages, self.epoch_kl):
                 averages.add("policy/approx_kl", approx_kl, tokens)

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "machine": set(),
     "batches": set(),
+    "intervals": set(),
     "config": {"errors"},
     "storage": {"errors", "machine"},
     "dist": {"errors", "machine", "storage"},

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
 from step3_ppo.build import PPORun, read_inputs
 from step3_ppo.config import PPOConfig
-from step3_ppo.heldout import evaluate
+from step3_ppo.heldout import Evaluation, evaluate
 from step3_ppo.rollout import make_experience, sample_responses, score_responses
 from step3_ppo.update import check_first_iteration, ppo_update
 from tristage import dist
@@ -45,6 +44,6 @@ class Run:
     def update(self, experience: Experience, iteration: int = 1) -> dict[str, float]:
         return ppo_update(self.engines, experience, iteration, self.settings, self.ppo.inputs.plan)[0]
 
-    def evaluate(self, prompts: int | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def evaluate(self, prompts: int | None = None) -> Evaluation:
         inputs = dataclasses.replace(self.ppo.inputs, heldout=self.ppo.inputs.heldout[:prompts])
         return evaluate(dataclasses.replace(self.ppo, inputs=inputs))

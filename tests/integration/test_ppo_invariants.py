@@ -331,14 +331,14 @@ def on_two_ranks(rank: int, config: str) -> dict[str, Any]:
     run = Run(config, *ODD)
     experience, metrics = run.experience()
     run.check(experience)
-    metrics, samples = run.evaluate()
+    evaluated = run.evaluate()
     own = rows_of_all_ranks(run.batch())(torch.full((len(run.batch().draw_index),), rank))
     return {
         "advantages": experience.advantages.numpy(),
         "mask": experience.mask.numpy(),
         "rank_of_row": own.numpy(),
-        "metrics": metrics,
-        "samples": samples,
+        "metrics": evaluated.metrics,
+        "samples": evaluated.samples,
         "update": run.update(experience),
     }
 
@@ -369,12 +369,12 @@ def test_every_heldout_prompt_counts_once_on_any_number_of_ranks(
 ) -> None:
     run = Run(configs[False], *ODD)
     assert len(run.ppo.inputs.heldout) == 7
-    metrics, samples = run.evaluate()
+    own = run.evaluate()
     found = two_ranks[0]
     prompts = [sample["prompt"] for sample in found["samples"]]
     assert len(prompts) == len(set(prompts)) == len(run.ppo.inputs.heldout)
-    assert [sample["response"] for sample in samples] == [sample["response"] for sample in found["samples"]]
-    assert found["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    assert [sample["response"] for sample in own.samples] == [sample["response"] for sample in found["samples"]]
+    assert found["metrics"] == pytest.approx(own.metrics, rel=1e-5, abs=1e-6)
     scores = torch.tensor([sample["score"] for sample in found["samples"]])
     assert found["metrics"]["objective/score"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert found["metrics"]["objective/score_std"] == pytest.approx(scores.std(correction=0).item(), abs=1e-5)

@@ -188,10 +188,9 @@ def test_a_prompt_that_the_reward_models_template_refuses_stops_before_models_lo
 def on_ranks(rank: int, config: str, stage: int) -> dict[str, Any]:
     run = Run(config, *MIX, *ODD, f"reward.deepspeed={tiny.deepspeed_json(stage)}")
     experience, metrics = run.experience()
-    evaluated, samples = run.evaluate()
-    one, _ = run.evaluate(prompts=1)  # of two ranks, one has a filler alone
-    found = {"metrics": metrics, "evaluated": evaluated, "one": one}
-    return found | {"returns": experience.returns.numpy(), "scores": [sample["score"] for sample in samples]}
+    evaluated, one = run.evaluate(), run.evaluate(prompts=1)  # of two ranks, one has a filler alone
+    found = {"metrics": metrics, "evaluated": evaluated.metrics, "one": one.metrics}
+    return found | {"returns": experience.returns.numpy(), "scores": [sample["score"] for sample in evaluated.samples]}
 
 
 def on_two_ranks(rank: int, config: str) -> dict[int, dict[str, Any]]:

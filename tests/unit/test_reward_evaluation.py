@@ -22,12 +22,12 @@ from step2_reward_model.measures import (
     accuracy_by,
     calibration_error,
     length_warning,
-    wilson_interval,
 )
 from step2_reward_model.report import tables
 from tests.helpers import oracles, tiny
 from tristage.data.sets import load_sets
 from tristage.errors import UserError
+from tristage.intervals import wilson_interval
 from tristage.models.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -40,20 +40,6 @@ def measurements(margins: list[float], length_gaps: list[float], **others: Any) 
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
-
-
-def test_wilson_intervals_by_hand() -> None:
-    # (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with z = 1.96
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("successes, count", [(1, 3), (50, 100), (640, 1000), (31.5, 40)])
-def test_at_the_ends_of_a_wilson_interval_the_share_is_1_96_standard_errors_away(successes: float, count: int) -> None:
-    for end in wilson_interval(successes, count):
-        assert abs(successes / count - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / count), rel=1e-4)
 
 
 def test_calibration_error_by_hand() -> None:

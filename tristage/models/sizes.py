@@ -42,6 +42,7 @@ class ModelShape:
     query_norm: bool  # queries and keys are normalised (Qwen3)
     attention_matrix: bool  # held in memory: the family has no fused attention
     plain_head: bool  # logits come in chunks
+    experts: bool  # a token passes some of the layers alone
 
 
 def model_shape(
@@ -88,4 +89,5 @@ def model_shape(
         query_norm=any(name.endswith("q_norm") for name in names),
         attention_matrix=not getattr(model, "_supports_sdpa", False),
         plain_head=has_plain_head(config),
+        experts=any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")),
     )

@@ -68,9 +68,8 @@ class RunLog:
         if dist.is_main():
             self.path = self.output / "metrics.jsonl"
             with explain_disk_errors(self.path):
-                _drop_lines_after(self.path, self.first)
-                _drop_lines_after(self.output / "samples.jsonl", self.first)
-                _drop_lines_after(self.output / "health.jsonl", self.first)
+                for name in ("metrics", "samples", "heldout", "health"):
+                    _drop_lines_after(self.output / f"{name}.jsonl", self.first)
                 self.file = open(self.path, "a", encoding="utf-8")
             self.board = Board(self.output / "tensorboard", self.first + 1 if self.first else 0)
             self.bar = _bar(self.title, self.total, self.first) if sys.stdout.isatty() else None
@@ -112,6 +111,23 @@ class RunLog:
         """Append to samples.jsonl."""
         if dist.is_main():
             append_json(self.output / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+
+    def write_rows(self, step: int, columns: dict[str, list[float]]) -> None:
+        """A line of heldout.jsonl: a number per held-out row in each column, null where it is not finite."""
+        if dist.is_main():
+            finite = {
+                name: [value if math.isfinite(value) else None for value in column] for name, column in columns.items()
+            }
+            append_json(self.output / "heldout.jsonl", [{"step": step, **finite}])
+
+    def rows_before_training(self) -> dict[str, Any] | None:
+        """The line of heldout.jsonl of step 0, on rank 0; None where the run did not start in this folder."""
+        path = self.output / "heldout.jsonl"
+        if not path.is_file():
+            return None
+        with open(path, encoding="utf-8") as file:
+            first: dict[str, Any] = json.loads(file.readline() or '{"step": null}')
+        return first if first["step"] == 0 else None
 
     def _show_progress(self, step: int) -> None:
         if self.bar:
