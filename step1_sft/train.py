@@ -31,8 +31,10 @@ from tristage.models.flops import Work
 from tristage.models.loading import check_packable
 from tristage.models.saving import save_model
 from tristage.training import run, setup
+from tristage.training.eval_command import EvalCommand
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
+from tristage.training.profiler import profiled
 from tristage.training.speed import Speed
 
 SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
@@ -65,9 +67,10 @@ def train(
     watch, speed = Stopwatch(device), Speed(settings, device)
     with RunLog(output, "sft", loader.total_steps, first, SHOWN) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
+        command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:
             log.write(0, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
-        for step in range(first + 1, loader.total_steps + 1):
+        for step in profiled(range(first + 1, loader.total_steps + 1), settings):
             with watch("step"):
                 micro_batches = [
                     collate(pick(trained, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
@@ -80,6 +83,7 @@ def train(
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
+            command.after(step, last)
             saver.after(step, last)
     health.check_finished()
     run.finish(settings, save_model(engine, tokenizer, output / "final"))

@@ -29,8 +29,10 @@ from tristage.models.causal_lm import load_causal_lm
 from tristage.models.flops import Work
 from tristage.models.saving import save_model
 from tristage.training import run, setup
+from tristage.training.eval_command import EvalCommand
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
+from tristage.training.profiler import profiled
 from tristage.training.speed import Speed
 
 NAMES = {"sigmoid": "DPO", "ipo": "IPO", "ipo_sum": "IPO", "simpo": "SimPO"}
@@ -76,10 +78,11 @@ def train(
 
     with RunLog(output, NAMES[settings.loss], loader.total_steps, first, SHOWN) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
+        command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:
             check_start(engine, references.train, collated(1), settings, device)
             log.write(0, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
-        for step in range(first + 1, loader.total_steps + 1):
+        for step in profiled(range(first + 1, loader.total_steps + 1), settings):
             with watch("step"):
                 micro_batches = collated(step)
                 metrics, report = dpo_step(engine, references.train, micro_batches, settings, device)
@@ -91,6 +94,7 @@ def train(
             last = step == loader.total_steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
+            command.after(step, last)
             saver.after(step, last)
     health.check_finished()
     run.finish(settings, save_model(engine, tokenizer, output / "final"))

@@ -34,8 +34,10 @@ from tristage.models.loading import is_reward_model
 from tristage.models.reward_model import last_token_scores, load_reward_model
 from tristage.models.saving import save_model
 from tristage.training import run, setup
+from tristage.training.eval_command import EvalCommand
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
+from tristage.training.profiler import profiled
 from tristage.training.speed import Speed
 
 SHOWN = {
@@ -74,9 +76,10 @@ def train(
     watch, speed = Stopwatch(device), Speed(settings, device)
     with RunLog(output, "reward model", loader.total_steps, first, SHOWN) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
+        command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:
             log.write(0, "heldout", evaluate(engine, heldout, settings, tokenizer, device).metrics())
-        for step in range(first + 1, loader.total_steps + 1):
+        for step in profiled(range(first + 1, loader.total_steps + 1), settings):
             with watch("step"):
                 micro_batches = [
                     collate_ranking(pick(rows, micro), tokenizer.pad_token_id) for micro in loader.step_rows(step - 1)
@@ -93,6 +96,7 @@ def train(
                 log.write(step, "heldout", measured.metrics())
                 if last and (warning := length_warning(measured)):
                     dist.print0(warning)
+            command.after(step, last)
             saver.after(step, last)
     health.check_finished()
     if settings.normalize:

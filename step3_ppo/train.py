@@ -27,8 +27,10 @@ from tristage.data.sets import fingerprint
 from tristage.models.saving import save_model
 from tristage.models.tokenizer import generation_stop_ids
 from tristage.rollout import RolloutError
+from tristage.training.eval_command import EvalCommand
 from tristage.training.health import Health
 from tristage.training.metrics import RunLog, Stopwatch
+from tristage.training.profiler import profiled
 from tristage.training.run import Saver, entry_point, finish, start
 from tristage.training.speed import Speed
 
@@ -66,9 +68,10 @@ def train(run: PPORun) -> None:
     own_pieces = None if run.average is None else run.average.pieces
     with RunLog(Path(settings.output), "ppo", settings.iterations, run.first, SHOWN) as log:
         saver = Saver(settings, run.device, engines.trained(), run.health, log, own_pieces)
+        command = EvalCommand(settings, engines.actor, inputs.tokenizer, run.device, log)
         if run.first == 0:
             write_heldout(run, log, watch, 0)
-        for iteration in range(run.first + 1, settings.iterations + 1):
+        for iteration in profiled(range(run.first + 1, settings.iterations + 1), settings):
             prompts, names, carried = run.prompts(iteration), run.names(iteration), control.state_dict()
             try:
                 with watch("rollout"):  # 1
@@ -99,6 +102,7 @@ def train(run: PPORun) -> None:
             if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):  # 5
                 with saver.checkpoint_on(iteration, control.state_dict(), RolloutError):
                     write_heldout(run, log, watch, iteration)
+            command.after(iteration, last)
             saver.after(iteration, last, control.state_dict())  # 6
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -168,6 +170,28 @@ class KeepBest(Settings):
     lower_is_better: bool = Field(True, description="True if lower values are better, false if higher are.")
 
 
+class EvalCommandSettings(Settings):
+    """A command that measures the model during training: it is run on an exported folder."""
+
+    command: str = Field(
+        description="Program and arguments, without a shell; {model} stands for the exported folder. The last line "
+        "that it prints is a JSON object, whose numbers become the metrics eval/<name>."
+    )
+    every: int = Field(0, ge=0, description="Steps between runs of it; 0 runs it only after training.")
+    timeout_seconds: float = Field(3600.0, gt=0, description="Stop it after this time, and go on without its numbers.")
+
+    @field_validator("command")
+    @classmethod
+    def _names_the_model(cls, command: str) -> str:
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"is not a command line ({error})") from None
+        if not any("{model}" in word for word in words):
+            raise ValueError("does not name the model; write {model} where the exported folder goes")
+        return command
+
+
 class RunSettings(Settings):
     """Settings that every step has."""
 
@@ -212,6 +236,13 @@ class RunSettings(Settings):
         description="End the run if a rank sends no heartbeat, or no rank makes progress, for this long (3x before "
         "the first step and while saving); stacks go to output/logs. 0 disables.",
     )
+    eval_command: EvalCommandSettings | None = Field(
+        None, description="A command of yours, such as a benchmark, that measures the model during training."
+    )
+    profile: str | None = Field(
+        None,
+        description="Steps to run under torch's profiler, such as 10..12: a trace and a table go to output/profile.",
+    )
     kind: ClassVar[Kind]  # what the step makes of a row
     step: ClassVar[int]  # 1, 2 or 3: whose share of `data_split` it takes
     _folders: tuple[Path, ...] = PrivateAttr(default=(Path("."),))
@@ -227,6 +258,22 @@ class RunSettings(Settings):
                     "set evaluate_every to the same"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> RunSettings:
+        if self.profile is not None and not re.fullmatch(r"[1-9]\d*\.\.[1-9]\d*", self.profile):
+            raise ValueError(f"key `profile`: {self.profile!r} is not a range of steps; write it like 10..12")
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"key `profile`: {self.profile} ends before it begins; write it like 10..12")
+        return self
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """The first and the last step of `profile`."""
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition("..")
+        return int(first), int(last)
 
     @property
     def folder(self) -> Path:

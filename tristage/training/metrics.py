@@ -100,7 +100,8 @@ class RunLog:
             self.latest.update(metrics)
             self._show_progress(step)
         else:
-            self.heldout = (step, metrics)
+            earlier = self.heldout[1] if self.heldout[0] == step else {}
+            self.heldout = (step, earlier | metrics)
             self._say(f"{self.title} {step}/{self.total} held out: {self._short(metrics)}")
 
     def heldout_of(self, step: int) -> dict[str, float] | None:
@@ -113,12 +114,10 @@ class RunLog:
             append_json(self.output / "samples.jsonl", [{"step": step, **sample} for sample in samples])
 
     def write_rows(self, step: int, columns: dict[str, list[float]]) -> None:
-        """A line of heldout.jsonl: a number per held-out row in each column, null where it is not finite."""
+        """A line of heldout.jsonl: a number per held-out row in each column, to six digits, null if not finite."""
         if dist.is_main():
-            finite = {
-                name: [value if math.isfinite(value) else None for value in column] for name, column in columns.items()
-            }
-            append_json(self.output / "heldout.jsonl", [{"step": step, **finite}])
+            rounded = {name: [_six_digits(value) for value in column] for name, column in columns.items()}
+            append_json(self.output / "heldout.jsonl", [{"step": step, **rounded}])
 
     def rows_before_training(self) -> dict[str, Any] | None:
         """The line of heldout.jsonl of step 0, on rank 0; None where the run did not start in this folder."""
@@ -137,7 +136,8 @@ class RunLog:
             self._say(f"{self.title} {step}/{self.total} {self._short(self.latest)} left {_clock(left)}")
 
     def _short(self, metrics: dict[str, float]) -> str:
-        return " ".join(f"{short} {metrics[name]:.4g}" for name, short in self.shown.items() if name in metrics)
+        known = [name for name in self.shown if name in metrics]
+        return " ".join(f"{self.shown.get(name, name)} {metrics[name]:.4g}" for name in known or metrics)
 
     def _say(self, line: str) -> None:
         if self.bar:
@@ -197,6 +197,10 @@ def _bar(title: str, total: int, first: int) -> Progress:
     return bar
 
 
+def _six_digits(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
@@ -241,11 +245,14 @@ class _Phase:
 
     def __enter__(self) -> None:
         self.before = progress.current.enter(self.phase)
+        self.mark = torch.profiler.record_function(self.phase)
+        self.mark.__enter__()
         self.start = self._now()
 
     def __exit__(self, *exception: object) -> None:
         seconds = self.watch.seconds
         seconds[self.phase] = seconds.get(self.phase, 0.0) + self._now() - self.start
+        self.mark.__exit__(None, None, None)
         progress.current.enter(self.before)
 
     def _now(self) -> float:

@@ -33,6 +33,7 @@ from tristage.storage import lock
 from tristage.storage.durable import explain_disk_errors
 from tristage.storage.pieces import Piece
 from tristage.training import preflight
+from tristage.training.eval_command import check_eval_command
 from tristage.training.health import Health
 from tristage.training.metrics import RunLog
 
@@ -158,6 +159,7 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
     patience = watchdog.SLOW_PHASE_FACTOR * settings.watchdog_seconds
     # the watchdog, whose message says more, must act before the process group does
     device = dist.init(settings.device, patience + 60 if patience else 1800)
+    on_main(lambda: check_eval_command(settings))
     preflight.check(settings, device)
     on_main(lambda: _take_lock(settings))
     others = dist.gather_objects((platform.node(), data_fingerprint))
