@@ -80,11 +80,10 @@ def train(
             work = [Work.of(batch.attention_mask, batch.loss_mask, batch.position_ids) for batch in micro_batches]
             seconds = watch.take()
             log.write(step, "train", metrics | seconds | speed.step(work, seconds))
-            last = step == loader.total_steps
-            if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
+            if saver.evaluates(step):
                 log.write(step, "heldout", evaluate(engine, heldout, settings.micro_batch, tokenizer, device))
-            command.after(step, last)
-            saver.after(step, last)
+            command.after(step)
+            saver.after(step)
     health.check_finished()
     run.finish(settings, save_model(engine, tokenizer, output / "final"))
     dist.print0(f"step 1 is done: {output / 'final'}")

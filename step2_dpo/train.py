@@ -91,11 +91,10 @@ def train(
             seconds = watch.take()
             live = settings.reference is not None and not settings.precompute_reference
             log.write(step, "train", metrics | seconds | speed.step(work, seconds, reference=live))
-            last = step == loader.total_steps
-            if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
+            if saver.evaluates(step):
                 log.write(step, "heldout", evaluate(engine, references.heldout, heldout, settings, tokenizer, device))
-            command.after(step, last)
-            saver.after(step, last)
+            command.after(step)
+            saver.after(step)
     health.check_finished()
     run.finish(settings, save_model(engine, tokenizer, output / "final"))
     dist.print0(f"step 2 is done: {output / 'final'}")

@@ -90,14 +90,13 @@ def train(
             work = [Work.of(batch.attention_mask, batch.attention_mask) for batch in micro_batches]
             seconds = watch.take()
             log.write(step, "train", metrics | seconds | speed.step(work, seconds))
-            last = step == loader.total_steps
-            if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
+            if saver.evaluates(step):
                 measured = evaluate(engine, heldout, settings, tokenizer, device)
                 log.write(step, "heldout", measured.metrics())
-                if last and (warning := length_warning(measured)):
+                if log.is_last(step) and (warning := length_warning(measured)):
                     dist.print0(warning)
-            command.after(step, last)
-            saver.after(step, last)
+            command.after(step)
+            saver.after(step)
     health.check_finished()
     if settings.normalize:
         normalize_scores(engine, rows, settings, tokenizer, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,8 +26,10 @@ from tristage.data.store import Rows
 from tristage.engine.average import WeightAverage
 from tristage.errors import UserError
 from tristage.rollout import RolloutBackend
+from tristage.storage.pieces import Piece
 from tristage.training import setup
 from tristage.training.health import Health
+from tristage.training.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,16 @@ class PPORun:
             self.control.load_state_dict(found.control)
         if self.average is not None and found is not None and (pieces := found.pieces("own")) is not None:
             self.average.restore(pieces)
+
+    @cached_property
+    def speed(self) -> Speed:
+        """What the models' work takes."""
+        return Speed(self.settings, self.device)
+
+    @property
+    def own_pieces(self) -> Callable[[], list[Piece]] | None:
+        """The tensors that checkpoints hold in addition to the engines'."""
+        return None if self.average is None else self.average.pieces
 
     @cached_property
     def loader(self) -> Loader:

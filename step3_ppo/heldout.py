@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from step3_ppo.build import PPORun
-from step3_ppo.rewards import score_texts
-from step3_ppo.rollout import prompt_batch, response_metrics, rows_of_all_ranks, sample_responses, score_responses
-from step3_ppo.samples import samples_of
+from step3_ppo.rewards import decode, score_texts
+from step3_ppo.rollout import (
+    Responses,
+    prompt_batch,
+    response_metrics,
+    rows_of_all_ranks,
+    sample_responses,
+    score_responses,
+)
 from tristage import dist
 from tristage.data.loader import evaluation_rows
-from tristage.intervals import win_rate
 
 EVALUATION_DRAW = 0  # iterations count from 1; every evaluation samples with the same numbers
-JUDGES = {"score": "objective/win_rate", "grade": "objective/grade_win_rate"}  # column -> metric
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,17 @@ def evaluate(run: PPORun, iteration: int = 0) -> Evaluation:
     return Evaluation(metrics, samples)
 
 
-def win_rates(now: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """How often a response is better than the one before training to the same prompt, by each judge that both have:
-    the share, ties as half, and its 95 % interval.
-    """
-    found: dict[str, float] = {}
-    for judge, metric in JUDGES.items():
-        if judge in now and len(now[judge]) == len(before.get(judge, ())) and None not in before[judge]:
-            rate, low, high = win_rate(now[judge], before[judge])
-            found |= {metric: rate, f"{metric}_low": low, f"{metric}_high": high}
-    return found
+def samples_of(found: Responses, tokenizer: Any, split: str, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """An entry of samples.jsonl for each of `rows`, without its step; `kl` in nats, `length` in tokens."""
+    sequences, mask = found.sequences, found.sequences.response_mask
+    prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask, rows)
+    responses = decode(tokenizer, sequences.responses, mask, rows)
+    columns = {"score": found.scores, "kl": found.kl, "length": mask.sum(dim=1), "ended": sequences.ended}
+    numbers = {name: column.tolist() for name, column in columns.items()}
+    terms = {name: term.tolist() for name, term in found.terms.items()}
+    return [
+        {"split": split, "row": row, "prompt": prompt, "response": response}
+        | {name: column[row] for name, column in numbers.items()}
+        | {"scores": {name: term[row] for name, term in terms.items()}}
+        for row, prompt, response in zip(rows, prompts, responses, strict=True)
+    ]

@@ -10,16 +10,9 @@ from typing import Any
 
 from step3_ppo.build import PPORun, read_inputs
 from step3_ppo.config import PPOConfig
-from step3_ppo.heldout import evaluate, win_rates
-from step3_ppo.rollout import (
-    NotFiniteError,
-    make_experience,
-    rows_of_all_ranks,
-    sample_responses,
-    score_responses,
-)
-from step3_ppo.samples import samples_of
-from step3_ppo.speed import scored_by, speed_metrics
+from step3_ppo.records import write_heldout, write_samples
+from step3_ppo.rollout import NotFiniteError, make_experience, sample_responses, score_responses
+from step3_ppo.speed import speed_metrics
 from step3_ppo.update import MinibatchReport, check_first_iteration, ppo_update
 from tristage import dist
 from tristage.config import BatchPlan, load_config
@@ -32,7 +25,6 @@ from tristage.training.health import Health
 from tristage.training.metrics import RunLog, Stopwatch
 from tristage.training.profiler import profiled
 from tristage.training.run import Saver, entry_point, finish, start
-from tristage.training.speed import Speed
 
 SHOWN = {
     "objective/score": "score",
@@ -64,10 +56,9 @@ def train(run: PPORun) -> None:
     5. evaluate on held-out prompts; 6. save.
     """
     inputs, settings, engines, control = run.inputs, run.settings, run.engines, run.control
-    watch, warned, speed = Stopwatch(run.device), False, Speed(settings, run.device)
-    own_pieces = None if run.average is None else run.average.pieces
+    watch = Stopwatch(run.device)
     with RunLog(Path(settings.output), "ppo", settings.iterations, run.first, SHOWN) as log:
-        saver = Saver(settings, run.device, engines.trained(), run.health, log, own_pieces)
+        saver = Saver(settings, run.device, engines.trained(), run.health, log, run.own_pieces)
         command = EvalCommand(settings, engines.actor, inputs.tokenizer, run.device, log)
         if run.first == 0:
             write_heldout(run, log, watch, 0)
@@ -82,49 +73,22 @@ def train(run: PPORun) -> None:
                     own = score_responses(engines, inputs.tokenizer, sampled, prompts, settings, inputs.functions)
                     experience, metrics = make_experience(engines, own, prompts, settings, control)
                 saver.stop_if_asked(iteration - 1, carried)  # the rollout is dropped: a resumed run samples the same
-                warned = warned or warn_of_constant(metrics)
                 if iteration == run.first + 1:
                     check_first_iteration(engines, experience, settings, run.rollouts.name, untrained=run.first == 0)
                 with watch("update"):  # 4
                     losses, minibatches = ppo_update(engines, experience, iteration, settings, inputs.plan, run.extras)
                 note_minibatches(run.health, iteration, minibatches, names)
-                metrics |= losses
-                metrics |= speed_metrics(speed, experience, scored_by(own, settings), losses, watch.take())
-                if settings.samples_every and iteration % settings.samples_every == 0:
-                    found = own.map(rows_of_all_ranks(prompts))
-                    rows = range(min(settings.logged_samples, settings.responses))
-                    log.write_samples(iteration, samples_of(found, inputs.tokenizer, "train", rows))
+                metrics |= losses | speed_metrics(run, own, experience, losses, watch.take())
+                write_samples(run, log, own, prompts, iteration)
             except NotFiniteError as broken:
                 run.health.record_bad_step(iteration, broken.what, broken.batches(names))
                 metrics = watch.take()
             log.write(iteration, "train", metrics)
-            last = iteration == settings.iterations
-            if last or (settings.evaluate_every and iteration % settings.evaluate_every == 0):  # 5
+            if saver.evaluates(iteration):  # 5
                 with saver.checkpoint_on(iteration, control.state_dict(), RolloutError):
                     write_heldout(run, log, watch, iteration)
-            command.after(iteration, last)
-            saver.after(iteration, last, control.state_dict())  # 6
-
-
-def write_heldout(run: PPORun, log: RunLog, watch: Stopwatch, iteration: int) -> None:
-    """Evaluate the actor, and with `ema` its average, and write metrics, samples and numbers. A collective."""
-    with watch("evaluate"):
-        found = evaluate(run, iteration)
-        averaged = None
-        if run.average is not None and iteration:
-            with run.average.in_place():
-                averaged = evaluate(run, iteration)
-    metrics = found.metrics | watch.take()
-    if dist.is_main():
-        log.write_rows(iteration, found.columns())
-        before = log.rows_before_training()
-        if iteration and before is not None:
-            metrics |= win_rates(found.columns(), before)
-        if averaged is not None:
-            rates = {} if before is None else win_rates(averaged.columns(), before)
-            metrics |= {f"ema/{name}": value for name, value in (averaged.metrics | rates).items()}
-    log.write(iteration, "heldout", metrics)
-    log.write_samples(iteration, found.samples[: run.settings.logged_samples])
+            command.after(iteration)
+            saver.after(iteration, control.state_dict())  # 6
 
 
 def export(run: PPORun) -> list[Path]:
@@ -165,14 +129,6 @@ def note_other_stop_ids(settings: PPOConfig, tokenizer: Any) -> None:
             f"({', '.join(tokenizer.convert_ids_to_tokens(others))}), and rollouts do not; to stop there, set "
             f"rollout.stop_token_ids={others}"
         )
-
-
-def warn_of_constant(metrics: dict[str, float]) -> bool:
-    """A reward that is the same for all responses may be what was meant, early on; it teaches nothing."""
-    constant = metrics["objective/score_std"] == 0
-    if constant:
-        dist.print0(f"warning: every response has the score {metrics['objective/score']:.4g}: nothing to learn from it")
-    return constant
 
 
 def note_minibatches(health: Health, iteration: int, minibatches: list[MinibatchReport], names: list[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 RESAMPLES = 2000
+TIE = 1e-5
 NUMBERS_AT_ONCE = 2**22  # of the resamples held in memory
 
 
@@ -40,8 +41,9 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> t
 
 def win_rate(now: Sequence[float], before: Sequence[float]) -> tuple[float, float, float]:
     """(share, low, high): how often `now` [N] is above `before` [N] on the same prompt, ties as half, and the interval
-    over prompts.
+    over prompts. Numbers that agree to five digits tie: the same response scored in another batch differs by rounding.
     """
-    gap = np.asarray(now, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    wins = (gap > 0) + 0.5 * (gap == 0)
+    after, old = np.asarray(now, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    tie = np.isclose(after, old, rtol=TIE, atol=TIE)
+    wins = np.where(tie, 0.5, after > old)
     return float(wins.mean()), *bootstrap_interval(wins)

@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             (output / "program.py").write_text(source)
             given = EvalCommandSettings(command=f"{sys.executable} {output}/program.py {{model}}", **settings)
             own = config.model_copy(update={"output": str(output), "eval_command": given})
-            log = RunLog(output, "sft", 4, 0, {})
+            log = RunLog(output, "sft", 3, 0, {})
             return EvalCommand(own, engine, tokenizer, torch.device("cpu"), log)
 
         yield make
@@ -61,7 +61,7 @@ def test_numbers_become_metrics_at_the_steps_that_are_due(run: Any, tmp_path: Pa
     command = run(tmp_path / "out", MEASURE, every=2)
     with command.log as log:
         for step in (1, 2, 3):
-            command.after(step, last=step == 3)
+            command.after(step)
         assert log.heldout_of(3) == {"eval/layers": 2.0, "eval/tasks/a/acc,none": 0.25}
     assert read_metrics(tmp_path / "out/metrics.jsonl") == [
         {"step": step, "split": "heldout", "eval/layers": 2.0, "eval/tasks/a/acc,none": 0.25} for step in (2, 3)
@@ -82,8 +82,8 @@ def test_numbers_become_metrics_at_the_steps_that_are_due(run: Any, tmp_path: Pa
 def test_a_command_that_fails_is_a_warning(run: Any, tmp_path: Path, source: str, why: str, capfd: Any) -> None:
     command = run(tmp_path / "out", source)
     with command.log:
-        command.after(1, last=True)
-    assert f"warning: step 1: eval_command {why}; its numbers are missing; see {tmp_path}" in capfd.readouterr().out
+        command.after(3)
+    assert f"warning: step 3: eval_command {why}; its numbers are missing; see {tmp_path}" in capfd.readouterr().out
     assert read_metrics(tmp_path / "out/metrics.jsonl") == []
 
 
@@ -96,7 +96,7 @@ def test_a_command_that_hangs_is_stopped_with_its_children(
     command = run(tmp_path / "out", source, timeout_seconds=1.0)
     begun = time.monotonic()
     with command.log:
-        command.after(1, last=True)
+        command.after(3)
     assert time.monotonic() - begun < 2.5
     assert "eval_command was stopped before its end" in capfd.readouterr().out
     time.sleep(max(0.0, 3.5 - (time.monotonic() - begun)))

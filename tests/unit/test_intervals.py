@@ -42,3 +42,4 @@ def test_a_win_rate_counts_ties_as_half():
     rate, low, high = win_rate([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 1.0, 1.0])  # won, tied, won, lost
     assert rate == 0.625 and 0.0 <= low < rate < high <= 1.0
     assert win_rate([2.0, 2.0], [1.0, 1.0]) == (1.0, 1.0, 1.0)
+    assert win_rate([2.000001, 1e-7], [2.0, 0.0])[0] == 0.5  # rounding

@@ -24,7 +24,7 @@ from tristage.dist import progress, watchdog
 from tristage.errors import UserError
 from tristage.models.saving import save_model
 from tristage.storage.durable import remove_tree
-from tristage.training.metrics import RunLog
+from tristage.training.metrics import RunLog, is_due
 
 POLL_SECONDS = 5.0  # between two looks at the command, after which the other ranks hear that it still runs
 # What launchers give to ranks: a program that finds these would try to join the run's process group.
@@ -59,9 +59,9 @@ class EvalCommand:
         self.given, self.output = settings.eval_command, Path(settings.output)
         self.engine, self.tokenizer, self.device, self.log = engine, tokenizer, device, log
 
-    def after(self, step: int, last: bool) -> None:
+    def after(self, step: int) -> None:
         """Run it if it is due after `step`. A collective."""
-        if self.given is None or not (last or (self.given.every and step % self.given.every == 0)):
+        if self.given is None or not (self.log.is_last(step) or is_due(self.given.every, step)):
             return
         exported = save_model(self.engine, self.tokenizer, self.output / "eval_model")
         with progress.phase("eval_command"):
@@ -130,7 +130,7 @@ def _still_runs(process: subprocess.Popen[bytes]) -> bool:
 
 def numbers_of(code: int | None, printed: IO[str]) -> dict[str, float]:
     """{"eval/<name>": number} of the JSON object in the last line of what a command printed; names inside objects are
-    joined by "/", what is no number is left out.
+    joined by "/"; anything else is left out.
 
     Raises:
         CommandError: it ended with another code than 0 (None: it had not ended), or printed no such line.

@@ -104,6 +104,10 @@ class RunLog:
             self.heldout = (step, earlier | metrics)
             self._say(f"{self.title} {step}/{self.total} held out: {self._short(metrics)}")
 
+    def is_last(self, step: int) -> bool:
+        """Whether `step` ends the run."""
+        return step == self.total
+
     def heldout_of(self, step: int) -> dict[str, float] | None:
         """The held-out metrics of a step, on rank 0, where they were written."""
         return self.heldout[1] if self.heldout[0] == step else None
@@ -195,6 +199,11 @@ def _bar(title: str, total: int, first: int) -> Progress:
     bar.add_task(title, total=total, completed=first, numbers="")
     bar.start()
     return bar
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every N steps happens after `step`; 0 is never."""
+    return every > 0 and step % every == 0
 
 
 def _six_digits(value: float) -> float | None:

@@ -35,7 +35,7 @@ from tristage.storage.pieces import Piece
 from tristage.training import preflight
 from tristage.training.eval_command import check_eval_command
 from tristage.training.health import Health
-from tristage.training.metrics import RunLog
+from tristage.training.metrics import RunLog, is_due
 
 EXIT_USER_ERROR = 2
 SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|(api|access|secret)[_-]?key)$", re.IGNORECASE)
@@ -107,17 +107,21 @@ class Saver:
     def __post_init__(self) -> None:
         self.saved = self.log.first  # the newest checkpoint's step
 
-    def after(self, step: int, last: bool, control: dict[str, Any] | None = None) -> None:
+    def evaluates(self, step: int) -> bool:
+        """Whether the model is evaluated after `step`: every evaluate_every steps, and at the end."""
+        return self.log.is_last(step) or is_due(self.settings.evaluate_every, step)
+
+    def after(self, step: int, control: dict[str, Any] | None = None) -> None:
         """Write checkpoint `step` if it is due, the last, or the run must stop. A collective.
 
         Raises:
             Preempted: on every rank, if a signal reached one of them and this is not the last step.
             UserError: on every rank, after too many steps in a row with numbers that are not finite.
         """
+        last = self.log.is_last(step)
         if not last:
             self.stop_if_asked(step, control)
-        every = self.settings.save_every
-        if last or self.health.must_stop or (every > 0 and step % every == 0):
+        if last or self.health.must_stop or is_due(self.settings.save_every, step):
             self._save(step, control)
         self.health.check(step)
 
