@@ -29,4 +29,5 @@ def evaluate(
         losses = prompt_losses(logprobs, ref_logprobs, batch, settings)
         averages.add("dpo/loss", torch.where(batch.is_real, losses, 0.0).sum(), batch.is_real.sum())
         pair_metrics(averages, logprobs, ref_logprobs, batch, settings)
-    return averages.reduce(device)
+    pairs = dist.sum_over_ranks({"dpo/pairs": averages.sums["dpo/accuracy/weight"]}, device)
+    return averages.reduce(device) | pairs

@@ -46,13 +46,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"algo", "config", "data", "dist", "engine", "errors", "storage"},
     "rollout": {"algo", "batches", "dist", "engine", "errors", "models"},
     "planning": {"algo", "config", "data", "errors", "models"},
+    "reporting": {"errors", "intervals", "runs", "storage"},
     "training": {"checkpoint", "config", "data", "dist", "engine", "errors", "machine"}
-    | {"models", "planning", "runs", "storage"},
-    "launch": {"config", "data", "errors", "machine", "runs"},
-    "quickstart": {"launch", "models", "storage", "training"},
-    "cli": {"config", "data", "dist", "errors", "launch", "models", "planning", "storage", "training"},
+    | {"models", "planning", "reporting", "runs", "storage"},
+    "launch": {"config", "data", "errors", "machine", "reporting", "runs"},
+    "quickstart": {"launch", "models", "reporting", "runs", "storage"},
+    "cli": {"config", "data", "dist", "errors", "launch", "models", "planning", "reporting", "storage", "training"},
 }
-WITHOUT_TORCH = ("config", "launch", "runs")  # they are imported in the first second of a launch
+WITHOUT_TORCH = ("config", "launch", "reporting", "runs")  # they are imported in the first second of a launch
 # Imports inside functions, each with its reason beside it in the source.
 INSIDE_FUNCTIONS = {
     ("tristage/data/sources.py", "datasets"),
@@ -61,6 +62,8 @@ INSIDE_FUNCTIONS = {
     ("tristage/models/lora.py", "peft"),  # a second to import, with bitsandbytes
     ("tristage/training/metrics.py", "torch"),  # TensorBoard, on rank 0 alone
     ("tristage/rollout/vllm.py", "vllm"),
+    ("tristage/reporting/report.py", "plotly"),
+    ("tristage/launch/pipeline.py", "tristage"),  # jinja2, at the end of a pipeline
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from tristage.errors import UserError
 from tristage.launch import dry_run, nodes, prepare, remote
 from tristage.launch import options as options_of
 from tristage.machine import arrival
-from tristage.runs import finished
 
 HOSTS = "# two of us\nnode-a slots=2\n\nnode-b slots=4 # bigger\n"
 ODD = ["two words", "it's", '"q"', "a;touch x", "$(touch x)", "`x`", "$HOME", "back\\slash", "line\nbreak", "ü", "%h"]
@@ -271,25 +269,6 @@ def test_a_dry_run_says_what_would_run(tmp_path, hostfile, capsys):
 def test_the_batches_of_ppo_are_those_of_its_updates(tmp_path):
     settings = ppo_config(tmp_path, "a", "b", "c")
     assert " ".join(settings.plan(2).table().splitlines()[1].split()) == "2 x 2 x 2 = 8"
-
-
-def test_the_summary_says_what_each_step_reached(tmp_path):
-    for name, rows in {
-        "step1_sft": [{"step": step, "split": "heldout", "sft/loss": 5 / (1 + step)} for step in (0, 3)],
-        "step3_ppo": [{"step": 4, "split": "train", "objective/score": 2.0, "time/step": 1.0}],
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "step1_sft/final").mkdir()
-    finished.write_finished(
-        sft_config(tmp_path, "m", "r", 0, f"output={tmp_path}/step1_sft"),
-        {"data": "d", "models": {}, "sources": {}},
-        [tmp_path / "step1_sft/final"],
-    )
-    assert dry_run.summary(tmp_path).splitlines() == [
-        "step1_sft: finished at step 3, held out: loss 1.25",
-        "step3_ppo: not finished at step 4: score 2",
-    ]
 
 
 @pytest.mark.parametrize("options", [["--num_nodes=two"], ["--num_gpus", "-1"]])

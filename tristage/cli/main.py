@@ -7,6 +7,7 @@
     tristage data check CONFIG [key=value ...]                            all problems of the data
     tristage plan CONFIG [key=value ...] [--gpus 8] [--gpu-memory 80]     the memory that it needs, and what fits
     tristage merge BASE ADAPTER OUT                                       a LoRA adapter into the model it is for
+    tristage report RUN... [--out FILE] [--watch [SECONDS]]               a page of a run, of several, or of a pipeline
     tristage doctor [CONFIG] [key=value ...] [--ranks N]                  problems that would stop a run
 
 CONFIG is a step's YAML; its name or --step selects the step.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     _merge_arguments(subcommands.add_parser("merge", help="write a model with a LoRA adapter merged"))
     _data_arguments(subcommands.add_parser("data", help="show or check the rows that a step will train on"))
     _plan_arguments(subcommands.add_parser("plan", help="the memory that a step needs, before it is started"))
+    _report_arguments(subcommands.add_parser("report", help="write a page about a run, several runs or a pipeline"))
     _doctor_arguments(subcommands.add_parser("doctor", help="check this machine, or a config on it, for problems"))
     arguments, rest = parser.parse_known_args(argv)
     if arguments.subcommand is None and not rest:
@@ -53,9 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     if takes_settings:
         arguments.settings += rest
-    run = {"config": _config, "settings": _settings, "data": _data, "plan": _plan, "merge": _merge, "doctor": _doctor}
     try:
-        return run[arguments.subcommand](arguments)
+        return RUN[arguments.subcommand](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -100,6 +102,13 @@ def _plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--host-memory", type=float, metavar="GiB", help="of one node; not checked unless given")
 
 
+def _report_arguments(report: argparse.ArgumentParser) -> None:
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or one that holds runs")
+    report.add_argument("--out", type=Path, metavar="FILE", help="RUN/report.html; of several runs report.html")
+    again = "write it again every N seconds until the runs end (10)"
+    report.add_argument("--watch", nargs="?", const=10, type=int, metavar="N", help=again)
+
+
 def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("config", nargs="?", help="a step's YAML; also check the files it names")
     doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
@@ -135,6 +144,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
     stops = sum(finding.level == "stop" for finding in findings)
     print(f"{stops} to fix before a run" if stops else "nothing would stop a run")
     return int(stops > 0)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from tristage.reporting.report import watch, write_report  # imported here: jinja2 takes time
+
+    if arguments.watch is not None:
+        if arguments.watch < 1:
+            raise UserError(f"--watch {arguments.watch}: give a number of seconds above 0")
+        watch(arguments.runs, arguments.out, arguments.watch)
+        return 0
+    out, lines = write_report(arguments.runs, arguments.out)
+    print("\n".join([*lines, f"report: {out}"]), flush=True)
+    return 0
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -192,6 +214,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         cpu=settings.device == "cpu",
     )
     return 0 if report.report(settings, machine, _console()) else 1
+
+
+RUN = {"config": _config, "settings": _settings, "data": _data, "plan": _plan, "merge": _merge, "doctor": _doctor}
+RUN |= {"report": _report}
 
 
 def _console() -> Console:

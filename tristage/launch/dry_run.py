@@ -1,8 +1,7 @@
-"""`--dry-run`: what a launcher would start. Also the summary that a pipeline prints at its end."""
+"""`--dry-run`: what a launcher would start."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,7 @@ from tristage.errors import UserError
 from tristage.launch import cpu_op
 from tristage.launch.nodes import read_nodes
 from tristage.launch.options import option, requested_ranks
-from tristage.runs.finished import has_finished, is_finished
-
-SUMMARY = ("loss", "perplexity", "accuracy", "score", "kl", "grade", "length")
+from tristage.runs.finished import is_finished
 
 
 def show(settings: RunSettings, words: Sequence[str], options: Sequence[str]) -> None:
@@ -52,17 +49,3 @@ def local_ranks(options: Sequence[str]) -> int:
     if include := option(options, "--include"):
         return len(include.partition(":")[2].split(","))
     return cpu_op.num_gpus()
-
-
-def summary(out: Path) -> str:
-    """One line per step in `out`: its last held-out metrics, or those of its last training step."""
-    lines = []
-    for folder in sorted(path.parent for path in out.glob("*/metrics.jsonl")):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        heldout = [row for row in rows if row["split"] == "heldout"]
-        shown = {name.partition("/")[2]: value for name, value in (heldout or rows)[-1].items() if "/" in name}
-        kept = [f"{name} {value:.4g}" for name, value in shown.items() if name in SUMMARY]
-        state = "finished" if has_finished(folder) else "not finished"
-        of = ", held out" if heldout else ""
-        lines.append(f"{folder.name}: {state} at step {rows[-1]['step']}{of}: {', '.join(kept)}")
-    return "\n".join(lines)

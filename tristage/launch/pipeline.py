@@ -2,7 +2,7 @@
 
     python -m tristage.launch.pipeline CONFIG_DIR OUT [launcher options, key=value that all three steps have]
 
-Finished steps are skipped, a stopped step resumes; at the end it prints the metrics of each.
+Finished steps are skipped, a stopped step resumes; at the end it writes OUT/report.html and prints its verdicts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import NamedTuple
 from tristage.config import load_config, settings_class
 from tristage.errors import UserError
 from tristage.launch.check_config import check_config
-from tristage.launch.dry_run import summary
 from tristage.launch.main import launch_step
 from tristage.launch.options import parse_words
 from tristage.runs.finished import has_finished, is_finished
@@ -51,7 +50,10 @@ def main(argv: list[str]) -> int:
     configs, out, *words = argv
     if code := run_steps(recipe_steps(Path(configs), Path(out), words)):
         return code
-    print(summary(Path(out)))
+    from tristage.reporting.report import write_report  # jinja2 takes time, and a launch that fails does not need it
+
+    page, verdicts = write_report([Path(out)])
+    print("\n".join([*verdicts, f"report: {page}"]), flush=True)
     return 0
 
 

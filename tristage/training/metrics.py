@@ -18,7 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tristage import dist
 from tristage.dist import progress, watchdog
+from tristage.runs.record import read_metrics
 from tristage.storage.durable import append_json, explain_disk_errors, replace_text
+
+__all__ = ["Averages", "RunLog", "Stopwatch", "is_due", "read_metrics"]
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -224,12 +227,6 @@ def _drop_lines_after(path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step and step > 0]
         replace_text(path, "".join(kept))  # at once: a kill in the middle loses no line
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl: {"step": int, "split": "train" | "heldout", name: number, ...}."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 class Stopwatch:
