@@ -110,6 +110,15 @@ def test_the_folders_open_with_transformers_alone(run):
         assert "Assistant" in tokenizer.chat_template
 
 
+def test_it_ends_with_its_verdict_and_the_path_of_its_report(run):
+    out, _, printed = run
+    *_, last = printed.splitlines()
+    assert last == f"report: {out}/report.html"
+    assert "Step 1: supervised fine-tuning: Better" in printed and "Step 3: PPO: " in printed
+    page = (out / "report.html").read_text()
+    assert page.count("<h2 ") == 3 and all((out / step / "report.html").is_file() for step in TINY)
+
+
 def test_the_progress_is_followed_on_rank_zero_only(run):
     out, _, printed = run
     assert printed.count("step 3 is done") == 1

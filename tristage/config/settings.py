@@ -8,21 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
+from tristage.config.base import SPLIT_AT_COMMAS, Settings
 from tristage.config.engines import EngineSpec, RolloutSpec
+from tristage.config.health import HealthSettings
 from tristage.errors import UserError
 
 Precision = Literal["float32", "bf16", "fp16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Kind = Literal["sft", "ranking", "prompt", "text"]  # what a step makes of a row
 MAX_ROW_BYTES = 4 * 2**20  # tokenising takes 140 to 220 bytes of memory per byte of text
-
-
-class Settings(BaseModel):
-    """Base of every group of settings: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class OptimizerSettings(Settings):
@@ -37,13 +33,6 @@ class OptimizerSettings(Settings):
         "cosine", description="Learning rate after the warm-up: cosine and linear fall to 0, constant stays."
     )
     warmup_steps: int = Field(0, ge=0, description="Number of optimizer steps of linear warm-up.")
-
-
-def _split_at_commas(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
-
-
-SPLIT_AT_COMMAS = BeforeValidator(_split_at_commas, json_schema_input_type=str | tuple[str | float, ...])
 
 
 class LoraSettings(Settings):
@@ -218,6 +207,10 @@ class RunSettings(Settings):
     )
     max_bad_steps: int = Field(
         5, gt=0, description="Stop after this many steps in a row with nan or inf in a loss, gradient or score."
+    )
+    health: HealthSettings = Field(
+        HealthSettings.model_validate({}),
+        description="When the health monitor warns, and what ends the run; see docs/health.md.",
     )
     deterministic: bool = Field(
         False, description="Use deterministic kernels on GPUs, which are slower; CPUs need no setting."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 MEANINGS = {
     "sft/loss": "-log p per answer token, in nats; held out is what counts.",
-    "sft/perplexity": "exp of the loss: among how many tokens the model hesitates.",
+    "sft/perplexity": "exp of the loss: the number of tokens that the model hesitates between.",
     "sft/tokens": "Answer tokens of the step, over all ranks.",
     "reward_model/loss": "Ranking loss; 0.69 is guessing.",
     "reward_model/accuracy": "Share of pairs whose preferred answer scores higher; compare with length_baseline.",
@@ -21,7 +21,7 @@ MEANINGS = {
     "dpo/length_baseline": "Accuracy of always choosing the longer answer.",
     "objective/score": "What the reward gives to a response, before the KL penalty. Rises if PPO works.",
     "objective/grade": "The independent grader's mean. If it falls while the score rises, the reward is exploited.",
-    "objective/win_rate": "Share of prompts whose response scores higher than before training; 0.5 is no change.",
+    "objective/win_rate": "Share of prompts whose response scores higher than before training; 0.5 means no change.",
     "objective/grade_win_rate": "The same by the grader.",
     "objective/kl": "Nats per response away from the reference; rises from 0 and should level off.",
     "objective/kl_per_token": "The same per token.",

@@ -1,4 +1,4 @@
-"""What a run has written, for people and for reports: OUT/metrics.jsonl and the files beside it.
+"""What a run has written, for people and for reports: OUT/metrics.jsonl and the files next to it.
 
 Reading is lenient: a run may be going on, killed in the middle of a line, empty, or of an older version.
 """

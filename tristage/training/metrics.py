@@ -20,6 +20,7 @@ from tristage import dist
 from tristage.dist import progress, watchdog
 from tristage.runs.record import read_metrics
 from tristage.storage.durable import append_json, explain_disk_errors, replace_text
+from tristage.training.alarms import Alarms
 
 __all__ = ["Averages", "RunLog", "Stopwatch", "is_due", "read_metrics"]
 
@@ -54,14 +55,24 @@ class RunLog:
     Args:
         first_step: the step that a resumed run continues from; later lines of an earlier attempt are dropped.
         shown: metrics of the progress line, full name -> short name.
+        alarms: the health monitor, which sees every line.
 
     Raises:
         UserError: on rank 0, when metrics.jsonl or samples.jsonl cannot be written or was removed. TensorBoard, which
             shows the same numbers, is given up with a warning instead.
     """
 
-    def __init__(self, output: Path, title: str, total_steps: int, first_step: int, shown: dict[str, str]):
+    def __init__(
+        self,
+        output: Path,
+        title: str,
+        total_steps: int,
+        first_step: int,
+        shown: dict[str, str],
+        alarms: Alarms | None = None,
+    ):
         self.output, self.title, self.total, self.first, self.shown = output, title, total_steps, first_step, shown
+        self.alarms = alarms
         self.started = time.monotonic()
         self.latest: dict[str, float] = {}
         self.heldout: tuple[int, dict[str, float]] = (-1, {})
@@ -73,6 +84,8 @@ class RunLog:
             with explain_disk_errors(self.path):
                 for name in ("metrics", "samples", "heldout", "health"):
                     _drop_lines_after(self.output / f"{name}.jsonl", self.first)
+                if self.alarms is not None and self.path.is_file():
+                    self.alarms.replay(read_metrics(self.path))
                 self.file = open(self.path, "a", encoding="utf-8")
             self.board = Board(self.output / "tensorboard", self.first + 1 if self.first else 0)
             self.bar = _bar(self.title, self.total, self.first) if sys.stdout.isatty() else None
@@ -92,6 +105,9 @@ class RunLog:
             progress.finished(step)
         if not dist.is_main():
             return
+        if self.alarms is not None:
+            self.alarms.look(step, split, metrics)
+            metrics = metrics | ({"health/alarms": len(self.alarms.holding)} if split == "train" else {})
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
         line: dict[str, Any] = {"step": step, "split": split, **finite}
         with explain_disk_errors(self.path):

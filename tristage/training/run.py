@@ -117,11 +117,13 @@ class Saver:
 
         Raises:
             Preempted: on every rank, if a signal reached one of them and this is not the last step.
-            UserError: on every rank, after too many steps in a row with numbers that are not finite.
+            UserError: on every rank, after too many steps in a row with numbers that are not finite, or an alarm of
+                `health.stop_on`.
         """
         last = self.log.is_last(step)
         if not last:
             self.stop_if_asked(step, control)
+            self._stop_at_alarm(step, control)
         if last or self.health.must_stop or is_due(self.settings.save_every, step):
             self._save(step, control)
         self.health.check(step)
@@ -133,6 +135,14 @@ class Saver:
         if step > self.saved:
             self._save(step, control)
         raise Preempted(step)
+
+    def _stop_at_alarm(self, step: int, control: dict[str, Any] | None) -> None:
+        if not self.settings.health.stop_on:
+            return
+        why = dist.gather_objects(None if self.log.alarms is None else self.log.alarms.stops)[0]
+        if why is not None:
+            self._save(step, control)
+            raise UserError(f"{self.settings.output}: {why}; the checkpoint is written: start again to go on")
 
     @contextlib.contextmanager
     def checkpoint_on(self, step: int, control: dict[str, Any] | None, error: type[UserError]) -> Iterator[None]:
