@@ -38,8 +38,6 @@ from tristage.training.metrics import Averages, RunLog, Stopwatch
 from tristage.training.profiler import profiled
 from tristage.training.speed import Speed
 
-SHOWN = {"sft/loss": "loss", "sft/perplexity": "perplexity", "optimizer/learning_rate": "lr"}
-
 
 def main(argv: list[str]) -> None:
     settings = load_config(SFTConfig, argv)
@@ -66,7 +64,7 @@ def train(
         check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch, speed = Stopwatch(device), Speed(settings, device)
-    with RunLog(output, "sft", loader.total_steps, first, SHOWN, Alarms(settings)) as log:
+    with RunLog(output, "sft", loader.total_steps, first, Alarms(settings)) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
         command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:

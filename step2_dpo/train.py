@@ -37,12 +37,6 @@ from tristage.training.profiler import profiled
 from tristage.training.speed import Speed
 
 NAMES = {"sigmoid": "DPO", "ipo": "IPO", "ipo_sum": "IPO", "simpo": "SimPO"}
-SHOWN = {
-    "dpo/loss": "loss",
-    "dpo/accuracy": "accuracy",
-    "dpo/margin": "margin",
-    "dpo/length_baseline": "longer-wins",
-}
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +71,7 @@ def train(
         micro_batches = loader.step_rows(step - 1)
         return [(micro, collate_ranking(pick(rows, micro), tokenizer.pad_token_id)) for micro in micro_batches]
 
-    with RunLog(output, NAMES[settings.loss], loader.total_steps, first, SHOWN, Alarms(settings)) as log:
+    with RunLog(output, NAMES[settings.loss], loader.total_steps, first, Alarms(settings)) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
         command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:

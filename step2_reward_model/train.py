@@ -41,13 +41,6 @@ from tristage.training.metrics import Averages, RunLog, Stopwatch
 from tristage.training.profiler import profiled
 from tristage.training.speed import Speed
 
-SHOWN = {
-    "reward_model/loss": "loss",
-    "reward_model/accuracy": "accuracy",
-    "reward_model/margin": "margin",
-    "reward_model/length_baseline": "longer-wins",
-}
-
 
 def main(argv: list[str]) -> None:
     settings = load_config(RewardModelConfig, argv)
@@ -75,7 +68,7 @@ def train(
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch, speed = Stopwatch(device), Speed(settings, device)
-    with RunLog(output, "reward model", loader.total_steps, first, SHOWN, Alarms(settings)) as log:
+    with RunLog(output, "reward model", loader.total_steps, first, Alarms(settings)) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
         command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:

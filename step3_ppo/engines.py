@@ -9,6 +9,7 @@ from step3_ppo.config import PPOConfig
 from tristage import dist
 from tristage.config import EngineSpec, require_folder_or_hub_id
 from tristage.data.template import read_template
+from tristage.dist import progress
 from tristage.engine import frozen_engine, train_engine
 from tristage.errors import UserError
 from tristage.models.causal_lm import load_causal_lm
@@ -97,7 +98,8 @@ def build_engines(
         if spec.own_tokenizer:
             own = reward_tokenizer = load_tokenizer(spec.path, None, spec.trust_remote_code)
         if spec.name in configs:
-            engines[spec.name] = _build(settings, spec, configs[spec.name], own, train)
+            with progress.telling(f"loading the {spec.name}, {spec.path}"):
+                engines[spec.name] = _build(settings, spec, configs[spec.name], own, train)
     return Engines(**engines, reward_tokenizer=reward_tokenizer)
 
 

@@ -27,14 +27,6 @@ from tristage.training.metrics import RunLog, Stopwatch
 from tristage.training.profiler import profiled
 from tristage.training.run import Saver, entry_point, finish, start
 
-SHOWN = {
-    "objective/score": "score",
-    "objective/kl": "kl",
-    "objective/grade": "grade",
-    "rollout/length": "length",
-    "value/explained_variance": "explained",
-}
-
 
 def main(argv: list[str]) -> None:
     settings = load_config(PPOConfig, argv)
@@ -58,7 +50,7 @@ def train(run: PPORun) -> None:
     """
     inputs, settings, engines, control = run.inputs, run.settings, run.engines, run.control
     watch = Stopwatch(run.device)
-    with RunLog(Path(settings.output), "ppo", settings.iterations, run.first, SHOWN, Alarms(settings)) as log:
+    with RunLog(Path(settings.output), "ppo", settings.iterations, run.first, Alarms(settings)) as log:
         saver = Saver(settings, run.device, engines.trained(), run.health, log, run.own_pieces)
         command = EvalCommand(settings, engines.actor, inputs.tokenizer, run.device, log)
         if run.first == 0:

@@ -60,7 +60,7 @@ INSIDE_FUNCTIONS = {
     ("tristage/data/sources.py", "huggingface_hub"),
     ("tristage/cli/main.py", "tristage"),
     ("tristage/models/lora.py", "peft"),  # a second to import, with bitsandbytes
-    ("tristage/training/metrics.py", "torch"),  # TensorBoard, on rank 0 alone
+    ("tristage/training/board.py", "torch"),  # TensorBoard, on rank 0 alone
     ("tristage/rollout/vllm.py", "vllm"),
     ("tristage/reporting/report.py", "plotly"),
     ("tristage/launch/pipeline.py", "tristage"),  # jinja2, at the end of a pipeline

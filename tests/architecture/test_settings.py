@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from tests.helpers.recipes import STEP_YAMLS, name_of, ranks_of
 from tristage.config import Settings, load_config, read_deepspeed_json
 from tristage.config.steps import STEPS, settings_class
+from tristage.training.conditions import CONDITIONS
 
 REPO = Path(__file__).parents[2]
 DEEPSPEED_JSONS = sorted((REPO / "configs" / "deepspeed").glob("*.json"))
-from tristage.training.conditions import CONDITIONS
 
 
 def groups_of(cls: type[BaseModel]) -> list[type[BaseModel]]:

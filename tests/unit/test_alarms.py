@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 
 def write(output: Path, first: int, kls: list[float]) -> Alarms:
     alarms = monitor(output, stop_on=["kl_runaway"])
-    with RunLog(output, "ppo", 100, first, {}, alarms) as log:
+    with RunLog(output, "ppo", 100, first, alarms) as log:
         for step, kl in enumerate(kls, start=first + 1):
             log.write(step, "train", {"objective/kl": kl})
     return alarms

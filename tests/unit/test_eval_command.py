@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             (output / "program.py").write_text(source)
             given = EvalCommandSettings(command=f"{sys.executable} {output}/program.py {{model}}", **settings)
             own = config.model_copy(update={"output": str(output), "eval_command": given})
-            log = RunLog(output, "sft", 3, 0, {})
+            log = RunLog(output, "sft", 3, 0)
             return EvalCommand(own, engine, tokenizer, torch.device("cpu"), log)
 
         yield make
@@ -104,7 +104,7 @@ def test_a_command_that_hangs_is_stopped_with_its_children(
 
 
 def test_the_best_checkpoint_may_be_chosen_by_its_numbers(tmp_path: Path) -> None:
-    with RunLog(tmp_path, "sft", 4, 0, {}) as log:
+    with RunLog(tmp_path, "sft", 4, 0) as log:
         log.write(2, "heldout", {"sft/loss": 1.0})
         log.write(2, "heldout", {"eval/acc": 0.5})
         assert log.heldout_of(2) == {"sft/loss": 1.0, "eval/acc": 0.5}

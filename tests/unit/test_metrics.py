@@ -60,7 +60,7 @@ def test_totals_and_weights_are_added_over_ranks_before_the_division(monkeypatch
 
 
 def run_log(output: Path, total_steps: int = 10, first_step: int = 0) -> RunLog:
-    return RunLog(output, "sft", total_steps, first_step, {"sft/loss": "loss"})
+    return RunLog(output, "sft", total_steps, first_step)
 
 
 def write_steps(output: Path, first_step: int, last_step: int, loss: float, total_steps: int = 10) -> None:
@@ -73,8 +73,8 @@ def write_steps(output: Path, first_step: int, last_step: int, loss: float, tota
             log.write_samples(step, [{"response": f"{loss}"}])
 
 
-def points(output: Path, tag: str) -> list[tuple[int, float]]:
-    board = EventAccumulator(str(output / "tensorboard")).Reload()
+def points(output: Path, split: str, tag: str) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(output / "tensorboard" / split)).Reload()
     return [(event.step, event.value) for event in board.Scalars(tag)]
 
 
@@ -103,10 +103,10 @@ def test_read_metrics_gives_what_was_written(tmp_path):
     ]
 
 
-def test_tensorboard_gets_the_same_numbers_by_split(tmp_path):
+def test_tensorboard_has_a_tag_per_metric_and_a_writer_per_split(tmp_path):
     write_steps(tmp_path, 0, 2, loss=1.5)
-    assert points(tmp_path, "heldout/sft/loss") == [(0, 1.5)]
-    assert points(tmp_path, "train/sft/loss") == [(1, 1.5), (2, 1.5)]
+    assert points(tmp_path, "heldout", "sft/loss") == [(0, 1.5)]
+    assert points(tmp_path, "train", "sft/loss") == [(1, 1.5), (2, 1.5)]
 
 
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path):
@@ -124,7 +124,7 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
     write_steps(tmp_path, 0, 5, loss=1.0)
     time.sleep(1.1)  # TensorBoard reads event files in the order of the second in their names
     write_steps(tmp_path, 3, 6, loss=2.0)
-    assert points(tmp_path, "train/sft/loss") == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert points(tmp_path, "train", "sft/loss") == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
 
 
 def test_a_run_that_starts_again_keeps_nothing_of_an_earlier_one(tmp_path):
@@ -182,13 +182,30 @@ def test_progress_is_about_twenty_lines_with_the_metrics_that_matter(tmp_path, c
     assert lines[-1] == "sft 100/100 loss 1.235 left 0:00:00"
 
 
-def test_a_terminal_gets_a_bar_at_the_resumed_step(tmp_path, monkeypatch, capsys):
+def test_a_slow_run_says_something_every_minute(tmp_path, capsys, monkeypatch):
+    now = iter(range(0, 10**6, 45))
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: float(next(now)))
+    write_steps(tmp_path, 0, 6, loss=1.0, total_steps=1000)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["2/1000", "4/1000", "6/1000"]
+
+
+def test_a_terminal_gets_a_display_that_starts_at_the_resumed_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     with run_log(tmp_path, first_step=4) as log:
-        assert log.bar.tasks[0].completed == 4
+        assert log.screen.step == 4
         log.write(7, "train", {"sft/loss": 2.0})
-        assert (log.bar.tasks[0].completed, log.bar.tasks[0].fields["numbers"]) == (7, "loss 2")
-    assert not log.bar.live.is_started  # the terminal is handed back
+        assert (log.screen.step, log.screen.latest) == (7, {"sft/loss": 2.0})
+    assert not log.screen.live.is_started  # the terminal is handed back
+
+
+def test_samples_are_shown_as_text_that_cannot_break_its_table(tmp_path):
+    with run_log(tmp_path) as log:
+        log.write_samples(3, [{"split": "heldout", "prompt": "a|b\n<b>", "response": "c", "score": 0.123456}])
+    board = EventAccumulator(str(tmp_path / "tensorboard/heldout")).Reload()
+    (shown,) = board.Tensors("samples/text_summary")
+    text = shown.tensor_proto.string_val[0].decode()
+    assert text.splitlines()[2] == "| a&#124;b<br>&lt;b&gt; | c | 0.1235 |"
+    assert shown.step == 3
 
 
 # -- a full disk, a removed folder -------------------------------------------------------------------------
@@ -240,7 +257,7 @@ def test_tensorboard_that_cannot_write_is_given_up_and_the_run_goes_on(tmp_path,
     hook = threading.excepthook
     with run_log(tmp_path) as log:
         log.write(1, "train", {"sft/loss": 1.0})
-        log.board.writer.flush()
+        log.board.writers["train"].flush()
         shutil.rmtree(tmp_path / "tensorboard")
         (tmp_path / "tensorboard").touch()
         for step in range(2, 8):

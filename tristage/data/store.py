@@ -39,6 +39,7 @@ from tristage.data.sources import OpenSource, SourceRow, row_bytes
 from tristage.data.special import spelled_in
 from tristage.data.template import Tokenizer, template_fingerprint
 from tristage.data.tokenize import EncodingRules, Example, Item, encode
+from tristage.dist import progress
 from tristage.errors import UserError
 
 FORMAT = 4  # raise it when the schema or the meaning of a column changes
@@ -182,7 +183,8 @@ def prepare(
                     shutil.rmtree(partial, ignore_errors=True)
                 partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=cache))
                 try:
-                    _write(partial, source, tokenizer, rules, skip_bad, workers)
+                    with progress.telling(f"tokenising {source.name}"):
+                        _write(partial, source, tokenizer, rules, skip_bad, workers)
                     os.rename(partial, folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)

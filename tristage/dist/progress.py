@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
+import time
 from collections.abc import Iterator
 
+PATIENCE_SECONDS = 5.0  # after which a piece of work says what it is
 
 
 class Progress:
@@ -12,6 +16,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.step: int | None = None  # the last one that this process finished
+        self.title, self.total = "", 0  # of the step that runs, and its number of steps
         self.phase = "start"
         self.place = self.moves = 0
 
@@ -41,6 +46,27 @@ def doing(name: str) -> Iterator[None]:
     yield
     current.phase = before
     made_progress()
+
+
+@contextlib.contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say on rank 0 what is being done if it takes more than a few seconds, and how long it took."""
+    begun, told = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        told.set()
+        print(f"{what} ...", flush=True)
+
+    timer = threading.Timer(PATIENCE_SECONDS, tell)
+    timer.daemon = True
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if told.is_set():
+            print(f"{what}: {time.monotonic() - begun:.0f} s", flush=True)
 
 
 def made_progress() -> None:

@@ -23,9 +23,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from rich.console import Console
+
 from tristage.launch import leftovers
 from tristage.launch.leftovers import MARK, buffers_of, run_processes
 from tristage.launch.prepare import Start, prepare
+from tristage.runs.screen import Follower, Screen
 
 EXIT_PREEMPTED = 75  # equal to dist.watchdog's, which must not be imported here
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -34,6 +37,7 @@ SECONDS_AFTER_FAILURE = 30.0  # for the ranks of other nodes to save or report t
 # DeepSpeed's launcher reports any exit code but 0 as an error; the ranks have explained 2 and 75.
 EXPLAINED_END = re.compile(rb"\[.*\[ERROR\].*:sigkill_handler\].* exits with return code = (2|75)\n?")
 PDSH_EXIT = re.compile(rb"pdsh@.*: ssh exited with exit code (\d+)\n")
+PROGRESS = re.compile(rb"[\w ]+ \d+/\d+ (held out: .*|.* left \d+:\d\d:\d\d)\n")  # a line of training.metrics.RunLog
 # Exit codes of ranks that a signal ended before they handled signals: 128 + 15, and DeepSpeed's -15.
 BEFORE_HANDLERS = (128 + signal.SIGTERM, 256 - signal.SIGTERM)
 
@@ -64,16 +68,19 @@ class Supervisor:
                 (self.folder / "port").write_text(start.port)
             if start.picked:
                 (self.folder / "port_picked").touch()  # rank 0 renames it to port_taken
-            with self._handling_signals(), _open_log(start) as log:
-                return self._watch(start, environment, log)
+            with self._handling_signals(), _open_log(start) as log, display(start) as screen:
+                return self._watch(start, environment, log, screen)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _watch(self, start: Start, environment: dict[str, str], log: IO[bytes] | None) -> int:
+    def _watch(
+        self, start: Start, environment: dict[str, str], log: IO[bytes] | None, screen: Screen | None
+    ) -> int:
         child = self._start(start, environment)
+        out, err = (_Terminal(stream, screen) for stream in (sys.stdout, sys.stderr))
         threads = [
-            threading.Thread(target=_copy, args=(child.stdout, sys.stdout, log, is_for_the_user), daemon=True),
-            threading.Thread(target=_copy, args=(child.stderr, sys.stderr, log, self._note), daemon=True),
+            threading.Thread(target=_copy, args=(child.stdout, out, log, is_for_the_user), daemon=True),
+            threading.Thread(target=_copy, args=(child.stderr, err, log, self._note), daemon=True),
         ]
         for thread in threads:
             thread.start()
@@ -191,15 +198,38 @@ def remove_buffers(port: str | None) -> None:
         buffer.unlink(missing_ok=True)
 
 
-def _copy(source: IO[bytes], terminal: Any, log: IO[bytes] | None, shown: Callable[[bytes], bool]) -> None:
+@contextlib.contextmanager
+def display(start: Start) -> Iterator[Screen | None]:
+    """The run's display, where the launcher has a terminal and the run a folder on this machine."""
+    if start.log is None or not sys.stdout.isatty():
+        yield None
+        return
+    with Follower(start.log.parent.parent, Screen(Console())) as follower:
+        yield follower.screen
+
+
+class _Terminal:
+    """Where ranks' lines go: as they are, or above the display, which has the progress lines' numbers itself."""
+
+    def __init__(self, stream: Any, screen: Screen | None) -> None:
+        self.stream, self.screen = stream, screen
+
+    def write(self, line: bytes) -> None:
+        if self.screen is None:
+            self.stream.buffer.write(line)
+            self.stream.flush()
+        elif not PROGRESS.fullmatch(line):
+            self.screen.say(line.decode("utf-8", "replace").rstrip("\n"))
+
+
+def _copy(source: IO[bytes], terminal: _Terminal, log: IO[bytes] | None, shown: Callable[[bytes], bool]) -> None:
     """Copy rank output to the terminal and to the log, line by line, for lines that `shown` accepts."""
     for line in source:
         if shown(line):
-            for target in (terminal.buffer, log):
+            for target in (terminal, log):
                 if target is not None:
                     with contextlib.suppress(OSError):  # a closed terminal, a full disk: the run continues
                         target.write(line)
-                        target.flush()
 
 
 @contextlib.contextmanager

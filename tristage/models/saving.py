@@ -57,7 +57,7 @@ def save_model(
     Raises:
         UserError: on rank 0, the disk is full; existing folders are unchanged.
     """
-    with progress.phase("save"):
+    with progress.phase("save"), progress.telling(f"writing {folder}"):
         state, written = full_state_dict(engine), []
         if dist.is_main():
             written = _write(engine.module.model, state, tokenizer, folder, shard_size)

@@ -1,4 +1,4 @@
-"""Numbers of a run: weighted averages over ranks, to metrics.jsonl, TensorBoard and a progress bar."""
+"""Numbers of a run: weighted averages over ranks, to metrics.jsonl, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import contextlib
 import json
 import math
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from tristage import dist
 from tristage.dist import progress, watchdog
 from tristage.runs.record import read_metrics
+from tristage.runs.screen import Screen, TimeLeft, clock_of, short
 from tristage.storage.durable import append_json, explain_disk_errors, replace_text
 from tristage.training.alarms import Alarms
+from tristage.training.board import Board
 
 __all__ = ["Averages", "RunLog", "Stopwatch", "is_due", "read_metrics"]
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+LINE_SECONDS = 60.0  # without a line, after which a log gets one
 
 
 class Averages:
@@ -54,7 +53,6 @@ class RunLog:
 
     Args:
         first_step: the step that a resumed run continues from; later lines of an earlier attempt are dropped.
-        shown: metrics of the progress line, full name -> short name.
         alarms: the health monitor, which sees every line.
 
     Raises:
@@ -62,23 +60,15 @@ class RunLog:
             shows the same numbers, is given up with a warning instead.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        title: str,
-        total_steps: int,
-        first_step: int,
-        shown: dict[str, str],
-        alarms: Alarms | None = None,
-    ):
-        self.output, self.title, self.total, self.first, self.shown = output, title, total_steps, first_step, shown
-        self.alarms = alarms
-        self.started = time.monotonic()
-        self.latest: dict[str, float] = {}
+    def __init__(self, output: Path, title: str, total_steps: int, first_step: int, alarms: Alarms | None = None):
+        self.output, self.title, self.total, self.first, self.alarms = output, title, total_steps, first_step, alarms
+        self.left, self.said = TimeLeft(), time.monotonic()
+        self.screen: Screen | None = None
         self.heldout: tuple[int, dict[str, float]] = (-1, {})
 
     def __enter__(self) -> RunLog:
         watchdog.may_save()
+        progress.current.title, progress.current.total = self.title, self.total
         if dist.is_main():
             self.path = self.output / "metrics.jsonl"
             with explain_disk_errors(self.path):
@@ -88,19 +78,21 @@ class RunLog:
                     self.alarms.replay(read_metrics(self.path))
                 self.file = open(self.path, "a", encoding="utf-8")
             self.board = Board(self.output / "tensorboard", self.first + 1 if self.first else 0)
-            self.bar = _bar(self.title, self.total, self.first) if sys.stdout.isatty() else None
+            if sys.stdout.isatty():
+                self.screen = Screen(Console(), self.title, self.total).__enter__()
+                self.screen.step, self.screen.phase = self.first, lambda: progress.current.phase
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if dist.is_main():
-            if self.bar:
-                self.bar.stop()
+            if self.screen:
+                self.screen.__exit__()
             with contextlib.suppress(OSError):  # of a line that could not be written, which was reported
                 self.file.close()
             self.board.close()
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same numbers to TensorBoard; training lines move the bar."""
+        """One line of metrics.jsonl, the same numbers to TensorBoard and to the terminal."""
         if split == "train":
             progress.finished(step)
         if not dist.is_main():
@@ -114,14 +106,11 @@ class RunLog:
             self.path.stat()  # a removed file can be written for as long as it is open
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-        self.board.write(step, {f"{split}/{name}": value for name, value in metrics.items()})
-        if split == "train":
-            self.latest.update(metrics)
-            self._show_progress(step)
-        else:
+        self.board.write(step, split, metrics)
+        if split != "train":
             earlier = self.heldout[1] if self.heldout[0] == step else {}
             self.heldout = (step, earlier | metrics)
-            self._say(f"{self.title} {step}/{self.total} held out: {self._short(metrics)}")
+        self._show(step, split, metrics)
 
     def is_last(self, step: int) -> bool:
         """Whether `step` ends the run."""
@@ -132,9 +121,10 @@ class RunLog:
         return self.heldout[1] if self.heldout[0] == step else None
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Append to samples.jsonl."""
-        if dist.is_main():
+        """Append to samples.jsonl, and show them in TensorBoard."""
+        if dist.is_main() and samples:
             append_json(self.output / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+            self.board.write_samples(step, samples)
 
     def write_rows(self, step: int, columns: dict[str, list[float]]) -> None:
         """A line of heldout.jsonl: a number per held-out row in each column, to six digits, null if not finite."""
@@ -151,73 +141,20 @@ class RunLog:
             first: dict[str, Any] = json.loads(file.readline() or '{"step": null}')
         return first if first["step"] == 0 else None
 
-    def _show_progress(self, step: int) -> None:
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=step, numbers=self._short(self.latest))
-        elif step == self.total or step % max(1, self.total // 20) == 0:
-            left = (time.monotonic() - self.started) / max(1, step - self.first) * (self.total - step)
-            self._say(f"{self.title} {step}/{self.total} {self._short(self.latest)} left {_clock(left)}")
-
-    def _short(self, metrics: dict[str, float]) -> str:
-        known = [name for name in self.shown if name in metrics]
-        return " ".join(f"{self.shown.get(name, name)} {metrics[name]:.4g}" for name in known or metrics)
-
-    def _say(self, line: str) -> None:
-        if self.bar:
-            self.bar.console.print(line)
+    def _show(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        """On a terminal the display; elsewhere a line about twenty times a run, and at least every minute."""
+        if self.screen:
+            self.screen.update(step, split, metrics)
+        elif split != "train":
+            print(f"{self.title} {step}/{self.total} held out: {short(metrics)}", flush=True)
         else:
-            print(line, flush=True)
-
-
-class Board:
-    """TensorBoard's event file. One that cannot be written is given up with a warning: metrics.jsonl has its numbers.
-
-    A thread of TensorBoard's writes. Its error would be printed with a traceback by threading.excepthook, and is raised
-    again by later calls.
-    """
-
-    def __init__(self, folder: Path, purge_step: int):
-        self.folder = folder
-        self.writer: SummaryWriter | None = None
-        self.hook = threading.excepthook
-        threading.excepthook = self._on_thread_error
-        from torch.utils.tensorboard import SummaryWriter  # rank 0 alone needs it
-
-        with self._giving_up():
-            self.writer = SummaryWriter(str(folder), purge_step=purge_step)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One point of each metric."""
-        with self._giving_up():
-            if self.writer is not None:
-                for name, value in metrics.items():
-                    self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        with self._giving_up():
-            if self.writer:
-                self.writer.close()
-        threading.excepthook = self.hook
-
-    def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
-        if not type(arguments.thread).__module__.startswith("tensorboard."):
-            self.hook(arguments)
-
-    @contextlib.contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever TensorBoard's thread met
-            self.writer = None
-            print(f"warning: {self.folder}: {error}; no more is written for TensorBoard in this run", flush=True)
-
-
-def _bar(title: str, total: int, first: int) -> Progress:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-    bar = Progress(*columns, TimeRemainingColumn())
-    bar.add_task(title, total=total, completed=first, numbers="")
-    bar.start()
-    return bar
+            self.left.finished(step)
+            now = time.monotonic()
+            if step == self.total or is_due(max(1, self.total // 20), step) or now - self.said > LINE_SECONDS:
+                left = self.left.until(self.total)
+                known = "" if left is None else f" left {clock_of(left)}"
+                print(f"{self.title} {step}/{self.total} {short(metrics)}{known}", flush=True)
+                self.said = now
 
 
 def is_due(every: int, step: int) -> bool:
@@ -227,10 +164,6 @@ def is_due(every: int, step: int) -> bool:
 
 def _six_digits(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -157,7 +157,7 @@ class Saver:
 
     def _save(self, step: int, control: dict[str, Any] | None) -> None:
         state = (control or {}) | {"health": self.health.state()}
-        with progress.phase("save"):
+        with progress.phase("save"), progress.telling(f"writing the checkpoint of step {step}"):
             own = self.own() if self.own else None
             save_checkpoint(self.settings, step, self.engines, state, own, self.log.heldout_of(step))
         self.saved = step

@@ -19,6 +19,7 @@ from tristage.config import (
 )
 from tristage.data.loader import Loader
 from tristage.data.template import read_template
+from tristage.dist import progress
 from tristage.engine import DTYPES, check_zero_support, engine_config, zero_stage
 from tristage.errors import UserError
 from tristage.models.kernels import Kernels, check_kernels, check_quantized
@@ -151,17 +152,18 @@ def load_trained(
 ) -> Any:
     """The model that step 1 or 2 trains: `load` is load_causal_lm or load_reward_model, with `options` of its own."""
     spec = settings.engine_specs()[0]
-    return load(
-        spec.path,
-        tokenizer,
-        engine_config=config,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        lora=spec.lora,
-        lora_seed=settings.seed,
-        max_tokens=spec.tokens,
-        **loading(settings, spec.quantize),
-        **options,
-    )
+    with progress.telling(f"loading {spec.path}"):
+        return load(
+            spec.path,
+            tokenizer,
+            engine_config=config,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            lora=spec.lora,
+            lora_seed=settings.seed,
+            max_tokens=spec.tokens,
+            **loading(settings, spec.quantize),
+            **options,
+        )
 
 
 def train_loader(settings: TrainSettings, lengths: Sequence[int] | np.ndarray, plan: BatchPlan) -> Loader:
