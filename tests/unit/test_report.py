@@ -127,12 +127,12 @@ def test_pairs_are_judged_against_a_rule_of_length(tmp_path: Path, step: str, gr
 
 def test_worries_are_alarms_and_skipped_steps(tmp_path: Path) -> None:
     run = write_ppo(tmp_path / "run", [SAME, RISEN])
-    alarm = {"alarm": "kl_runaway", "seen": "KL is 80 nats.", "why": "it forgets", "fix": "Raise ppo.kl_coef."}
+    alarm = {"alarm": "kl_runaway", "seen": "KL is 80 nats", "why": "it forgets", "fix": "raise ppo.kl_coef"}
     bad = {"step": 2, "bad": "loss", "ranks": [1], "in_a_row": 1}
     write_lines(run / "health.jsonl", [{"step": 1, **alarm}, bad, {"step": 4, **alarm}])
     worries = [sentence.text for sentence in verdict(Run(run)) if sentence.kind == "worry"]
     assert worries == [
-        "kl_runaway, first at step 1, 2 times: KL is 80 nats. Raise ppo.kl_coef.",
+        "kl_runaway, first at step 1, 2 times: KL is 80 nats; to change: raise ppo.kl_coef.",
         "Steps skipped because a number was not finite: 1, the first is step 2.",
     ]
 

@@ -63,7 +63,14 @@ def test_no_line_is_wider_than_the_terminal(screen: Screen, width: int) -> None:
 
 def test_before_the_first_step_the_display_says_what_is_done() -> None:
     screen = Screen(Console(file=io.StringIO()))
-    assert drawn(screen, 60)[0].endswith("0/? starting")
+    assert drawn(screen, 60)[0].endswith("0/? ? left starting")
+
+
+def test_a_rank_in_a_collective_is_waiting_and_the_last_step_is_done(screen: Screen) -> None:
+    screen.phase = lambda: "max_over_ranks, waiting for the others"
+    assert drawn(screen, 100)[0].endswith("left waiting")
+    screen.update(40, "train", PPO)
+    assert drawn(screen, 100)[0].endswith("40/40 done")
 
 
 def test_time_left_forgets_the_first_steps() -> None:
@@ -117,6 +124,7 @@ def test_a_missing_or_damaged_run_does_not_disturb_the_launcher(tmp_path: Path) 
 def test_the_display_takes_the_place_of_progress_lines_and_the_log_keeps_them() -> None:
     lines = [
         b"ppo 3/40 score 1.2 kl 0.5 left 0:01:02\n",
+        b"ppo 1/40 score 1.2 kl 0.5 left ?\n",
         b"reward model 0/900 held out: loss 0.69\n",
         b"warning: step 3: clipping: 0.4 of the tokens\n",
         b"sft is 3/4 done\n",
@@ -126,7 +134,7 @@ def test_the_display_takes_the_place_of_progress_lines_and_the_log_keeps_them() 
     _copy(iter(lines), _Terminal(sys.stdout, screen), log, lambda line: True)  # type: ignore[arg-type]
     assert log.getvalue() == b"".join(lines)
     assert shown.getvalue().splitlines() == ["warning: step 3: clipping: 0.4 of the tokens", "sft is 3/4 done"]
-    assert [bool(PROGRESS.fullmatch(line)) for line in lines] == [True, True, False, False]
+    assert [bool(PROGRESS.fullmatch(line)) for line in lines] == [True, True, True, False, False]
 
 
 # -- work that takes long ---------------------------------------------------------------------------------------

@@ -40,9 +40,8 @@ def world_size() -> int:
 
 
 def node_suffix() -> str:
-    """" (rank 3 on HOST)" where ranks run on several nodes and this is not rank 0; otherwise empty."""
-    several = int(os.environ.get("LOCAL_SIZE", "1")) < int(os.environ.get("WORLD_SIZE", "1"))
-    return f" (rank {rank()} on {platform.node()})" if several and rank() != 0 and "LOCAL_SIZE" in os.environ else ""
+    """" (rank 3 on HOST)" on other ranks than 0; otherwise empty."""
+    return f" (rank {rank()} on {platform.node()})" if rank() != 0 else ""
 
 
 def is_main() -> bool:

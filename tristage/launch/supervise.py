@@ -37,7 +37,7 @@ SECONDS_AFTER_FAILURE = 30.0  # for the ranks of other nodes to save or report t
 # DeepSpeed's launcher reports any exit code but 0 as an error; the ranks have explained 2 and 75.
 EXPLAINED_END = re.compile(rb"\[.*\[ERROR\].*:sigkill_handler\].* exits with return code = (2|75)\n?")
 PDSH_EXIT = re.compile(rb"pdsh@.*: ssh exited with exit code (\d+)\n")
-PROGRESS = re.compile(rb"[\w ]+ \d+/\d+ (held out: .*|.* left \d+:\d\d:\d\d)\n")  # a line of training.metrics.RunLog
+PROGRESS = re.compile(rb"[\w ]+ \d+/\d+ (held out: .*|.* left [\d:?]+)\n")  # a line of training.metrics.RunLog
 # Exit codes of ranks that a signal ended before they handled signals: 128 + 15, and DeepSpeed's -15.
 BEFORE_HANDLERS = (128 + signal.SIGTERM, 256 - signal.SIGTERM)
 

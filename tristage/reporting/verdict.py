@@ -275,8 +275,8 @@ def _worries(run: Run) -> Iterator[Sentence]:
     for name, count in times.items():
         first = next(line for line in alarms if line["alarm"] == name)
         again = f", {count} times" if count > 1 else ""
-        text = " ".join(str(first[key]) for key in ("seen", "fix") if key in first)
-        yield Sentence("worry", f"{name}, first at step {first['step']}{again}: {text}")
+        text = f"{first.get('seen', '')}; to change: {first.get('fix', '')}"
+        yield Sentence("worry", f"{name}, first at step {first['step']}{again}: {text}.")
     bad = [line for line in run.health if "bad" in line]
     if bad:
         first_bad = bad[0]["step"]

@@ -56,8 +56,10 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def clock_of(seconds: float) -> str:
-    """1:02:03"""
+def clock_of(seconds: float | None) -> str:
+    """1:02:03; of an unknown time "?"."""
+    if seconds is None:
+        return "?"
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
@@ -127,8 +129,10 @@ class Screen:
         return Group(*lines)
 
     def _progress(self) -> Table:
-        left = self.left.until(self.total)
-        words = [self.phase()] if left is None else [f"{clock_of(left)} left", self.phase()]
+        words = ["done"]
+        if not self.total or self.step < self.total:
+            phase, _, waits = self.phase().partition(", ")  # in a collective: "NAME, waiting for the others"
+            words = [f"{clock_of(self.left.until(self.total))} left", "waiting" if waits else phase]
         row = Table.grid(padding=(0, 1), expand=True)
         for ratio in (None, 1, None, None):
             row.add_column(ratio=ratio, no_wrap=True)

@@ -151,9 +151,8 @@ class RunLog:
             self.left.finished(step)
             now = time.monotonic()
             if step == self.total or is_due(max(1, self.total // 20), step) or now - self.said > LINE_SECONDS:
-                left = self.left.until(self.total)
-                known = "" if left is None else f" left {clock_of(left)}"
-                print(f"{self.title} {step}/{self.total} {short(metrics)}{known}", flush=True)
+                left = clock_of(self.left.until(self.total))
+                print(f"{self.title} {step}/{self.total} {short(metrics)} left {left}", flush=True)
                 self.said = now
 
 

@@ -61,6 +61,8 @@ def entry_point(main: Callable[[list[str]], None]) -> None:
     """Run a step's main(argv). A UserError becomes one sentence from rank 0 and exit code 2, Preempted exit code 75."""
     code = 0
     quiet_libraries()
+    if dist.rank() != 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what libraries print, rank 0 prints too
     sys.argv[1:] = map(decode, sys.argv[1:])
     adopt_rank_of_mpirun()
     with watchdog.listening():
