@@ -11,10 +11,11 @@ import torch
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models
-from step3_ppo.rewards import RewardTerm, TextScorer, check_turns, load_grader, load_reward_terms
+from step3_ppo.rewards import RewardTerm, check_turns, load_grader, load_reward_terms
 from step3_ppo.rollout import Control, make_rollouts, prompt_batch
 from step3_ppo.update import ActorExtras
 from tristage import dist
+from tristage.answering.scorers import TextScorer
 from tristage.batches import PromptBatch, SFTBatch
 from tristage.checkpoint import Checkpoint, load_checkpoint
 from tristage.config import BatchPlan, world_size_from_environment

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from step3_ppo.build import PPORun
-from step3_ppo.rewards import decode, score_texts
+from step3_ppo.rewards import decode
 from step3_ppo.rollout import (
     Responses,
     prompt_batch,
@@ -17,6 +17,7 @@ from step3_ppo.rollout import (
     score_responses,
 )
 from tristage import dist
+from tristage.answering.scorers import score_texts
 from tristage.data.loader import evaluation_rows
 
 EVALUATION_DRAW = 0  # iterations count from 1; every evaluation samples with the same numbers

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,19 +11,18 @@ import torch
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines
 from tristage.algo.masking import masked_mean
+from tristage.answering.scorers import TextScorer, load_function
 from tristage.batches import PromptBatch, Sequences
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import WIDTH
 from tristage.data.rows import SFTRow
 from tristage.data.store import Rows
 from tristage.data.tokenize import EncodingRules, Example, encode, encode_sampled
-from tristage.dist import progress
 from tristage.errors import UserError
 from tristage.models.loading import max_positions
 from tristage.models.reward_model import last_token_scores
 from tristage.models.tokenizer import load_tokenizer
 
-TextScorer = Callable[[list[str], list[str]], list[float]]  # (prompts, responses) -> scores
 TAKEN = ("model", "std", "clipfrac")  # objective/score_<name> is the reward model's score, or of all scores
 
 
@@ -35,22 +32,6 @@ class RewardTerm(NamedTuple):
     name: str
     function: TextScorer
     weight: float
-
-
-def load_function(name: str, file: str, key: str) -> TextScorer:
-    """The function that "package.module:function" names. Raises UserError when it cannot be imported."""
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever a user's module raises, SystemExit included
-        raise UserError(
-            f"{file}: key `{key}`: {name} cannot be imported ({_in_one_line(error)}); write module:function"
-        ) from error
-    if not callable(found):
-        raise UserError(f"{file}: key `{key}`: {name} is not a function; write module:function")
-    return found  # type: ignore[no-any-return]
 
 
 def load_grader(settings: PPOConfig) -> TextScorer | None:
@@ -74,30 +55,6 @@ def load_reward_terms(settings: PPOConfig) -> list[RewardTerm]:
     if len(set(names)) < len(names):
         raise UserError(f"{settings.file}: key `reward.functions`: two functions are called alike; rename one of them")
     return terms
-
-
-def score_texts(
-    function: TextScorer, prompts: list[str], responses: list[str], name: str
-) -> torch.Tensor:
-    """[B] float32 on the CPU; the function gets lists of its own, which it may change.
-
-    Raises:
-        UserError: it fails, or does not give one finite number for each response.
-    """
-    try:
-        with progress.doing(name):
-            scores = [float(score) for score in function(list(prompts), list(responses))]
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever a user's function raises, SystemExit included
-        raise UserError(f"{name} failed on {len(prompts)} responses ({_in_one_line(error)})") from error
-    if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-        raise UserError(f"{name} must give one finite number for each of {len(responses)} responses, gave {scores[:8]}")
-    return torch.tensor(scores, dtype=torch.float32)
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def decode(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int] | None = None) -> list[str]:

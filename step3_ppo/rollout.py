@@ -14,7 +14,7 @@ import torch
 
 from step3_ppo.config import PPOConfig, PPOSettings, RolloutSettings
 from step3_ppo.engines import Engines
-from step3_ppo.rewards import RewardTerm, decode, pooled, retokenized_scores, score_texts
+from step3_ppo.rewards import RewardTerm, decode, pooled, retokenized_scores
 from tristage import dist
 from tristage.algo.masking import correlation, masked_mean, masked_moments, masked_sum, whiten
 from tristage.algo.ppo import (
@@ -27,6 +27,7 @@ from tristage.algo.ppo import (
     kl_estimate,
     shaped_rewards,
 )
+from tristage.answering.scorers import score_texts
 from tristage.batches import Experience, PromptBatch, Sampled, Sequences
 from tristage.data.collate import collate_prompts
 from tristage.data.loader import WIDTH, fill

@@ -45,13 +45,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "dist", "engine", "errors", "runs", "storage"},
     "models": {"algo", "config", "data", "dist", "engine", "errors", "storage"},
     "rollout": {"algo", "batches", "dist", "engine", "errors", "models"},
+    "answering": {"algo", "config", "data", "dist", "errors", "intervals", "models", "reporting"}
+    | {"rollout", "runs", "storage"},
     "planning": {"algo", "config", "data", "errors", "models"},
     "reporting": {"errors", "intervals", "runs", "storage"},
     "training": {"checkpoint", "config", "data", "dist", "engine", "errors", "machine"}
     | {"models", "planning", "reporting", "runs", "storage"},
     "launch": {"config", "data", "errors", "machine", "reporting", "runs"},
     "quickstart": {"launch", "models", "reporting", "runs", "storage"},
-    "cli": {"config", "data", "dist", "errors", "launch", "models", "planning", "reporting", "storage", "training"},
+    "cli": {"answering", "rollout"}
+    | {"config", "data", "dist", "errors", "launch", "models", "planning", "reporting", "storage", "training"},
 }
 WITHOUT_TORCH = ("config", "launch", "reporting", "runs")  # they are imported in the first second of a launch
 # Imports inside functions, each with its reason beside it in the source.
@@ -63,6 +66,8 @@ INSIDE_FUNCTIONS = {
     ("tristage/training/board.py", "torch"),  # TensorBoard, on rank 0 alone
     ("tristage/rollout/vllm.py", "vllm"),
     ("tristage/reporting/report.py", "plotly"),
+    ("tristage/answering/web.py", "fastapi"),  # an extra
+    ("tristage/answering/web.py", "uvicorn"),
     ("tristage/launch/pipeline.py", "tristage"),  # jinja2, at the end of a pipeline
 }
 

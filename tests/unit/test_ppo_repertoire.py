@@ -18,7 +18,7 @@ import step3_ppo.build
 import step3_ppo.train
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import check_models
-from step3_ppo.rewards import decode, load_function, load_reward_terms, score_texts
+from step3_ppo.rewards import decode, load_reward_terms
 from step3_ppo.rollout import Control, _advantages, shape_scores
 from tests.helpers import oracles, tiny
 from tristage.algo.masking import masked_moments, masked_sum, zero_masked
@@ -32,6 +32,7 @@ from tristage.algo.ppo import (
     huber_value_loss,
     shaped_rewards,
 )
+from tristage.answering.scorers import load_function, score_texts
 from tristage.config import load_config
 from tristage.errors import UserError
 from tristage.models.tokenizer import load_tokenizer

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -42,7 +43,11 @@ def read_template(settings: RunSettings) -> str | None:
     """The text of `data.template`. Raises UserError: no such file, or not Jinja."""
     if settings.data.template is None:
         return None
-    file = find_file(settings.data.template, settings, "data.template")
+    return template_text(find_file(settings.data.template, settings, "data.template"))
+
+
+def template_text(file: Path) -> str:
+    """The text of a file with a Jinja template. Raises UserError: no such file, or not Jinja."""
     try:
         text = file.read_text(encoding="utf-8")
         # The tags that transformers adds, left out: here only the syntax matters.
@@ -50,6 +55,8 @@ def read_template(settings: RunSettings) -> str | None:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{file}:{error.lineno}: not a Jinja template ({error.message}); fix that line") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); give a Jinja template") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason}); give a Jinja template") from None
     return text

@@ -51,6 +51,15 @@ def _say_default(path: str, prompt: str, answer: str) -> None:
     )
 
 
+def has_template(path: str, trust_remote_code: bool = False) -> bool:
+    """Whether a folder or id brings a chat template. Raises UserError: no tokenizer there."""
+    hub.prepare(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).chat_template is not None
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_open(path, "tokenizer", error) from None
+
+
 def generation_stop_ids(path: str) -> list[int]:
     """Tokens at which a model folder's or id's own generation_config.json ends a response; [] where there is none."""
     try:

@@ -108,24 +108,25 @@ def page(title: str, sections: Sequence[Sequence[Run]], reload: int | None = Non
     figures: list[Figure] = []
     samples: list[dict[str, Any]] = []
     shown = [_section(number, runs, figures, samples) for number, runs in enumerate(sections)]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_read("page.html"))
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(read_asset("page.html"))
     return template.render(
         title=title,
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         reload=reload,
         sections=shown,
-        css=Markup(_read("page.css")),
-        js=Markup(_read("page.js")),
+        css=Markup(read_asset("page.css")),
+        js=Markup(read_asset("page.js")),
         plotly=Markup(get_plotlyjs()),
-        data=_script_json({"figures": figures, "samples": samples, "reload": reload}),
+        data=script_json({"figures": figures, "samples": samples, "reload": reload}),
     )
 
 
-def _read(name: str) -> str:
+def read_asset(name: str) -> str:
+    """A file next to this one."""
     return (HERE / name).read_text(encoding="utf-8")
 
 
-def _script_json(value: Any) -> Markup:
+def script_json(value: Any) -> Markup:
     """JSON that cannot end the script element that it stands in, whatever texts it holds."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII
     return Markup(text.replace("<", "\\u003c"))

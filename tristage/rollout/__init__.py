@@ -3,8 +3,8 @@
 from deepspeed.runtime.rollout import SamplingConfig
 
 from tristage.rollout.base import RolloutBackend, RolloutError, SampledBatch, SeededRequest
-from tristage.rollout.padded import PaddedRollout
-from tristage.rollout.sampling import row_uniforms
+from tristage.rollout.padded import PaddedRollout, generate_padded
+from tristage.rollout.sampling import choose, row_uniforms
 from tristage.rollout.static import StaticRollout
 from tristage.rollout.vllm import VllmRollout, check_vllm
 
@@ -18,5 +18,7 @@ __all__ = [
     "StaticRollout",
     "VllmRollout",
     "check_vllm",
+    "choose",
+    "generate_padded",
     "row_uniforms",
 ]

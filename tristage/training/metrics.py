@@ -142,7 +142,7 @@ class RunLog:
         return first if first["step"] == 0 else None
 
     def _show(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        """On a terminal the display; elsewhere a line about twenty times a run, and at least every minute."""
+        """On a terminal the display; elsewhere a line every twentieth of the run, and at least every minute."""
         if self.screen:
             self.screen.update(step, split, metrics)
         elif split != "train":
