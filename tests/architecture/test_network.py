@@ -17,6 +17,7 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from tristage import dist
+from tristage.answering import web
 from tristage.dist import joining
 from tristage.errors import UserError
 from tristage.machine.arrival import free_port
@@ -28,6 +29,7 @@ CALLS = {"bind", "listen", "accept", "create_server", "serve_forever"}
 # Calls of torch that would make a store of their own, unless they are given one, or the socket that it listens at.
 NEEDED = {"TCPStore": "master_listen_fd", "init_process_group": "store"}
 LISTENS = {"create_server((here, port), family=family, backlog=socket.SOMAXCONN)"}  # in dist._listen
+WEB = {"fastapi", "uvicorn", "bind((HOST, port))"}  # of `tristage chat --web`: HOST is 127.0.0.1
 
 
 def servers(tree: ast.AST) -> list[str]:
@@ -58,7 +60,8 @@ def test_servers_are_seen() -> None:
 def test_nothing_opens_a_port_but_the_store_of_the_ranks() -> None:
     assert len(SOURCES) > 40
     found = {path.name: servers(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES}
-    assert {name: set(calls) for name, calls in found.items() if calls} == {"joining.py": LISTENS}
+    assert {name: set(calls) for name, calls in found.items() if calls} == {"joining.py": LISTENS, "web.py": WEB}
+    assert web.HOST == "127.0.0.1"
 
 
 # -- what ranks listen at ----------------------------------------------------------------------------------

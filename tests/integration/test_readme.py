@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import tiny
 from tests.helpers.published import write_config
+from tests.helpers.runs import write_ppo
 from tests.helpers.tiny import REPO
 from tristage.cli.main import main as tristage_command
 from tristage.config import load_config, settings_class
@@ -32,6 +35,7 @@ ELSEWHERE = {
     'bash launch/test.sh -k "not integration"': "a part of this very run",
     "source .venv/bin/activate": "what launch/quickstart.sh made",
     RECIPE: "the fixture `clone`",
+    "pip install 'tristage[web]'": "launch/test.sh, which installs its packages",
 }
 
 
@@ -47,8 +51,11 @@ LAUNCHED = commands_of("bash launch/", "sbatch ", "deepspeed ")
 BENCHMARKS = commands_of("python -m benchmarks.", "python -m venv trl-ppo", "trl-ppo/bin/pip ")
 
 
+REPORTS, TALKS = commands_of("tristage report "), commands_of("tristage chat ", "tristage compare ")
+
+
 def test_every_command_has_a_test():
-    tested = [*DATA, *PLANS, *DOCTORS, *SETTINGS, *EVALUATIONS, *LAUNCHED, *BENCHMARKS, *ELSEWHERE]
+    tested = [*REPORTS, *TALKS, *DATA, *PLANS, *DOCTORS, *SETTINGS, *EVALUATIONS, *LAUNCHED, *BENCHMARKS, *ELSEWHERE]
     assert sorted(tested) == sorted(COMMANDS)
 
 
@@ -128,6 +135,48 @@ def test_an_evaluation_command_names_a_module_and_settings_of_its_step(command):
     assert module == f"{step}.evaluate" and (REPO / step / "evaluate.py").is_file()
     settings = load_config(settings_class(words[1], step), [word for word in words if word != "--interactive"])
     assert settings.folder.is_dir()
+
+
+@pytest.fixture(scope="module")
+def finished_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder after the quickstart and a run of the user's own, with tiny models."""
+    folder = tmp_path_factory.mktemp("finished")
+    prepare.main([str(folder / "output/quickstart"), "--size", "tiny"])
+    scores = [[0.1 * i for i in range(9)], [0.1 * i + 1 for i in range(9)]]
+    for name in ("quickstart", "mine"):
+        write_ppo(folder / f"output/{name}/step3_ppo", scores)
+    model = folder / "output/quickstart/model"
+    for step in ("step1_sft", "step3_ppo"):
+        shutil.copytree(model, folder / f"output/quickstart/{step}/final")
+    tiny.write_reward_model(folder / "output/quickstart/step2_reward_model/final", str(model))
+    return folder
+
+
+@pytest.mark.parametrize("command", REPORTS)
+def test_a_report_command_writes_a_page_and_says_where(command, finished_folder, monkeypatch, capsys):
+    monkeypatch.chdir(finished_folder)
+    assert tristage_command(command.split()[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "Step 3: PPO: Better by the reward" in printed
+    page = re.search(r"(\S*report.html)", printed)
+    assert page is not None and (finished_folder / page[1]).is_file()
+
+
+@pytest.mark.parametrize("command", TALKS)
+def test_models_answer_as_the_docs_say(command, finished_folder, monkeypatch, capsys):
+    """The page in a browser has tests of its own; here it is asked for once it listens."""
+    served = []
+    monkeypatch.setattr("tristage.answering.web.serve", lambda chat, *rest: served.append(len(chat.all)))
+    monkeypatch.chdir(finished_folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Name two fruits.\n/quit\n"))
+    assert tristage_command(command.split()[1:]) == 0
+    printed = capsys.readouterr().out
+    if "compare" in command:
+        assert "wins by grade" in printed and (finished_folder / "comparison/compare.html").is_file()
+    elif "--web" in command:
+        assert served == [2]
+    else:
+        assert ("step1_sft/final: score " in printed) == ("--reward-model" in command)
 
 
 # What the next step of a pipeline starts from.

@@ -307,3 +307,12 @@ def test_watching_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report.watch([run], None, 7)
     assert len(pages) == 2 and all(embedded(html)["reload"] == 7 for html in pages)
     assert embedded((run / "report.html").read_text())["reload"] is None
+
+
+def test_a_page_that_fails_is_a_warning_to_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.announce(tmp_path)  # not a run
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"warning: {tmp_path}/report.html is not written (") and printed.count("\n") == 1
+    run = write_ppo(tmp_path / "run", [SAME, RISEN])
+    report.announce(run)
+    assert capsys.readouterr().out.endswith(f"report: {run}/report.html\n")

@@ -12,9 +12,7 @@ import pytest
 
 from tests.helpers import tiny
 from tristage.data.sets import load_sets
-from tristage.errors import UserError
 from tristage.models.tokenizer import load_tokenizer
-from tristage.training import run
 
 # Each takes 0.1 to 1.2 CPU seconds, and no step without LoRA, Parquet, plots or torch.compile needs it.
 NOT_NEEDED = (
@@ -56,12 +54,3 @@ def test_a_rank_imports_nothing_heavy_that_a_step_does_not_need(start: dict[str,
 
 def test_the_tokenizer_is_opened_once(start: dict[str, list[str]]) -> None:
     assert len(start["tokenizers"]) == 1
-
-
-def test_a_report_that_fails_is_a_warning_and_no_more(tmp_path, monkeypatch, capsys):
-    def fails(folders):
-        raise UserError("no room")
-
-    monkeypatch.setattr(run, "write_report", fails)
-    run._write_report(tmp_path)
-    assert capsys.readouterr().out.startswith(f"warning: {tmp_path}/report.html is not written (no room)")

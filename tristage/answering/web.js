@@ -79,6 +79,7 @@ function askForVote(turn) {
 function showTally(rows) {
   const body = document.querySelector("#tally tbody");
   if (!body) return;
+  find("votes").hidden = rows.length === 0;
   body.replaceChildren(...rows.map((row) => {
     const line = element("tr");
     line.append(element("th", row.model, { scope: "row" }));

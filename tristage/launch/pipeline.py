@@ -50,10 +50,9 @@ def main(argv: list[str]) -> int:
     configs, out, *words = argv
     if code := run_steps(recipe_steps(Path(configs), Path(out), words)):
         return code
-    from tristage.reporting.report import write_report  # jinja2 takes time, and a launch that fails does not need it
+    from tristage.reporting.report import announce  # jinja2 takes time, and a launch that fails does not need it
 
-    page, verdicts = write_report([Path(out)])
-    print("\n".join([*verdicts, f"report: {page}"]), flush=True)
+    announce(Path(out))
     return 0
 
 

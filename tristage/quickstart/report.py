@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tristage.reporting.report import write_report
+from tristage.reporting.report import announce
 from tristage.runs.record import read_metrics
 
 STEPS = {"step1_sft": "1 fine-tuning", "step2_reward_model": "2 reward model", "step3_ppo": "3 PPO"}
@@ -54,8 +54,7 @@ def main(argv: list[str]) -> None:
     console.print(f"highest gold during PPO: {peak['objective/grade']:.3f} at iteration {peak['step']}")
     console.print(_sample(out / "step3_ppo"))
     console.print(f"metrics.jsonl, TensorBoard files and the models (final/) of each step are in {out}")
-    page, verdicts = write_report([out])
-    print("\n".join([*verdicts, f"report: {page}"]), flush=True)
+    announce(out)
 
 
 def _sample(folder: Path) -> str:

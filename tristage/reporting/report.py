@@ -44,6 +44,16 @@ def write_report(folders: Sequence[Path], out: Path | None = None, reload: int |
     return out, verdict_lines(sections)
 
 
+def announce(folder: Path) -> None:
+    """Write a folder's page and print its verdict. A run that has done its work does not fail by this."""
+    try:
+        path, lines = write_report([folder])
+    except Exception as error:  # whatever a file of the run holds
+        print(f"warning: {folder / 'report.html'} is not written ({error}); try `tristage report {folder}`", flush=True)
+        return
+    print("\n".join([*lines, f"report: {path}"]), flush=True)
+
+
 def watch(folders: Sequence[Path], out: Path | None, seconds: int) -> None:
     """Write the page again every so many seconds until all runs have finished, or Ctrl-C. Raises UserError at first."""
     page_reads = seconds

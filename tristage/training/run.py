@@ -26,7 +26,7 @@ from tristage.dist import progress, watchdog
 from tristage.errors import UserError
 from tristage.machine.arrival import adopt_rank_of_mpirun, decode
 from tristage.models.quiet import quiet_libraries
-from tristage.reporting.report import write_report
+from tristage.reporting.report import announce
 from tristage.runs.finished import NAME as FINISHED
 from tristage.runs.finished import clear_finished, require_finished, write_finished
 from tristage.runs.inputs import model_fingerprints, named_models, source_fingerprints
@@ -259,17 +259,7 @@ def finish(settings: RunSettings, exported: Sequence[Path]) -> None:
         with explain_disk_errors(output / FINISHED):
             environment = json.loads((output / "environment.json").read_text())
             write_finished(settings, {name: environment[name] for name in ("data", "models", "sources")}, exported)
-        _write_report(output)
-
-
-def _write_report(output: Path) -> None:
-    """Write OUT/report.html and print its verdict. A run that has done its work does not fail by it."""
-    try:
-        path, lines = write_report([output])
-    except Exception as error:  # whatever a file of the run holds
-        print(f"warning: {output / 'report.html'} is not written ({error}); try `tristage report {output}`", flush=True)
-        return
-    print("\n".join([*lines, f"report: {path}"]), flush=True)
+        announce(output)
 
 
 def _environment(device: torch.device) -> dict[str, object]:
