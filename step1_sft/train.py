@@ -31,7 +31,6 @@ from tristage.models.flops import Work
 from tristage.models.loading import check_packable
 from tristage.models.saving import save_model
 from tristage.training import run, setup
-from tristage.training.alarms import Alarms
 from tristage.training.eval_command import EvalCommand
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
@@ -64,7 +63,7 @@ def train(
         check_packing(engine, trained[0], settings, tokenizer.pad_token_id, device)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch, speed = Stopwatch(device), Speed(settings, device)
-    with RunLog(output, "sft", loader.total_steps, first, Alarms(settings)) as log:
+    with RunLog.of(settings, "sft", loader.total_steps, first) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
         command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:

@@ -29,7 +29,6 @@ from tristage.models.causal_lm import load_causal_lm
 from tristage.models.flops import Work
 from tristage.models.saving import save_model
 from tristage.training import run, setup
-from tristage.training.alarms import Alarms
 from tristage.training.eval_command import EvalCommand
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
@@ -71,7 +70,7 @@ def train(
         micro_batches = loader.step_rows(step - 1)
         return [(micro, collate_ranking(pick(rows, micro), tokenizer.pad_token_id)) for micro in micro_batches]
 
-    with RunLog(output, NAMES[settings.loss], loader.total_steps, first, Alarms(settings)) as log:
+    with RunLog.of(settings, NAMES[settings.loss], loader.total_steps, first) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
         command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:

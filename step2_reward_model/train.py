@@ -34,7 +34,6 @@ from tristage.models.loading import is_reward_model
 from tristage.models.reward_model import last_token_scores, load_reward_model
 from tristage.models.saving import save_model
 from tristage.training import run, setup
-from tristage.training.alarms import Alarms
 from tristage.training.eval_command import EvalCommand
 from tristage.training.health import Health, row_ids
 from tristage.training.metrics import Averages, RunLog, Stopwatch
@@ -68,7 +67,7 @@ def train(
     engine = train_engine(model, config, settings.optimizer, loader.total_steps)
     first, health = load_checkpoint(settings, found, {"model": engine}), Health.restored(settings, found)
     watch, speed = Stopwatch(device), Speed(settings, device)
-    with RunLog(output, "reward model", loader.total_steps, first, Alarms(settings)) as log:
+    with RunLog.of(settings, "reward model", loader.total_steps, first) as log:
         saver = run.Saver(settings, device, {"model": engine}, health, log)
         command = EvalCommand(settings, engine, tokenizer, device, log)
         if first == 0:

@@ -20,7 +20,6 @@ from tristage.data.sets import fingerprint
 from tristage.models.saving import save_model
 from tristage.models.tokenizer import generation_stop_ids
 from tristage.rollout import RolloutError
-from tristage.training.alarms import Alarms
 from tristage.training.eval_command import EvalCommand
 from tristage.training.health import Health
 from tristage.training.metrics import RunLog, Stopwatch
@@ -50,7 +49,7 @@ def train(run: PPORun) -> None:
     """
     inputs, settings, engines, control = run.inputs, run.settings, run.engines, run.control
     watch = Stopwatch(run.device)
-    with RunLog(Path(settings.output), "ppo", settings.iterations, run.first, Alarms(settings)) as log:
+    with RunLog.of(settings, "ppo", settings.iterations, run.first) as log:
         saver = Saver(settings, run.device, engines.trained(), run.health, log, run.own_pieces)
         command = EvalCommand(settings, engines.actor, inputs.tokenizer, run.device, log)
         if run.first == 0:

@@ -65,6 +65,9 @@ INSIDE_FUNCTIONS = {
     ("tristage/models/lora.py", "peft"),  # a second to import, with bitsandbytes
     ("tristage/training/board.py", "torch"),  # TensorBoard, on rank 0 alone
     ("tristage/rollout/vllm.py", "vllm"),
+    ("tristage/training/trackers.py", "wandb"),  # extras
+    ("tristage/training/trackers.py", "mlflow"),
+    ("tristage/training/trackers.py", "trackio"),
     ("tristage/reporting/report.py", "plotly"),
     ("tristage/answering/web.py", "fastapi"),  # an extra
     ("tristage/answering/web.py", "uvicorn"),

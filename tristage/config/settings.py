@@ -232,6 +232,9 @@ class RunSettings(Settings):
     eval_command: EvalCommandSettings | None = Field(
         None, description="A command of yours, such as a benchmark, that measures the model during training."
     )
+    trackers: Annotated[tuple[Literal["wandb", "mlflow", "trackio"], ...], SPLIT_AT_COMMAS] = Field(
+        (), description="Experiment trackers that also get the metrics; their own environment variables say where."
+    )
     profile: str | None = Field(
         None,
         description="Steps to run under torch's profiler, such as 10..12: a trace and a table go to output/profile.",

@@ -16,7 +16,7 @@ from tristage.config.renamed import new_name
 MAY_CHANGE_ON_RESUME = {
     *("output", "device", "resume", "resume_changed", "check_disk", "watchdog_seconds", "max_bad_steps"),
     *("save_every", "keep_last", "keep_every_n_steps", "keep_best", "evaluate_every", "logged_samples", "grader"),
-    *("samples_every", "eval_command", "profile", "health"),
+    *("samples_every", "eval_command", "profile", "health", "trackers"),
     *("micro_batch", "ppo.micro_batch", "ppo.micro_batch_tokens", "rollout.rows_at_once"),
     *("rollout.backend", "rollout.cuda_graphs", "rollout.gather_weights", "rollout.tensor_parallel"),
     "precompute_reference",

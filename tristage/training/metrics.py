@@ -15,12 +15,14 @@ import torch
 from rich.console import Console
 
 from tristage import dist
+from tristage.config import RunSettings
 from tristage.dist import progress, watchdog
 from tristage.runs.record import read_metrics
 from tristage.runs.screen import Screen, TimeLeft, clock_of, short
 from tristage.storage.durable import append_json, explain_disk_errors, replace_text
 from tristage.training.alarms import Alarms
 from tristage.training.board import Board
+from tristage.training.trackers import Trackers
 
 __all__ = ["Averages", "RunLog", "Stopwatch", "is_due", "read_metrics"]
 
@@ -54,17 +56,34 @@ class RunLog:
     Args:
         first_step: the step that a resumed run continues from; later lines of an earlier attempt are dropped.
         alarms: the health monitor, which sees every line.
+        trackers: they get every line.
 
     Raises:
         UserError: on rank 0, when metrics.jsonl or samples.jsonl cannot be written or was removed. TensorBoard, which
             shows the same numbers, is given up with a warning instead.
     """
 
-    def __init__(self, output: Path, title: str, total_steps: int, first_step: int, alarms: Alarms | None = None):
+    def __init__(
+        self,
+        output: Path,
+        title: str,
+        total_steps: int,
+        first_step: int,
+        alarms: Alarms | None = None,
+        trackers: Trackers | None = None,
+    ):
         self.output, self.title, self.total, self.first, self.alarms = output, title, total_steps, first_step, alarms
+        self.trackers = trackers or Trackers((), output, {})
         self.left, self.said = TimeLeft(), time.monotonic()
         self.screen: Screen | None = None
         self.heldout: tuple[int, dict[str, float]] = (-1, {})
+
+    @classmethod
+    def of(cls, settings: RunSettings, title: str, total_steps: int, first_step: int) -> RunLog:
+        """The log of a run, with its health monitor and the trackers that it names."""
+        output = Path(settings.output)
+        trackers = Trackers(settings.trackers, output, settings.model_dump(mode="json"))
+        return cls(output, title, total_steps, first_step, Alarms(settings), trackers)
 
     def __enter__(self) -> RunLog:
         watchdog.may_save()
@@ -78,6 +97,7 @@ class RunLog:
                     self.alarms.replay(read_metrics(self.path))
                 self.file = open(self.path, "a", encoding="utf-8")
             self.board = Board(self.output / "tensorboard", self.first + 1 if self.first else 0)
+            self.trackers.__enter__()
             if sys.stdout.isatty():
                 self.screen = Screen(Console(), self.title, self.total).__enter__()
                 self.screen.step, self.screen.phase = self.first, lambda: progress.current.phase
@@ -90,6 +110,7 @@ class RunLog:
             with contextlib.suppress(OSError):  # of a line that could not be written, which was reported
                 self.file.close()
             self.board.close()
+            self.trackers.__exit__()
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, the same numbers to TensorBoard and to the terminal."""
@@ -107,6 +128,7 @@ class RunLog:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         self.board.write(step, split, metrics)
+        self.trackers.write(step, split, metrics)
         if split != "train":
             earlier = self.heldout[1] if self.heldout[0] == step else {}
             self.heldout = (step, earlier | metrics)

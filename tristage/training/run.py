@@ -37,6 +37,7 @@ from tristage.training import preflight
 from tristage.training.eval_command import check_eval_command
 from tristage.training.health import Health
 from tristage.training.metrics import RunLog, is_due
+from tristage.training.trackers import check_trackers
 
 EXIT_USER_ERROR = 2
 SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|(api|access|secret)[_-]?key)$", re.IGNORECASE)
@@ -177,6 +178,7 @@ def start(settings: RunSettings, data_fingerprint: str) -> tuple[torch.device, C
     # the watchdog, whose message says more, must act before the process group does
     device = dist.init(settings.device, patience + 60 if patience else 1800)
     on_main(lambda: check_eval_command(settings))
+    on_main(lambda: check_trackers(settings.trackers, settings.file))
     preflight.check(settings, device)
     on_main(lambda: _take_lock(settings))
     others = dist.gather_objects((platform.node(), data_fingerprint))
