@@ -113,7 +113,8 @@ class Trackio:
         self.run.finish()
 
 
-KINDS: dict[str, Callable[[str, str, dict[str, Any], Path], Tracker]] = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
+Opens = Callable[[str, str, dict[str, Any], Path], Tracker]  # (name, id, config, OUT)
+KINDS: dict[str, Opens] = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
 
 
 def check_trackers(names: Sequence[str], file: str) -> None:
