@@ -15,9 +15,9 @@ from tests.helpers.runs import write_lines, write_ppo, write_run, write_samples
 from tristage.cli.main import main as tristage
 from tristage.reporting import report
 from tristage.reporting.charts import constant, curves, frontier, histograms, phases, thinned
-from tristage.reporting.report import differences, page, write_report
+from tristage.reporting.report import differences, page, results, write_report
 from tristage.reporting.verdict import change, verdict
-from tristage.runs.record import Run, Series, runs_in
+from tristage.runs.record import Run, Series, names_apart, runs_in
 
 RISEN, FALLEN, SAME = (list(np.linspace(0, 1, 40) + shift) for shift in (1.0, -1.0, 0.0))
 NOISE = list(np.linspace(0, 1, 40) + np.tile((0.3, -0.3), 20))
@@ -162,11 +162,16 @@ def test_training_and_held_out_share_a_figure_and_constants_are_told(tmp_path: P
 
 
 def test_the_frontier_pairs_kl_and_score_of_the_same_step(tmp_path: Path) -> None:
-    found = frontier([Run(write_ppo(tmp_path / "run", [SAME, RISEN], [SAME, NOISE]))])
-    assert found is not None
+    run = Run(write_ppo(tmp_path / "run", [SAME, RISEN], [SAME, NOISE]))
+    (found,) = frontier([run])
     score, grade = found["traces"]
     assert (score["x"], score["y"], score["text"]) == ([0.0, 0.5], [0.5, 1.5], ["step 0", "step 5"])
     assert grade["y"] == [0.5, 0.5]
+    both = frontier([run, run])  # apart, since colours are of runs
+    assert [(figure["title"], len(figure["traces"])) for figure in both] == [
+        ("Score against KL", 2),
+        ("Grade against KL", 2),
+    ]
 
 
 def test_histograms_count_every_prompt(tmp_path: Path) -> None:
@@ -266,9 +271,29 @@ def test_a_folder_of_runs_is_one_page_with_a_section_each(tmp_path: Path) -> Non
 def test_runs_of_one_step_are_laid_over_each_other_with_what_differs(tmp_path: Path) -> None:
     runs = [write_ppo(tmp_path / name, [SAME, RISEN], ppo={"kl_coef": kl}) for name, kl in (("a", 0.1), ("b", 0.2))]
     assert differences([Run(run) for run in runs]) == [("ppo.kl_coef", ["0.1", "0.2"])]
+    other = write_ppo(tmp_path / "c", [SAME], data={"train": [{"path": "x"}]})
+    assert ("data.train.0.path", ["-", "x"]) in differences([Run(runs[0]), Run(other)])
     out, _ = write_report(runs, tmp_path / "both.html")
     names = {trace["name"] for figure in embedded(out.read_text())["figures"] for trace in figure["traces"]}
-    assert {"a, training", "a, held out", "b, training", "b, held out", "a, score", "b, score"} == names
+    assert {"a, training", "a, held out", "b, training", "b, held out", "a", "b"} == names
+
+
+def test_names_tell_folders_apart(tmp_path: Path) -> None:
+    def names(*folders: str) -> list[str]:
+        return names_apart([tmp_path / folder for folder in folders])
+
+    assert names("x/seed0/ppo", "x/seed1/ppo") == ["seed0", "seed1"]
+    assert names("a", "b") == ["a", "b"] and names("x/a/ppo", "x/b/dpo") == ["a/ppo", "b/dpo"]
+    assert names("a", "a") != names("a", "b") and len(set(names("a", "a"))) == 2
+
+
+def test_several_runs_have_a_table_of_results_with_their_spread(tmp_path: Path) -> None:
+    runs = [write_ppo(tmp_path / f"seed{up - 1}/ppo", [SAME, [x + up for x in SAME]]) for up in (1, 2)]
+    table = dict(results([Run(run) for run in runs]))
+    assert table["score"] == ["0.5 to 1.5", "0.5 to 2.5", "+1.5, deviation 0.707"]
+    assert table["KL, nats per response"] == ["0 to 0.5", "0 to 0.5", "+0.5, deviation 0"]
+    html = write_report(runs, tmp_path / "both.html")[0].read_text()
+    assert "<title>2 runs: Step 3: PPO" in html and '<th scope="col">seed1</th>' in html
 
 
 def test_wrong_folders_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

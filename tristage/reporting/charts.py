@@ -21,6 +21,7 @@ GROUPS = (
     *("sft", "reward_model", "dpo", "eval", "objective", "ema", "policy", "value", "advantages", "rollout"),
     *("optimizer", "health", "throughput", "time", "memory"),
 )
+JUDGES = ("score", "grade")
 HISTOGRAMS = {"score": "Score", "grade": "Grade", "length": "Length, tokens"}
 
 
@@ -60,7 +61,7 @@ def _curve(name: str, runs: Sequence[Run]) -> Figure:
             if series is not None:
                 title = label if len(runs) == 1 else f"{run.name}, {label}"
                 traces.append(_line(thinned(series), title, split, place, len(runs)))
-                if split == "heldout":
+                if split == "heldout" and len(runs) == 1:
                     traces[-1]["bounds"] = _bounds(run, name)
     says, meaning = _says(name, traces), MEANINGS.get(name, "")
     return {"title": name, "meaning": meaning, "x": "step", "traces": traces, "says": says}
@@ -89,31 +90,36 @@ def _says(name: str, traces: Sequence[Figure]) -> str:
     return f"{name}: {'; '.join(ends)}"
 
 
-def frontier(runs: Sequence[Run]) -> Figure | None:
-    """Held-out score and grade against held-out KL, one point per evaluation: what each nat of KL has bought."""
-    traces = []
-    for place, run in enumerate(runs):
-        kl = run.heldout("objective/kl")
-        for split, (metric, what) in enumerate((("objective/score", "score"), ("objective/grade", "grade"))):
-            series = run.heldout(metric)
-            if kl is None or series is None:
-                continue
-            at = dict(zip(kl.steps, kl.values, strict=True))
-            points = [(at[step], value, step) for step, value in zip(*_columns(series), strict=True) if step in at]
-            x, y, steps = ([point[i] for point in points] for i in range(3))
-            name = what if len(runs) == 1 else f"{run.name}, {what}"
-            trace = {"name": name, "x": rounded(x), "y": rounded(y), "text": [f"step {step}" for step in steps]}
-            traces.append(trace | {"split": "heldout", "colour": place if len(runs) > 1 else split, "axis": split})
-    if not traces:
+def frontier(runs: Sequence[Run]) -> list[Figure]:
+    """Held-out score and grade against held-out KL, one point per evaluation: what each nat of KL has bought.
+
+    The two of one run share a figure.
+    """
+    figures = []
+    for judge in JUDGES:
+        found = [_against_kl(run, judge, place, len(runs)) for place, run in enumerate(runs)]
+        if traces := [trace for trace in found if trace is not None]:
+            figures.append((f"{judge.capitalize()} against KL", traces))
+    if len(runs) == 1 and len(figures) == 2:
+        traces = [trace | {"colour": place, "axis": place} for place, (_, (trace,)) in enumerate(figures)]
+        figures = [("Score and grade against KL", traces)]
+    meaning, x = "A point per evaluation: up is better, right is further from the start.", "KL, nats per response"
+    return [
+        {"title": title, "meaning": meaning, "x": x, "traces": traces, "says": _says(title, traces)}
+        for title, traces in figures
+    ]
+
+
+def _against_kl(run: Run, judge: str, place: int, runs: int) -> Figure | None:
+    kl, series = run.heldout("objective/kl"), run.heldout(f"objective/{judge}")
+    if kl is None or series is None:
         return None
-    title = "Score and grade against KL"
-    meaning = "A point per evaluation: up is better, right is further from the start."
-    says = _says(title, traces)
-    return {"title": title, "meaning": meaning, "x": "KL, nats per response", "traces": traces, "says": says}
-
-
-def _columns(series: Series) -> tuple[list[int], list[float]]:
-    return series.steps, series.values
+    at = dict(zip(kl.steps, kl.values, strict=True))
+    points = [(at[step], value, step) for step, value in zip(series.steps, series.values, strict=True) if step in at]
+    x, y, steps = ([point[i] for point in points] for i in range(3))
+    trace = {"name": judge if runs == 1 else run.name, "x": rounded(x), "y": rounded(y), "colour": place}
+    split = "train" if runs > 1 else "heldout"  # of several runs none is dashed
+    return trace | {"text": [f"step {step}" for step in steps], "split": split, "dots": True}
 
 
 def histograms(run: Run) -> list[Figure]:

@@ -34,22 +34,28 @@ function traces(figure) {
         mode: "lines", fill: "toself", fillcolor: faint(colour), line: { width: 0 }, hoverinfo: "skip", showlegend: false,
       });
     }
-    const points = trace.split === "heldout" || trace.x.length < 2;
+    const points = trace.split === "heldout" || trace.dots || trace.x.length < 2;
     made.push({
       name: trace.name, x: trace.x, y: trace.y, text: trace.text, hovertemplate: hover,
       mode: points ? "lines+markers" : "lines", yaxis: trace.axis ? "y2" : "y",
-      line: { color: colour, width: points ? 2.5 : 1.2, dash: points && figure.traces.length > 2 ? "dash" : "solid" },
+      line: { color: colour, width: points ? 2.5 : 1.2, dash: dashes(trace, figure, colours) },
       marker: { size: 6, symbol: trace.colour ? "square" : "circle" },
     });
   }
   return made;
 }
 
+// Held out is dashed where several runs share a figure; a run whose colour comes a second time is dotted.
+function dashes(trace, figure, colours) {
+  if (trace.colour >= colours.length) return "dot";
+  return trace.split === "heldout" && figure.traces.length > 2 ? "dash" : "solid";
+}
+
 function draw(place) {
   const figure = data.figures[Number(place.dataset.figure)];
   const axis = { gridcolor: style("--line"), zerolinecolor: style("--line"), automargin: true, fixedrange: !wide.matches };
   const layout = {
-    margin: { l: 44, r: 12, t: 8, b: 36 }, height: 240, showlegend: figure.traces.length > 1,
+    margin: { l: 44, r: 12, t: 8, b: 36 }, height: 240, showlegend: figure.traces.length > 1 && figure.traces.length < 5,
     legend: { orientation: "h", y: 1.12, x: 0, font: { size: 11 } },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "inherit", size: 12, color: style("--text") },
@@ -75,7 +81,20 @@ const seen = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "300px" });
 for (const place of document.querySelectorAll(".plot")) seen.observe(place);
-dark.addEventListener("change", () => drawn.forEach(draw));
+
+function key() {
+  const colours = dark.matches ? DARK : LIGHT;
+  for (const item of document.querySelectorAll(".key li")) {
+    const colour = Number(item.dataset.colour);
+    item.style.setProperty("--colour", colours[colour % colours.length]);
+    item.style.setProperty("--dash", colour >= colours.length ? "dotted" : "solid");
+  }
+}
+key();
+dark.addEventListener("change", () => {
+  key();
+  drawn.forEach(draw);
+});
 
 // -- samples -----------------------------------------------------------------------------------------------
 

@@ -11,19 +11,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from jinja2 import Environment
 from markupsafe import Markup
 
 from tristage.errors import UserError
 from tristage.reporting.charts import Figure, constant, curves, frontier, histograms, phases
-from tristage.reporting.verdict import verdict
-from tristage.runs.record import STEPS, Run, is_run, runs_in
+from tristage.reporting.verdict import number, signed, verdict
+from tristage.runs.record import STEPS, Run, is_run, names_apart, runs_in
 from tristage.storage.durable import replace_text
 
 HERE = Path(__file__).parent
 HEALTH_LINES = 200  # of a run that are shown
 SAMPLES = 500  # of a run that are shown, of each kind
+# Held-out metrics of a table of several runs.
+MEASURES = {
+    "sft/loss": "loss per answer token",
+    "reward_model/accuracy": "accuracy",
+    "dpo/accuracy": "accuracy",
+    "objective/score": "score",
+    "objective/grade": "grade",
+    "objective/kl": "KL, nats per response",
+    "rollout/length": "length, tokens",
+}
 TEXT = 4000  # characters of a prompt or response that are shown
 
 
@@ -39,7 +50,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, reload: int |
     sections = sections_of(folders)
     inside = folders[0] if len(folders) == 1 else Path()
     out = inside / "report.html" if out is None else out
-    title = folders[0].resolve().name if len(folders) == 1 else " / ".join(run.name for run in sections[0])
+    title = folders[0].resolve().name if len(folders) == 1 else f"{len(folders)} runs: {_title(sections[0][0])}"
     replace_text(out, page(title, sections, reload))
     return out, verdict_lines(sections)
 
@@ -83,7 +94,7 @@ def sections_of(folders: Sequence[Path]) -> list[list[Run]]:
             )
         # Nothing says which step a run without a word is of; it comes last.
         return sorted(([run] for run in runs), key=lambda section: section[0].step or "unknown")
-    several = [Run(folder) for folder in folders]
+    several = [Run(folder, name) for folder, name in zip(folders, names_apart(folders), strict=True)]
     for run in several:
         if not is_run(run.folder):
             raise UserError(f"{run.folder}: is not a run (it has no config.yaml or metrics.jsonl)")
@@ -152,7 +163,7 @@ def _section(
         return {key: figure[key] for key in ("title", "meaning", "says")} | {"number": len(figures) - 1}
 
     one = runs[0] if len(runs) == 1 else None
-    first = [figure for figure in (frontier(runs), *(histograms(one) if one else ())) if figure is not None]
+    first = [*frontier(runs), *(histograms(one) if one else ())]
     of_run = {"held-out prompts": _before_and_after(one), "rollouts": _rollouts(one)} if one else {}
     of_run = {name: items for name, items in of_run.items() if items}
     if of_run:
@@ -161,6 +172,7 @@ def _section(
         "id": f"run-{number}",
         "title": _title(runs[0]),
         "runs": [_run(run) for run in runs],
+        "results": [] if one else results(runs),
         "differences": differences(runs),
         "first_figures": [numbered(figure) for figure in first],
         "phases": phases(one) if one else [],
@@ -234,6 +246,22 @@ def _cut(text: Any) -> str:
     return text if len(text) <= TEXT else text[:TEXT] + " [...]"
 
 
+def results(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(measure, "before to after" of each run, then its change over runs) of the held-out measures that runs have."""
+    found = []
+    for metric, title in MEASURES.items():
+        ends = [
+            (series.values[0], series.last) if (series := run.heldout(metric)) and len(series.values) > 1 else None
+            for run in runs
+        ]
+        known = [after - before for before, after in filter(None, ends)]
+        if known:
+            cells = ["-" if pair is None else f"{number(pair[0])} to {number(pair[1])}" for pair in ends]
+            spread = f", deviation {number(float(np.std(known, ddof=1)))}" if len(known) > 1 else ""
+            found.append((title, [*cells, f"{signed(float(np.mean(known)))}{spread}"]))
+    return found
+
+
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(setting, its value in each run) of those that differ; "-" where a run does not have it."""
     flat = [dict(_flat(run.settings)) for run in runs]
@@ -242,9 +270,9 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in table if len(set(values)) > 1]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+        if isinstance(value, dict | list) and value:
+            yield from _flat(value if isinstance(value, dict) else dict(enumerate(value)), f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value

@@ -56,8 +56,10 @@ class Change:
 
 
 def number(value: float) -> str:
-    """Three significant digits, and never an exponent where people expect none."""
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2g}"
+    """Three significant digits, no exponent where people expect none, and 0 for what is rounding."""
+    if abs(value) < 1e-6:
+        return "0"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.2g}"
 
 
 def signed(value: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,12 +68,8 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 class Run:
     """A run's folder, read when first asked."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self.folder, self.name = folder, name or folder.resolve().name
 
     @cached_property
     def series(self) -> dict[str, dict[str, Series]]:
@@ -168,6 +164,17 @@ def _json_object(path: Path) -> Iterator[dict[str, Any]]:
         return
     if isinstance(value, dict):
         yield value
+
+
+def names_apart(folders: Sequence[Path]) -> list[str]:
+    """What tells folders apart: of a/seed0/ppo and a/seed1/ppo, seed0 and seed1."""
+    parts = [list(folder.resolve().parts) for folder in folders]
+    while all(len(each) > 1 for each in parts) and len({each[-1] for each in parts}) == 1:
+        parts = [each[:-1] for each in parts]
+    while all(len(each) > 1 for each in parts) and len({each[0] for each in parts}) == 1:
+        parts = [each[1:] for each in parts]
+    names = ["/".join(each) for each in parts]
+    return [name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
 
 
 def is_run(folder: Path) -> bool:
