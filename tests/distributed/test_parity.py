@@ -100,7 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def metrics(base: Path, name: str, step: str) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in line.items() if not key.startswith(("time/", "throughput/"))}
+        {key: value for key, value in line.items() if not key.startswith(("time/", "throughput/", "memory/"))}
         for line in read_metrics(base / name / step / "metrics.jsonl")
     ]
 

@@ -27,5 +27,5 @@ def kill_at(step: int) -> Any:
 
 def untimed(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl without what is timed."""
-    timed = ("time/", "throughput/")
+    timed = ("time/", "throughput/", "memory/", "health/")
     return [{name: x for name, x in line.items() if not name.startswith(timed)} for line in read_metrics(path)]

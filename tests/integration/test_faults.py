@@ -7,6 +7,7 @@ must end as the same run without faults, bit for bit.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import socket
@@ -154,7 +155,8 @@ def test_a_reward_function_that_raises_on_one_rank_stops_the_others_at_once(base
     ranks = Ranks(2, step3_ppo.train.main, argv, tmp_path / "log", FAULT=f"raise:{tmp_path / 'happened'}")
     assert ranks.codes() == [EXIT_STALLED, 2]
     said = [line for line in (tmp_path / "log").read_text().splitlines() if "error" in line.lower()]
-    assert said == ["error: reward function faulty failed on 8 responses (ZeroDivisionError: by a user)"]
+    failed = "error: reward function faulty failed on 8 responses (ZeroDivisionError: by a user)"
+    assert said == [f"{failed} (rank 1 on {platform.node()})"]
 
 
 def failing_rollout(argv: list[str]) -> None:
@@ -191,7 +193,7 @@ def test_a_rollout_that_fails_on_one_rank_ends_the_run_with_a_checkpoint_to_resu
 def test_a_constant_reward_is_warned_of_once(base, tmp_path):
     argv = ppo(base, tmp_path, "constant")
     assert Ranks(2, step3_ppo.train.main, argv, tmp_path / "log").codes() == [0, 0]
-    assert (tmp_path / "log").read_text().count("warning: every response has the score 0.5") == 1
+    assert (tmp_path / "log").read_text().count("constant_score: every response of an iteration has the same score") == 1
 
 
 def test_a_run_whose_phases_are_longer_than_the_interval_is_left_alone(base, whole_ppo, tmp_path):
