@@ -32,7 +32,7 @@ from tests.helpers.faults import (
 from tests.helpers.interrupted import untimed
 from tristage.dist.watchdog import EXIT_PREEMPTED, EXIT_STALLED
 from tristage.machine.arrival import free_port
-from tristage.rollout import PaddedRollout
+from tristage.rollout import padded
 
 SFT = "launch/step1_sft.sh"
 LONG = ["epochs=30", "save_every=25", "evaluate_every=70", "watchdog_seconds=60"]  # 192 steps
@@ -161,7 +161,7 @@ def test_a_reward_function_that_raises_on_one_rank_stops_the_others_at_once(base
 
 def failing_rollout(argv: list[str]) -> None:
     """The padded backend; on rank 1 its third call (iteration 2) raises, after all ranks' weights are gathered."""
-    decode, calls = PaddedRollout._generate_rows, [0]
+    decode, calls = padded.generate_padded, [0]
 
     def failing(*arguments: Any, **named: Any) -> Any:
         calls[0] += 1
@@ -169,7 +169,7 @@ def failing_rollout(argv: list[str]) -> None:
             raise RuntimeError("out of memory\nwhile decoding")
         return decode(*arguments, **named)
 
-    with mock.patch.object(PaddedRollout, "_generate_rows", failing):
+    with mock.patch.object(padded, "generate_padded", failing):
         step3_ppo.train.main(argv)
 
 
@@ -181,10 +181,11 @@ def test_a_rollout_that_fails_on_one_rank_ends_the_run_with_a_checkpoint_to_resu
     ranks = Ranks(2, failing_rollout, argv, tmp_path / "log")
     assert ranks.codes()[0] == 2, (tmp_path / "log").read_text()  # and ends the other
     said = [line for line in (tmp_path / "log").read_text().splitlines() if "error" in line.lower()]
-    assert set(said) == {
+    sentence = (
         "error: rollout backend padded failed on rank 1: RuntimeError: out of memory; the checkpoint of step 1 is "
         "written: start again to resume"
-    }
+    )
+    assert {line.partition(" (rank 1 on ")[0] for line in said} == {sentence}
     assert checkpoints(tmp_path / "ppo") == ["step_000001"]
     assert Ranks(2, step3_ppo.train.main, argv, tmp_path / "log").codes() == [0, 0]
     assert "resum" in (tmp_path / "log").read_text() and steps_done(tmp_path / "ppo") == 3
@@ -193,7 +194,7 @@ def test_a_rollout_that_fails_on_one_rank_ends_the_run_with_a_checkpoint_to_resu
 def test_a_constant_reward_is_warned_of_once(base, tmp_path):
     argv = ppo(base, tmp_path, "constant")
     assert Ranks(2, step3_ppo.train.main, argv, tmp_path / "log").codes() == [0, 0]
-    assert (tmp_path / "log").read_text().count("constant_score: every response of an iteration has the same score") == 1
+    assert (tmp_path / "log").read_text().count("constant_score: every response of an iteration") == 1
 
 
 def test_a_run_whose_phases_are_longer_than_the_interval_is_left_alone(base, whole_ppo, tmp_path):
