@@ -106,6 +106,6 @@ def contrast(one: str, other: str) -> float:
 def test_the_keyboard_reaches_the_verdict_first(visit: Visit, page: Path) -> None:
     view = visit(page)
     view.keyboard.press("Tab")
-    assert view.evaluate("document.activeElement.textContent") == "Skip to the verdict"
+    assert view.evaluate("document.activeElement.textContent") == "Skip to the content"
     view.keyboard.press("Enter")
     assert view.evaluate("location.hash") == "#main"

@@ -45,7 +45,7 @@ def test_secrets_appear_in_nothing_that_runs_write(
     for step in ("sft", "ppo"):  # what could have held one is there
         for written in ("config.yaml", "environment.json", "metrics.jsonl", "final/config.json"):
             assert (tmp_path / step / written).is_file()
-        for pattern in ("tensorboard/events*", "checkpoints/step_*"):
+        for pattern in ("tensorboard/train/events*", "checkpoints/step_*"):
             assert list((tmp_path / step).glob(pattern))
         assert "seed=3" in (tmp_path / step / "environment.json").read_text()
         assert "mine.api_key=***" in (tmp_path / step / "environment.json").read_text()

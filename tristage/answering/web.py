@@ -15,15 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-from markupsafe import Markup
-
 from tristage.answering.chat import Chat
 from tristage.answering.models import Answer
 from tristage.data.rows import Turn
 from tristage.errors import UserError
 from tristage.intervals import wilson_interval
-from tristage.reporting.report import read_asset
+from tristage.reporting.report import rendered
 from tristage.runs.record import lines_of
 from tristage.storage.durable import append_json
 
@@ -147,14 +144,8 @@ def _shown(name: str, answer: Answer) -> dict[str, Any]:
 
 def page(chat: Chat, tally: Sequence[dict[str, Any]]) -> str:
     """The HTML of the page."""
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return template.from_string((HERE / "web.html").read_text(encoding="utf-8")).render(
-        models=[each.name for each in chat.all],
-        judge=None if chat.judge is None else chat.judge.name,
-        tally=tally,
-        css=Markup(read_asset("page.css")),
-        js=Markup((HERE / "web.js").read_text(encoding="utf-8")),
-    )
+    models, judge = [each.name for each in chat.all], None if chat.judge is None else chat.judge.name
+    return rendered("web.html", HERE, models=models, judge=judge, tally=tally)
 
 
 def application(arena: Arena, port: int) -> Any:

@@ -6,10 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment
-from markupsafe import Markup
-
-from tristage.reporting.report import read_asset, script_json
+from tristage.reporting.report import rendered, script_json
 
 KEPT = ("response", "score", "grade", "length", "ended")
 
@@ -21,14 +18,12 @@ def comparison_page(rows: Sequence[dict[str, Any]], lines: Sequence[dict[str, An
         prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in line["messages"])
         answers = [(each["model"], {key: each[key] for key in KEPT if key in each}) for each in line["answers"]]
         items.append({"prompt": prompt, "answers": answers})
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(read_asset("comparison.html")).render(
+    return rendered(
+        "comparison.html",
         title=" / ".join(row["model"] for row in rows),
         prompts=len(lines),
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         rows=rows,
         judges=[name for name in ("score", "grade") if name in rows[0]],
-        css=Markup(read_asset("page.css")),
-        js=Markup(read_asset("page.js")),
         data=script_json({"figures": [], "samples": [{"prompts": items}], "reload": None}),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from tristage.errors import UserError
@@ -129,22 +129,26 @@ def page(title: str, sections: Sequence[Sequence[Run]], reload: int | None = Non
     figures: list[Figure] = []
     samples: list[dict[str, Any]] = []
     shown = [_section(number, runs, figures, samples) for number, runs in enumerate(sections)]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(read_asset("page.html"))
-    return template.render(
+    return rendered(
+        "page.html",
         title=title,
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         reload=reload,
         sections=shown,
-        css=Markup(read_asset("page.css")),
-        js=Markup(read_asset("page.js")),
         plotly=Markup(get_plotlyjs()),
         data=script_json({"figures": figures, "samples": samples, "reload": reload}),
     )
 
 
-def read_asset(name: str) -> str:
-    """A file next to this one."""
-    return (HERE / name).read_text(encoding="utf-8")
+def rendered(template: str, folder: Path = HERE, **values: Any) -> str:
+    """A page from a template of `folder`, with base.html of this one around it; all `values` but Markup are escaped."""
+    loader = FileSystemLoader([folder, HERE])
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+    def asset(name: str) -> Markup:
+        return Markup(loader.get_source(environment, name)[0])
+
+    return environment.get_template(template).render(asset=asset, **values)
 
 
 def script_json(value: Any) -> Markup:
