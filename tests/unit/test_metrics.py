@@ -159,6 +159,13 @@ def test_samples_keep_their_text_through_a_resume(tmp_path):
     ]
 
 
+def test_samples_are_json_whatever_their_numbers(tmp_path):
+    with run_log(tmp_path) as log:
+        log.write_samples(1, [{"response": "a", "score": float("nan"), "scores": {"model": float("inf"), "f": 1.0}}])
+    text = (tmp_path / "samples.jsonl").read_text()
+    assert text == '{"step": 1, "response": "a", "score": null, "scores": {"model": null, "f": 1.0}}\n'
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     write_steps(tmp_path, 0, 2, loss=1.0)

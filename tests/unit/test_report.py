@@ -229,6 +229,7 @@ def test_a_broken_run_has_a_page(tmp_path: Path, broken: str) -> None:
         with open(run / "metrics.jsonl", "a") as file:
             file.write('{"step": 9, "split": "tra')
     elif broken == "no numbers":
+        write_lines(run / "samples.jsonl", [{"step": 0, "prompt": "Q", "response": "a", "score": float("nan")}])
         lines = [{"step": 1, "split": "train", "objective/score": None, "objective/kl": float("nan")}, {"step": "x"}]
         write_lines(run / "metrics.jsonl", lines)
     elif broken == "damaged files":

@@ -130,10 +130,13 @@ def test_the_display_takes_the_place_of_progress_lines_and_the_log_keeps_them() 
         b"sft is 3/4 done\n",
     ]
     log, shown = io.BytesIO(), io.StringIO()
-    screen = Screen(Console(file=shown, width=20))
+    screen = Screen(Console(file=shown, width=20), "ppo")
     _copy(iter(lines), _Terminal(sys.stdout, screen), log, lambda line: True)  # type: ignore[arg-type]
     assert log.getvalue() == b"".join(lines)
     assert shown.getvalue().splitlines() == ["warning: step 3: clipping: 0.4 of the tokens", "sft is 3/4 done"]
+    blind = io.StringIO()  # rank 0 is on a node whose folder is not seen here
+    _copy(iter(lines), _Terminal(sys.stdout, Screen(Console(file=blind))), log, lambda line: True)  # type: ignore[arg-type]
+    assert len(blind.getvalue().splitlines()) == 5
     assert [bool(PROGRESS.fullmatch(line)) for line in lines] == [True, True, True, False, False]
 
 

@@ -61,6 +61,9 @@ def test_adapters_halve_the_backward_and_unknown_families_have_no_flops(tmp_path
     (tmp_path / "none").mkdir()
     (tmp_path / "none/config.json").write_text('{"model_type": "mamba"}')
     assert model_flops(spec(tmp_path / "none")) is None
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    assert model_flops(spec(tmp_path / "odd")) is None  # ZeroDivisionError in transformers
 
 
 def test_rates_are_of_all_ranks_and_utilisation_of_one(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,9 @@ def display(start: Start) -> Iterator[Screen | None]:
 
 
 class _Terminal:
-    """Where ranks' lines go: as they are, or above the display, which has the progress lines' numbers itself."""
+    """Where ranks' lines go: as they are, or above the display, which has the progress lines' numbers itself (if rank 0
+    writes to a folder that can be read here).
+    """
 
     def __init__(self, stream: Any, screen: Screen | None) -> None:
         self.stream, self.screen = stream, screen
@@ -218,7 +220,7 @@ class _Terminal:
         if self.screen is None:
             self.stream.buffer.write(line)
             self.stream.flush()
-        elif not PROGRESS.fullmatch(line):
+        elif not (self.screen.title and PROGRESS.fullmatch(line)):
             self.screen.say(line.decode("utf-8", "replace").rstrip("\n"))
 
 

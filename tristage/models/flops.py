@@ -7,13 +7,13 @@ sharing of prompts: each row counts as computed once, alone.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from tristage.config import EngineSpec
-from tristage.errors import UserError
-from tristage.models.sizes import model_shape
+from tristage.models.sizes import ModelShape, model_shape
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,16 @@ def model_flops(spec: EngineSpec) -> ModelFlops | None:
 
     With adapters the backward has the gradients of activations alone, which cost as much as the forward.
     """
-    try:
-        shape = model_shape(spec.path, spec.scalar_head, None, spec.trust_remote_code)
-    except UserError:
-        return None
-    if shape.experts:
+    shape = _shape(spec.path, spec.scalar_head, spec.trust_remote_code)
+    if shape is None or shape.experts:
         return None
     backward = 2.0 if spec.lora is None else 1.0
     return ModelFlops(2.0 * shape.linear, 4.0 * shape.layers * shape.query, 2.0 * shape.head, backward)
+
+
+@functools.cache  # actor and reference often start from one folder
+def _shape(path: str, scalar_head: bool, trust_remote_code: bool) -> ModelShape | None:
+    try:
+        return model_shape(path, scalar_head, None, trust_remote_code)
+    except Exception:  # whatever an unusual model raises: a number that informs must not end a run
+        return None

@@ -56,7 +56,7 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             for line in file:
                 try:
-                    value = json.loads(line)
+                    value = json.loads(line, parse_constant=lambda name: None)  # JSON has no NaN and no Infinity
                 except ValueError:
                     continue
                 if isinstance(value, dict):

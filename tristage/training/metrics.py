@@ -145,7 +145,7 @@ class RunLog:
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append to samples.jsonl, and show them in TensorBoard."""
         if dist.is_main() and samples:
-            append_json(self.output / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+            append_json(self.output / "samples.jsonl", [{"step": step, **_finite(sample)} for sample in samples])
             self.board.write_samples(step, samples)
 
     def write_rows(self, step: int, columns: dict[str, list[float]]) -> None:
@@ -181,6 +181,13 @@ class RunLog:
 def is_due(every: int, step: int) -> bool:
     """Whether something that happens every N steps happens after `step`; 0 is never."""
     return every > 0 and step % every == 0
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that are not finite, at any depth: JSON has none of them."""
+    if isinstance(value, dict):
+        return {name: _finite(inside) for name, inside in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _six_digits(value: float) -> float | None:

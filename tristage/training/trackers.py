@@ -201,5 +201,6 @@ def _name_and_id(output: Path) -> tuple[str, str]:
         id = str(json.loads(file.read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
         id = uuid.uuid4().hex[:8]
-        replace_text(file, json.dumps({"id": id}))
+        with contextlib.suppress(OSError):  # a full disk, which the metrics will meet and explain
+            replace_text(file, json.dumps({"id": id}))
     return f"{folder.parent.name}/{folder.name}", id
