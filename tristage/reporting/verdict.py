@@ -180,14 +180,14 @@ def _ppo(run: Run) -> list[Sentence]:
     if score is None:
         return _missing("the held-out score")
     grade = change(run, "grade", "objective/grade")
-    judges = [("Held-out score, by the reward that was trained on,", score, "objective/win_rate")]
+    judges = [("Held-out score, by the reward that was trained on,", score, "By score", "objective/win_rate")]
     if grade is not None:
         name = str(run.settings.get("grader") or "the grader")
-        judges.append((f"Held-out grade, by {name}, which training never saw,", grade, "objective/grade_win_rate"))
+        judges.append((f"Held-out grade, by {name}, which training never saw,", grade, "By grade", "objective/grade_win_rate"))
     sentences = [_headline(score, grade)]
-    for what, found, wins in judges:
+    for what, found, by, wins in judges:
         sentences.append(Sentence(found.kind, found.text(what)))
-        sentences += _win_rate(run, wins)
+        sentences += _win_rate(run, by, wins)
     return sentences + list(_at_what_kl(run)) + list(_best(run, "grade" if grade is not None else "score"))
 
 
@@ -239,11 +239,11 @@ def _headline(score: Change, grade: Change | None) -> Sentence:
     return Sentence(grade.kind, HEADLINES[score.kind, grade.kind])
 
 
-def _win_rate(run: Run, name: str) -> Iterator[Sentence]:
+def _win_rate(run: Run, by: str, name: str) -> Iterator[Sentence]:
     rate, low, high = (run.heldout(f"{name}{end}") for end in ("", "_low", "_high"))
     if rate is not None and low is not None and high is not None:
         share = f"{percent(rate.last)} of prompts (95 % interval {percent(low.last)} to {percent(high.last)})"
-        yield Sentence("note", f"It beats the response from before training on {share}.")
+        yield Sentence("note", f"{by}, it beats the response from before training on {share}.")
 
 
 def _at_what_kl(run: Run) -> Iterator[Sentence]:
