@@ -182,8 +182,8 @@ def _ppo(run: Run) -> list[Sentence]:
     grade = change(run, "grade", "objective/grade")
     judges = [("Held-out score, by the reward that was trained on,", score, "By score", "objective/win_rate")]
     if grade is not None:
-        name = str(run.settings.get("grader") or "the grader")
-        judges.append((f"Held-out grade, by {name}, which training never saw,", grade, "By grade", "objective/grade_win_rate"))
+        what = f"Held-out grade, by {run.settings.get('grader') or 'the grader'}, which training never saw,"
+        judges.append((what, grade, "By grade", "objective/grade_win_rate"))
     sentences = [_headline(score, grade)]
     for what, found, by, wins in judges:
         sentences.append(Sentence(found.kind, found.text(what)))
