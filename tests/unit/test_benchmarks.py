@@ -11,11 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import against_peers, figures, floor, models, ours, ppo_phases, scaling, soak, speed_page, tiny, trl_ppo
+from benchmarks import (
+    against_peers,
+    figures,
+    floor,
+    models,
+    ours,
+    ppo_phases,
+    scaling,
+    seeds,
+    soak,
+    speed_page,
+    tiny,
+    trl_ppo,
+)
 from benchmarks.against_peers import EXPERIMENTS
 from benchmarks.turns import Contestant
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
+from tests.helpers.runs import write_ppo, write_run
+from tests.helpers.tiny import REPO
 from tristage.config import load_config
 from tristage.data.sets import load_sets
 from tristage.models.tokenizer import load_tokenizer
@@ -234,3 +249,24 @@ def test_a_figure_draws_bars_to_scale():
     (x, first), (y, second), (again, third) = drawn[-3:]
     assert (x, y, again) == ("part0", "part1", "part1")
     assert math.isclose(3 * first, second, rel_tol=0.01) and math.isclose(2 * first, third, rel_tol=0.01)
+
+
+def test_seeds_are_put_together_and_the_docs_have_their_table(tmp_path, capsys):
+    for seed in (0, 1):
+        folder = tmp_path / f"runs/{seed}"
+        grades = [[0.5, 0.7], [0.9, 0.7], [0.8 + 0.1 * seed, 0.8]]
+        write_ppo(folder / "step3_ppo", [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], grades, seed=seed)
+        names = {"reward_model/accuracy": 0.5, "reward_model/length_baseline": 0.6}
+        heldout = [{"step": 0, **names}, {"step": 9, **names, "reward_model/accuracy": 0.8}]
+        write_run(folder / "step2_reward_model", "step2_reward_model", [], heldout)
+    seeds.main([str(tmp_path / "runs"), "--out", str(tmp_path / "seeds.json")])
+    found = json.loads((tmp_path / "seeds.json").read_text())
+    assert found["summary"]["gold"]["change"] == pytest.approx((0.2 + 0.25) / 2)
+    assert found["summary"]["gold"]["deviation"] == pytest.approx(0.05 / 2**0.5)
+    assert "longer wins" not in found["summary"]  # of the data
+    assert "| 1 | 0.800 | 0.600 | 0.600 | 0.850 | 0.850 | 1.0 |" in capsys.readouterr().out
+    published = json.loads((REPO / "benchmarks/results/quickstart_seeds.json").read_text())
+    assert seeds.table(published["seeds"]) in (REPO / "docs/getting-started.md").read_text()
+    gold = seeds.summary(published["seeds"])["gold"]
+    assert [f"{x:.3f}" for x in (gold["change"], *gold["interval"])] == ["0.261", "0.251", "0.271"]  # as README has it
+    assert all(after - before > 0.15 for before, after in (seed["gold"] for seed in published["seeds"]))
