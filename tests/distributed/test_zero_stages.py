@@ -196,7 +196,8 @@ def test_sampled_responses_do_not_depend_on_zero_stage_or_ranks(other: str, runs
         assert mine.tolist() == its.tolist()
     ours, theirs = (read_metrics(runs.folder / job / "samples.jsonl") for job in ("zero0/ppo", other))
     for mine, its in zip(ours, theirs, strict=True):
-        assert mine == its | {"score": pytest.approx(its["score"], rel=RTOL, abs=1e-6)}
+        numbers = {name: pytest.approx(its[name], rel=RTOL, abs=1e-5) for name in ("score", "kl", "scores")}
+        assert mine == its | numbers
 
 
 @pytest.mark.parametrize("step", STEPS)

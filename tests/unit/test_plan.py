@@ -25,7 +25,7 @@ from tristage.planning.formulas import GIB, Engine, Machine, Zero, total
 SHAPE = ModelShape(
     **{"parameters": 1000, "linear": 800, "adapters": 0, "head": 100, "largest": 100, "layers": 2, "hidden": 10},
     **{"heads": 2, "query": 10, "key_value": 10, "inner": 40, "inner_kept": 2, "vocabulary": 50},
-    **{"rms_norm": False, "query_norm": False, "attention_matrix": False, "plain_head": True},
+    **{"rms_norm": False, "query_norm": False, "attention_matrix": False, "plain_head": True, "experts": False},
 )
 FOUR = Machine(4, 4, 80 * GIB, None)
 
