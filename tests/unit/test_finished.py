@@ -156,11 +156,12 @@ def test_a_run_that_starts_is_not_finished(done):
 
 def test_it_is_written_atomically_synced_and_after_every_export(done, monkeypatch):
     settings, calls = done.settings(), []
+    monkeypatch.setattr(run, "announce", lambda output: calls.append("report"))
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *words, name=name, real=real: calls.append(name) or real(*words))
     run.finish(settings, [done.final])
-    assert calls == ["fsync", "replace", "fsync"]
+    assert calls == ["fsync", "replace", "fsync", "report"]
     values = json.loads((done.output / "finished.json").read_text())
     assert (values["step"], values["data"], list(values["folders"])) == ("step1_sft", "d", ["final"])
 

@@ -245,7 +245,7 @@ def test_each_tokens_policy_loss_is_weighed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Sequences, "micro_batch", lambda self, rows: micro)
     monkeypatch.setattr(step3_ppo.update, "backward_mean", lambda engine, loss, tokens: loss)
     engines = Engines(lambda *_: (logprobs, logprobs), None, None, None)
-    minibatch = Minibatch(engines, made, settings, Averages(), Averages(), False)
+    minibatch = Minibatch(engines, made, settings, Averages(), Averages(), False, False)
     expected = 0.0
     for row, t in ((0, 0), (0, 1), (1, 0), (1, 1)):
         new, old, sampled = (float(x[row, t]) for x in (logprobs, made.logprobs, made.sampled_logprobs))

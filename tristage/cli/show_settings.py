@@ -24,8 +24,9 @@ def _values(group: BaseModel, places: dict[str, str], prefix: str = "") -> Itera
     for name in type(group).model_fields:
         value, key = getattr(group, name), f"{prefix}{name}"
         if isinstance(value, BaseModel):
-            empty = not value.model_fields_set
-            yield f"{indent}{name}:{' {}' * empty}", place_of(key, places) * empty
+            empty, default = not value.model_fields_set, name not in group.model_fields_set
+            place = "default" if default else place_of(key, places) * empty
+            yield f"{indent}{'# ' * default}{name}:{' {}' * empty}", place
             yield from _values(value, places, f"{key}.")
         elif name in group.model_fields_set:
             yield f"{indent}{name}: {as_yaml(value)}", place_of(key, places)
