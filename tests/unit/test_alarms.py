@@ -193,4 +193,5 @@ def test_a_name_that_is_not_a_condition_is_refused() -> None:
 
 
 def test_the_page_has_the_conditions_as_they_are() -> None:
+    assert all(line.count("|") == 5 for line in table().splitlines())
     assert table() in (REPO / "docs/health.md").read_text(encoding="utf-8")
