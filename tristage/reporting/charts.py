@@ -1,7 +1,7 @@
 """A run's numbers as figures of plotly, made as plain dicts: lists of traces and a layout that page.js completes.
 
-plotly.js is 4.8 MB of every report and is worth it: hover, zoom, and a legend that hides traces. bokeh.min.js is 1.3 MB
-but takes models built in Python, a second of imports; vega draws 100 curves slowly.
+plotly.js is 4.8 MB of every report and is worth it: hover, zoom, a legend that hides traces, and figures that are plain
+JSON. bokeh.min.js is 1.3 MB, but its figures are documents that its Python objects make.
 """
 
 from __future__ import annotations
