@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.recordings import READ, recorded
 from tristage.config.health import HealthSettings
 from tristage.runs.record import lines_of
+from tristage.training import alarms as module
 from tristage.training.alarms import Alarms, table
 from tristage.training.conditions import CONDITIONS
 from tristage.training.metrics import RunLog, read_metrics
@@ -177,6 +178,19 @@ def test_a_resumed_run_looks_back_on_the_lines_before(tmp_path: Path, capsys: An
     assert capsys.readouterr().out.count("warning") == 0
     assert alarms_of(tmp_path) == [("kl_runaway", 3)]
     assert [line["health/alarms"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 0, 1, 1, 1]
+
+
+def test_a_long_run_is_looked_at_again_at_its_end_alone_and_remembers_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REPLAYED", 2)
+    lines = [{"step": step, "split": "train", "objective/entropy": 2.0} for step in range(1, 50)]
+    alarms = monitor(tmp_path)
+    alarms.replay(lines, [{"step": 9, "alarm": "clipping"}, {"step": 9, "bad": "loss"}])
+    assert alarms.told == {"clipping"} and alarms.history.start("objective/entropy") == 2.0
+    for step in (50, 51, 52):
+        alarms.look(step, "train", {"objective/entropy": 0.1})
+    assert alarms_of(tmp_path) == [("entropy_collapse", 52)]
 
 
 def test_lines_after_the_checkpoint_are_dropped_with_their_alarms(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tristage.config import RunSettings
 from tristage.storage.durable import append_json
 from tristage.training.conditions import CONDITIONS, Condition, History, Metrics
+
+REPLAYED = 2000  # lines of a resumed run that conditions look at again: enough for any that holds
 
 
 class Alarms:
@@ -32,11 +34,13 @@ class Alarms:
         patience = {condition.name: condition.patience for condition in CONDITIONS}
         return [name for name, count in self.in_a_row.items() if count >= patience[name]]
 
-    def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take in lines that an earlier attempt has written, and told of."""
-        for line in lines:
-            for condition, _ in self._begin(line["step"], line["split"], line):
-                self.told.add(condition.name)
+    def replay(self, lines: Sequence[Mapping[str, Any]], logged: Iterable[Mapping[str, Any]]) -> None:
+        """Take in what an earlier attempt has written: the lines of metrics, and `logged`, those of health.jsonl."""
+        self.told = {str(line["alarm"]) for line in logged if "alarm" in line}
+        for line in lines[:-REPLAYED]:
+            self.history.add(line["split"], _finite(line))
+        for line in lines[-REPLAYED:]:
+            self._begin(line["step"], line["split"], line)
 
     def look(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Take in a line. What begins to hold goes to health.jsonl, and to the screen if it is the first time."""
@@ -54,11 +58,7 @@ class Alarms:
 
     def _begin(self, step: int, split: str, metrics: Mapping[str, Any]) -> list[tuple[Condition, float]]:
         """The conditions that begin to hold with this line, and the value of each."""
-        finite = {
-            name: float(value)
-            for name, value in metrics.items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
+        finite = _finite(metrics)
         found = [self._check(condition, step, split, finite) for condition in CONDITIONS]
         self.history.add(split, finite)
         return [begun for begun in found if begun is not None]
@@ -73,6 +73,11 @@ class Alarms:
             return None
         self.in_a_row[condition.name] = self.in_a_row.get(condition.name, 0) + 1
         return (condition, value) if self.in_a_row[condition.name] == condition.patience else None
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if math.isfinite(value) and name != "step"}
 
 
 def table() -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 from tristage import dist
 from tristage.config import RunSettings
 from tristage.dist import progress, watchdog
-from tristage.runs.record import read_metrics
+from tristage.runs.record import lines_of, read_metrics
 from tristage.runs.screen import Screen, TimeLeft, clock_of, short
 from tristage.storage.durable import append_json, explain_disk_errors, replace_text
 from tristage.training.alarms import Alarms
@@ -94,7 +94,7 @@ class RunLog:
                 for name in ("metrics", "samples", "heldout", "health"):
                     _drop_lines_after(self.output / f"{name}.jsonl", self.first)
                 if self.alarms is not None and self.path.is_file():
-                    self.alarms.replay(read_metrics(self.path))
+                    self.alarms.replay(read_metrics(self.path), lines_of(self.output / "health.jsonl"))
                 self.file = open(self.path, "a", encoding="utf-8")
             self.board = Board(self.output / "tensorboard", self.first + 1 if self.first else 0)
             self.trackers.__enter__()
