@@ -62,6 +62,7 @@ INSIDE_FUNCTIONS = {
     ("tristage/data/sources.py", "datasets"),
     ("tristage/data/sources.py", "huggingface_hub"),
     ("tristage/cli/main.py", "tristage"),
+    ("tristage/cli/answers.py", "tristage"),
     ("tristage/models/lora.py", "peft"),  # a second to import, with bitsandbytes
     ("tristage/training/board.py", "torch"),  # TensorBoard, on rank 0 alone
     ("tristage/rollout/vllm.py", "vllm"),

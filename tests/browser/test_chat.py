@@ -195,10 +195,10 @@ def test_a_port_in_use_is_one_sentence(site: Site, capsys: Any) -> None:
     assert f"--port {port}: cannot be opened on 127.0.0.1" in printed and printed.count("\n") == 1
 
 
-def test_without_fastapi_web_says_what_to_install(monkeypatch: Any, site: Site) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "fastapi", None)
-    with pytest.raises(UserError, match="pip install 'tristage.web.'"):
-        web.application(site.arena, 1)
+def test_without_fastapi_web_says_what_to_install_before_a_model_loads(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(web.importlib.util, "find_spec", lambda name: None)
+    assert tristage(["chat", "/nowhere", "--web"]) == 2
+    assert capsys.readouterr().err == "error: --web needs FastAPI and uvicorn: pip install 'tristage[web]'\n"
 
 
 def test_the_server_listens_on_this_machine_alone() -> None:

@@ -7,6 +7,7 @@ loopback interface and refuses requests that another page makes the browser send
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import socket
@@ -30,7 +31,9 @@ CHOICES = ("a", "b", "tie")
 
 
 def open_port(port: int) -> socket.socket:
-    """A socket that listens on the loopback interface. Raises UserError: the port is in use."""
+    """A socket that listens on the loopback interface. Raises UserError: the port is in use, a package is missing."""
+    if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
+        raise UserError("--web needs FastAPI and uvicorn: pip install 'tristage[web]'")
     opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -149,12 +152,9 @@ def page(chat: Chat, tally: Sequence[dict[str, Any]]) -> str:
 
 
 def application(arena: Arena, port: int) -> Any:
-    """The FastAPI application. Raises UserError: FastAPI is not installed."""
-    try:
-        from fastapi import FastAPI, Request
-        from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-    except ImportError:
-        raise UserError("--web needs FastAPI and uvicorn: pip install 'tristage[web]'") from None
+    """The FastAPI application."""
+    from fastapi import FastAPI, Request  # an extra
+    from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     hosts = {f"{HOST}:{port}", f"localhost:{port}"}
@@ -208,7 +208,7 @@ def application(arena: Arena, port: int) -> Any:
 
 
 def serve(chat: Chat, votes: Path, opened: socket.socket, seed: int) -> None:
-    """Serve the page until Ctrl-C. Raises UserError: FastAPI or uvicorn is not installed."""
+    """Serve the page until Ctrl-C."""
     port = opened.getsockname()[1]
     app = application(Arena(chat, Votes(votes), random.Random(seed)), port)
     import uvicorn

@@ -21,11 +21,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from tristage import __version__
+from tristage.cli import answers
 from tristage.cli.show_settings import config_lines, setting_lines
 from tristage.config import load_config
 from tristage.config.steps import STEPS, settings_class
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     _data_arguments(subcommands.add_parser("data", help="show or check the rows that a step will train on"))
     _plan_arguments(subcommands.add_parser("plan", help="the memory that a step needs, before it is started"))
     _report_arguments(subcommands.add_parser("report", help="write a page about a run, several runs or a pipeline"))
-    _chat_arguments(subcommands.add_parser("chat", help="talk with a model, or with several at once"))
-    _compare_arguments(subcommands.add_parser("compare", help="compare models on the same prompts"))
+    answers.chat_arguments(subcommands.add_parser("chat", help="talk with a model, or with several at once"))
+    answers.compare_arguments(subcommands.add_parser("compare", help="compare models on the same prompts"))
     _doctor_arguments(subcommands.add_parser("doctor", help="check this machine, or a config on it, for problems"))
     arguments, rest = parser.parse_known_args(argv)
     if arguments.subcommand is None and not rest:
@@ -114,33 +114,6 @@ def _report_arguments(report: argparse.ArgumentParser) -> None:
     report.add_argument("--watch", nargs="?", const=10, type=int, metavar="N", help=again)
 
 
-def _answering_arguments(command: argparse.ArgumentParser, max_tokens: int) -> None:
-    command.add_argument("models", nargs="+", metavar="MODEL", help="folder of a model, such as OUT/final")
-    command.add_argument("--reward-model", metavar="MODEL", help="scores each answer")
-    command.add_argument("--template", type=Path, metavar="FILE", help="Jinja chat template, for folders without one")
-    command.add_argument("--temperature", type=float, default=1.0)
-    command.add_argument("--top-p", type=float, default=1.0)
-    most = f"of an answer ({max_tokens}); at most half of what a model reads"
-    command.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=most)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--trust-remote-code", action="store_true", help="run Python code that model folders bring")
-
-
-def _chat_arguments(chat: argparse.ArgumentParser) -> None:
-    _answering_arguments(chat, 512)
-    chat.add_argument("--web", action="store_true", help="as a page in a browser, with blind votes")
-    chat.add_argument("--port", type=int, default=8765, help="of --web, on this machine alone (8765)")
-    chat.add_argument("--votes", type=Path, default=Path("votes.jsonl"), help="preference rows of --web (votes.jsonl)")
-
-
-def _compare_arguments(compare: argparse.ArgumentParser) -> None:
-    _answering_arguments(compare, 256)
-    compare.add_argument("--prompts", required=True, metavar="FILE", help="rows with a prompt, as for step 3")
-    compare.add_argument("--grader", metavar="module:function", help="(prompts, responses) -> scores")
-    compare.add_argument("--limit", type=int, metavar="N", help="use the first N prompts")
-    compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder of the results (comparison)")
-
-
 def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("config", nargs="?", help="a step's YAML; also check the files it names")
     doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
@@ -176,69 +149,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     stops = sum(finding.level == "stop" for finding in findings)
     print(f"{stops} to fix before a run" if stops else "nothing would stop a run")
     return int(stops > 0)
-
-
-def _chat(arguments: argparse.Namespace) -> int:
-    sampling, template = _sampling(arguments)
-    from tristage.answering import chat
-    from tristage.answering.models import Judge, Speaker
-
-    opened = None
-    if arguments.web:
-        from tristage.answering import web  # before models load: the port may be in use
-
-        opened = web.open_port(arguments.port)
-    trust = arguments.trust_remote_code
-    speakers = [Speaker(path, template, trust) for path in arguments.models]
-    judge = None if arguments.reward_model is None else Judge(arguments.reward_model, trust)
-    conversation = chat.Chat(speakers, judge, sampling, arguments.seed)
-    if opened is not None:
-        web.serve(conversation, arguments.votes, opened, arguments.seed)
-        return 0
-    console = Console(highlight=False)
-    chat.run(conversation, console, chat.keyboard(console))
-    return 0
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    if len(arguments.models) < 2:
-        raise UserError("give two models or more to compare")
-    sampling, template = _sampling(arguments)
-    from tristage.answering import compare
-    from tristage.answering.models import Judge, check_folder
-    from tristage.answering.scorers import load_function
-
-    for path in arguments.models:
-        check_folder(path, "language model")
-    trust, prompts = arguments.trust_remote_code, compare.read_prompts(arguments.prompts, arguments.limit)
-    grader = None if arguments.grader is None else load_function(arguments.grader, "tristage compare", "--grader")
-    judge = None if arguments.reward_model is None else Judge(arguments.reward_model, trust)
-    options = {"template": template, "trust_remote_code": trust}
-    found = compare.compare(arguments.models, prompts, sampling, arguments.seed, judge, grader, **options)
-    rows = compare.summary(found)
-    _console().print(compare.table(rows))
-    print(f"answers and page: {compare.write(arguments.out, prompts, found, rows)}", flush=True)
-    return 0
-
-
-def _sampling(arguments: argparse.Namespace) -> tuple[Any, str | None]:
-    """How answers are sampled, and the text of a template that was given; what both need before anything is loaded."""
-    for name, value, fine in (
-        ("temperature", arguments.temperature, arguments.temperature > 0),
-        ("top-p", arguments.top_p, 0 < arguments.top_p <= 1),
-        ("max-tokens", arguments.max_tokens, arguments.max_tokens > 0),
-        ("seed", arguments.seed, arguments.seed >= 0),
-    ):
-        if not fine:
-            raise UserError(f"--{name} {value:g} is out of range")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from tristage.data.template import template_text
-    from tristage.models.quiet import quiet_libraries
-    from tristage.rollout import SamplingConfig  # imported here: torch takes seconds
-
-    quiet_libraries()
-    sampling = SamplingConfig(arguments.max_tokens, arguments.temperature, arguments.top_p, 0)
-    return sampling, None if arguments.template is None else template_text(arguments.template)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -312,7 +222,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 RUN = {"config": _config, "settings": _settings, "data": _data, "plan": _plan, "merge": _merge, "doctor": _doctor}
-RUN |= {"report": _report, "chat": _chat, "compare": _compare}
+RUN |= {"report": _report, "chat": answers.chat, "compare": answers.compare}
 
 
 def _console() -> Console:
