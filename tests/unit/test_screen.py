@@ -121,7 +121,7 @@ def test_a_missing_or_damaged_run_does_not_disturb_the_launcher(tmp_path: Path) 
     assert follower.screen.step == 0
 
 
-def test_the_display_takes_the_place_of_progress_lines_and_the_log_keeps_them() -> None:
+def test_the_display_takes_the_place_of_progress_lines_and_the_log_keeps_them(tmp_path: Path) -> None:
     lines = [
         b"ppo 3/40 score 1.2 kl 0.5 left 0:01:02\n",
         b"ppo 1/40 score 1.2 kl 0.5 left ?\n",
@@ -129,15 +129,18 @@ def test_the_display_takes_the_place_of_progress_lines_and_the_log_keeps_them() 
         b"warning: step 3: clipping: 0.4 of the tokens\n",
         b"sft is 3/4 done\n",
     ]
-    log, shown = io.BytesIO(), io.StringIO()
-    screen = Screen(Console(file=shown, width=20), "ppo")
-    _copy(iter(lines), _Terminal(sys.stdout, screen), log, lambda line: True)  # type: ignore[arg-type]
-    assert log.getvalue() == b"".join(lines)
-    assert shown.getvalue().splitlines() == ["warning: step 3: clipping: 0.4 of the tokens", "sft is 3/4 done"]
-    blind = io.StringIO()  # rank 0 is on a node whose folder is not seen here
-    _copy(iter(lines), _Terminal(sys.stdout, Screen(Console(file=blind))), log, lambda line: True)  # type: ignore[arg-type]
-    assert len(blind.getvalue().splitlines()) == 5
     assert [bool(PROGRESS.fullmatch(line)) for line in lines] == [True, True, True, False, False]
+
+    def shown(folder: Path) -> list[str]:
+        log, screen = io.BytesIO(), io.StringIO()
+        follower = Follower(folder, Screen(Console(file=screen, width=20)))
+        _copy(iter(lines), _Terminal(sys.stdout, follower), log, lambda line: True)  # type: ignore[arg-type]
+        assert log.getvalue() == b"".join(lines)
+        return screen.getvalue().splitlines()
+
+    assert len(shown(tmp_path)) == 5  # rank 0 is on a node whose folder is not seen here
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "split": "heldout", "sft/loss": 9.0}\n')  # its first line
+    assert shown(tmp_path) == ["warning: step 3: clipping: 0.4 of the tokens", "sft is 3/4 done"]
 
 
 # -- work that takes long ---------------------------------------------------------------------------------------

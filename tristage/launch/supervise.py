@@ -68,16 +68,16 @@ class Supervisor:
                 (self.folder / "port").write_text(start.port)
             if start.picked:
                 (self.folder / "port_picked").touch()  # rank 0 renames it to port_taken
-            with self._handling_signals(), _open_log(start) as log, display(start) as screen:
-                return self._watch(start, environment, log, screen)
+            with self._handling_signals(), _open_log(start) as log, display(start) as follower:
+                return self._watch(start, environment, log, follower)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _watch(
-        self, start: Start, environment: dict[str, str], log: IO[bytes] | None, screen: Screen | None
+        self, start: Start, environment: dict[str, str], log: IO[bytes] | None, follower: Follower | None
     ) -> int:
         child = self._start(start, environment)
-        out, err = (_Terminal(stream, screen) for stream in (sys.stdout, sys.stderr))
+        out, err = (_Terminal(stream, follower) for stream in (sys.stdout, sys.stderr))
         threads = [
             threading.Thread(target=_copy, args=(child.stdout, out, log, is_for_the_user), daemon=True),
             threading.Thread(target=_copy, args=(child.stderr, err, log, self._note), daemon=True),
@@ -199,13 +199,13 @@ def remove_buffers(port: str | None) -> None:
 
 
 @contextlib.contextmanager
-def display(start: Start) -> Iterator[Screen | None]:
+def display(start: Start) -> Iterator[Follower | None]:
     """The run's display, where the launcher has a terminal and the run a folder on this machine."""
     if start.log is None or not sys.stdout.isatty():
         yield None
         return
     with Follower(start.log.parent.parent, Screen(Console())) as follower:
-        yield follower.screen
+        yield follower
 
 
 class _Terminal:
@@ -213,15 +213,15 @@ class _Terminal:
     writes to a folder that can be read here).
     """
 
-    def __init__(self, stream: Any, screen: Screen | None) -> None:
-        self.stream, self.screen = stream, screen
+    def __init__(self, stream: Any, follower: Follower | None) -> None:
+        self.stream, self.follower = stream, follower
 
     def write(self, line: bytes) -> None:
-        if self.screen is None:
+        if self.follower is None:
             self.stream.buffer.write(line)
             self.stream.flush()
-        elif not (self.screen.title and PROGRESS.fullmatch(line)):
-            self.screen.say(line.decode("utf-8", "replace").rstrip("\n"))
+        elif not (PROGRESS.fullmatch(line) and self.follower.sees()):
+            self.follower.screen.say(line.decode("utf-8", "replace").rstrip("\n"))
 
 
 def _copy(source: IO[bytes], terminal: _Terminal, log: IO[bytes] | None, shown: Callable[[bytes], bool]) -> None:

@@ -6,6 +6,7 @@ Elsewhere the same numbers come as plain lines.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -156,7 +157,7 @@ class Follower:
 
     def __init__(self, output: Path, screen: Screen) -> None:
         self.output, self.screen, self.read, self.since = output, screen, 0, time.time()
-        self.ends = threading.Event()
+        self.ends, self.looking = threading.Event(), threading.Lock()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:
@@ -176,11 +177,15 @@ class Follower:
 
     def look(self) -> None:
         """Take in what has been written since the last look. Nothing here can end a run."""
-        try:
-            self._heartbeat(self.output / "logs/rank_00000.json")
-            self._metrics(self.output / "metrics.jsonl")
-        except (OSError, ValueError, TypeError, KeyError):
-            return
+        with self.looking:
+            for read, path in ((self._heartbeat, "logs/rank_00000.json"), (self._metrics, "metrics.jsonl")):
+                with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                    read(self.output / path)
+
+    def sees(self) -> bool:
+        """Whether the run writes to a folder that can be read here."""
+        self.look()
+        return bool(self.screen.title or self.screen.latest or self.screen.heldout)
 
     def _heartbeat(self, path: Path) -> None:
         if path.stat().st_mtime < self.since:
