@@ -11,7 +11,7 @@ import torch
 
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import Engines, build_engines, check_models
-from step3_ppo.rewards import RewardTerm, check_turns, load_grader, load_reward_terms
+from step3_ppo.rewards import RewardTerm, check_turns, load_functions
 from step3_ppo.rollout import Control, make_rollouts, prompt_batch
 from step3_ppo.update import ActorExtras
 from tristage import dist
@@ -61,7 +61,7 @@ def read_inputs(settings: PPOConfig, train: bool = True) -> Inputs:
     if not train:
         configs.pop("critic", None)
     tokenizer = check_models(settings)
-    functions, grader = load_reward_terms(settings), load_grader(settings)
+    functions, grader = load_functions(settings)
     if not train:
         heldout = load_heldout(settings, tokenizer)
         check_turns(settings, heldout)

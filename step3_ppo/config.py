@@ -62,9 +62,20 @@ class RewardFunction(Settings):
     """A Python function as a reward, alone or added to the reward model's score."""
 
     function: str = Field(
-        description="package.module:function, (prompts, responses) -> scores, lists of the same length."
+        description="package.module:function, (prompts, responses) -> scores, lists of the same length; with a "
+        "parameter `rows`, the columns of `reward.labels` too."
     )
     weight: float = Field(1.0, description="Weight of its scores in the sum.")
+    normalize: bool = Field(
+        False, description="Train on (score - mean) / deviation, of all its scores since the start of the run."
+    )
+    timeout_seconds: float | None = Field(None, gt=0, description="Give a call up after this; null waits.")
+    retries: int = Field(0, ge=0, description="Further calls after one that failed, 1, 2, 4, ... seconds apart.")
+
+    @property
+    def name(self) -> str:
+        """As metrics and samples have it."""
+        return self.function.rpartition(":")[2]
 
 
 class RewardModel(FrozenModel):
@@ -86,6 +97,9 @@ class RewardModel(FrozenModel):
         "(own_tokenizer).",
     )
     functions: tuple[RewardFunction, ...] = Field((), description="Functions added to the reward model's score.")
+    labels: tuple[str, ...] = Field(
+        (), description="Columns of the prompts' rows that functions and grader get as `rows`, such as an answer."
+    )
     share_critic_trunk: bool = Field(
         False,
         description="Score with the critic's frozen trunk, adapters off, instead of a second copy. Needs critic.lora.",
@@ -465,6 +479,10 @@ class PPOConfig(RunSettings):
     @property
     def row_tokens(self) -> int:
         return self.max_prompt_tokens
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.reward.labels
 
     @property
     def tokenizer_path(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from step3_ppo.rollout import (
     score_responses,
 )
 from tristage import dist
+from tristage.algo.masking import masked_sum
 from tristage.answering.scorers import score_texts
 from tristage.data.loader import evaluation_rows
 
@@ -57,23 +59,32 @@ def evaluate(run: PPORun, iteration: int = 0) -> Evaluation:
     samples = samples_of(found, tokenizer, "heldout", range(len(rows)))
     if grader is not None:
         prompts, responses = ([sample[key] for sample in samples] for key in ("prompt", "response"))
-        grades = score_texts(grader, prompts, responses, f"grader {settings.grader}").tolist()
+        labels = [rows.labels(i) for i in range(len(rows))]
+        grades = score_texts(grader, prompts, responses, f"grader {settings.grader}", labels).scores.tolist()
         metrics["objective/grade"] = sum(grades) / len(grades)
         samples = [sample | {"grade": grade} for sample, grade in zip(samples, grades, strict=True)]
     return Evaluation(metrics, samples)
 
 
 def samples_of(found: Responses, tokenizer: Any, split: str, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """An entry of samples.jsonl for each of `rows`, without its step; `kl` in nats, `length` in tokens."""
+    """An entry of samples.jsonl for each of `rows`, without its step; KL and log-probability in nats."""
     sequences, mask = found.sequences, found.sequences.response_mask
     prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask, rows)
     responses = decode(tokenizer, sequences.responses, mask, rows)
-    columns = {"score": found.scores, "kl": found.kl, "length": mask.sum(dim=1), "ended": sequences.ended}
+    columns = {
+        "score": found.scores,
+        "kl": found.kl,
+        "reference_logprob": masked_sum(found.ref_logprobs, mask, dim=1),
+        "length": mask.sum(dim=1),
+        "ended": sequences.ended,
+    }
     numbers = {name: column.tolist() for name, column in columns.items()}
     terms = {name: term.tolist() for name, term in found.terms.items()}
+    extra = {name: term.tolist() for name, term in found.extra.items()}
     return [
         {"split": split, "row": row, "prompt": prompt, "response": response}
         | {name: column[row] for name, column in numbers.items()}
         | {"scores": {name: term[row] for name, term in terms.items()}}
+        | {name: number[row] for name, number in extra.items() if math.isfinite(number[row])}
         for row, prompt, response in zip(rows, prompts, responses, strict=True)
     ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from step3_ppo.config import PPOConfig
+from step3_ppo.config import PPOConfig, RewardFunction
 from step3_ppo.engines import Engines
+from tristage import dist
 from tristage.algo.masking import masked_mean
-from tristage.answering.scorers import TextScorer, load_function
+from tristage.answering.scorers import Calls, Scored, TextScorer, load_function, score_texts, takes_rows
 from tristage.batches import PromptBatch, Sequences
 from tristage.data.collate import collate_sft, pick
 from tristage.data.loader import WIDTH
@@ -22,30 +24,47 @@ from tristage.errors import UserError
 from tristage.models.loading import max_positions
 from tristage.models.reward_model import last_token_scores
 from tristage.models.tokenizer import load_tokenizer
+from tristage.rollout import RolloutError
 
 TAKEN = ("model", "std", "clipfrac")  # objective/score_<name> is the reward model's score, or of all scores
 
 
+class RewardError(RolloutError):
+    """A reward function failed on a rank; every rank raises it."""
+
+
 class RewardTerm(NamedTuple):
-    """A function of the reward, by its name in the metrics."""
+    """A function of the reward."""
 
-    name: str
+    settings: RewardFunction
     function: TextScorer
-    weight: float
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
 
 
-def load_grader(settings: PPOConfig) -> TextScorer | None:
-    """The function that `grader` names, if any. Raises UserError."""
-    return None if settings.grader is None else load_function(settings.grader, settings.file, "grader")
+def load_functions(settings: PPOConfig) -> tuple[list[RewardTerm], TextScorer | None]:
+    """The functions of `reward.functions`, and that of `grader`. Raises UserError: one is missing, or reads rows that
+    `reward.labels` does not name.
+    """
+    file, labels = settings.file, settings.reward.labels
+    terms = [
+        RewardTerm(each, load_function(each.function, file, "reward.functions")) for each in settings.reward.functions
+    ]
+    grader = None if settings.grader is None else load_function(settings.grader, file, "grader")
+    named = [(term.settings.function, term.function) for term in terms]
+    named += [] if grader is None else [(str(settings.grader), grader)]
+    reading = [name for name, function in named if takes_rows(function)]
+    if reading and not labels:
+        raise UserError(f"{file}: {reading[0]} reads `rows`; name the columns that it needs in `reward.labels`")
+    if labels and not reading:
+        raise UserError(f"{file}: key `reward.labels` has no effect: no function has a parameter `rows`; remove it")
+    _check_names(settings, [term.name for term in terms])
+    return terms, grader
 
 
-def load_reward_terms(settings: PPOConfig) -> list[RewardTerm]:
-    """The functions of `reward.functions`. Raises UserError."""
-    terms = []
-    for each in settings.reward.functions:
-        function = load_function(each.function, settings.file, "reward.functions")
-        terms.append(RewardTerm(each.function.rpartition(":")[2], function, each.weight))
-    names = [term.name for term in terms]
+def _check_names(settings: PPOConfig, names: list[str]) -> None:
     for name in names:
         if name in TAKEN:
             raise UserError(
@@ -54,7 +73,45 @@ def load_reward_terms(settings: PPOConfig) -> list[RewardTerm]:
             )
     if len(set(names)) < len(names):
         raise UserError(f"{settings.file}: key `reward.functions`: two functions are called alike; rename one of them")
-    return terms
+
+
+def function_scores(
+    terms: Sequence[RewardTerm], tokenizer: Any, sequences: Sequences, batch: PromptBatch
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """([B] of each function by its name, [B] of each extra number by "function/name"). A collective.
+
+    Functions see real rows alone. A filler has 0, and nan for extra numbers, which count nowhere.
+
+    Raises:
+        RewardError: on every rank.
+    """
+    real = batch.is_real.nonzero().flatten()
+    rows, count = real.tolist(), len(batch.is_real)
+    prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask, rows)
+    responses = decode(tokenizer, sequences.responses, sequences.response_mask, rows)
+    labels = None if batch.labels is None else [batch.labels[row] for row in rows]
+    found: dict[str, Scored] = {}
+    problem = None
+    try:
+        for term in terms if rows else ():
+            calls = Calls(term.settings.timeout_seconds, term.settings.retries)
+            name = f"reward function {term.name}"
+            found[term.name] = score_texts(term.function, prompts, responses, name, labels, calls)
+    except UserError as error:
+        problem = str(error)
+    extra = {f"{name}/{key}": numbers for name, scored in found.items() for key, numbers in scored.extra.items()}
+    of_ranks = dist.gather_objects((problem, list(extra)))
+    for rank, (failed, _) in enumerate(of_ranks):
+        if failed is not None:
+            raise RewardError(failed if len(of_ranks) == 1 else f"rank {rank}: {failed}")
+
+    def spread(numbers: torch.Tensor | None, filler: float) -> torch.Tensor:
+        whole = torch.full((count,), filler, device=real.device)
+        return whole if numbers is None else whole.index_copy(0, real, numbers.to(real.device))
+
+    names = dict.fromkeys(key for _, keys in of_ranks for key in keys)  # a rank of fillers has none of its own
+    scores = {term.name: spread(found[term.name].scores if rows else None, 0.0) for term in terms}
+    return scores, {name: spread(extra.get(name), math.nan) for name in names}
 
 
 def decode(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int] | None = None) -> list[str]:

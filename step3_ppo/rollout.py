@@ -14,7 +14,7 @@ import torch
 
 from step3_ppo.config import PPOConfig, PPOSettings, RolloutSettings
 from step3_ppo.engines import Engines
-from step3_ppo.rewards import RewardTerm, decode, pooled, retokenized_scores
+from step3_ppo.rewards import RewardTerm, function_scores, pooled, retokenized_scores
 from tristage import dist
 from tristage.algo.masking import correlation, masked_mean, masked_moments, masked_sum, whiten
 from tristage.algo.ppo import (
@@ -27,7 +27,6 @@ from tristage.algo.ppo import (
     kl_estimate,
     shaped_rewards,
 )
-from tristage.answering.scorers import score_texts
 from tristage.batches import Experience, PromptBatch, Sampled, Sequences
 from tristage.data.collate import collate_prompts
 from tristage.data.loader import WIDTH, fill
@@ -64,17 +63,21 @@ class Control:
 
     kl: KLController
     scores: RunningMoments = field(default_factory=RunningMoments)  # of `ppo.scale_reward`
+    terms: dict[str, RunningMoments] = field(default_factory=dict)  # of functions with `normalize`, by name
 
     @classmethod
     def of(cls, ppo: PPOSettings) -> Control:
         return cls(KLController(ppo.kl_coef, ppo.adaptive_kl_target, ppo.adaptive_kl_horizon))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kl": self.kl.state_dict(), "scores": self.scores.state_dict()}
+        terms = {name: moments.state_dict() for name, moments in self.terms.items()}
+        return {"kl": self.kl.state_dict(), "scores": self.scores.state_dict(), "terms": terms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.kl.load_state_dict(state["kl"])
         self.scores.load_state_dict(state["scores"])
+        for name, moments in state.get("terms", {}).items():  # a checkpoint of before has none
+            self.terms.setdefault(name, RunningMoments()).load_state_dict(moments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +91,7 @@ class Responses:
     values: list[torch.Tensor]  # with a value head [B,R] of the states before each token and [B] after the last
     terms: dict[str, torch.Tensor]  # [B] each part of the reward, by name
     scores: torch.Tensor  # [B] their weighted sum
+    extra: dict[str, torch.Tensor]  # [B] more numbers of reward functions, by "function/name"; nan where there is none
     logprobs_from: Literal["sampler", "update", "forward"]  # see old_logprobs
     sampled_logprobs: torch.Tensor | None = None  # [B,R] as the backend gave them, where a forward gave `logprobs`
 
@@ -102,6 +106,7 @@ class Responses:
             values=[function(x) for x in self.values],
             terms={name: function(term) for name, term in self.terms.items()},
             scores=function(self.scores),
+            extra={name: function(numbers) for name, numbers in self.extra.items()},
             logprobs_from=self.logprobs_from,
             sampled_logprobs=sampled,
         )
@@ -153,7 +158,10 @@ def prompt_batch(
     turns = None
     if settings.reward.own_tokenizer:
         turns = [None if place is None else rows.turns(indices[place]) for place in wide]
-    return collate_prompts(examples, draws, tokenizer.pad_token_id, settings.max_prompt_tokens, turns)
+    labels = None
+    if settings.reward.labels:
+        labels = [{} if place is None else rows.labels(indices[place]) for place in wide]
+    return collate_prompts(examples, draws, tokenizer.pad_token_id, settings.max_prompt_tokens, turns, labels)
 
 
 @torch.no_grad()
@@ -193,11 +201,15 @@ def score_responses(
         assert sampled.entropy is not None
         logprobs, entropy = sampled.logprobs, sampled.entropy
     ref_logprobs = _reference_logprobs(engines, sequences, settings)
-    terms = _reward_terms(engines, tokenizer, sequences, prompts, settings, functions)
-    weights = {"model": settings.reward.weight} | {term.name: term.weight for term in functions}
+    terms = _model_term(engines, tokenizer, sequences, prompts, settings)
+    extra: dict[str, torch.Tensor] = {}
+    if functions:
+        of_functions, extra = function_scores(functions, tokenizer, sequences, prompts)
+        terms |= of_functions
+    weights = {"model": settings.reward.weight} | {term.name: term.settings.weight for term in functions}
     scores = torch.stack([weights[name] * scores for name, scores in terms.items()]).sum(dim=0)
     sampled_logprobs = sampled.logprobs if origin == "forward" else None
-    return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores, origin, sampled_logprobs)
+    return Responses(sequences, logprobs, ref_logprobs, entropy, values, terms, scores, extra, origin, sampled_logprobs)
 
 
 def old_logprobs(settings: PPOConfig, sampled: Sampled) -> Literal["sampler", "update", "forward"]:
@@ -217,15 +229,10 @@ def old_logprobs(settings: PPOConfig, sampled: Sampled) -> Literal["sampler", "u
     return "sampler" if settings.precision == "float32" else "forward"
 
 
-def _reward_terms(
-    engines: Engines,
-    tokenizer: Any,
-    sequences: Sequences,
-    batch: PromptBatch,
-    settings: PPOConfig,
-    functions: list[RewardTerm],
+def _model_term(
+    engines: Engines, tokenizer: Any, sequences: Sequences, batch: PromptBatch, settings: PPOConfig
 ) -> dict[str, torch.Tensor]:
-    """[B] of each part of the reward: "model", and every function by its name."""
+    """{"model": [B]}, or nothing without a reward model."""
     terms: dict[str, torch.Tensor] = {}
     if engines.reward_tokenizer is not None:
         terms["model"] = retokenized_scores(engines, tokenizer, sequences, batch, settings)
@@ -239,12 +246,6 @@ def _reward_terms(
             return (pooled(values, micro.mask, micro.score_mask, settings.reward.score),)
 
         (terms["model"],) = _in_micro_batches(sequences, settings, score)
-    if functions:
-        prompts = decode(tokenizer, sequences.input_ids[:, : sequences.prompt_columns], sequences.prompt_mask)
-        responses = decode(tokenizer, sequences.responses, sequences.response_mask)
-        for name, function, _ in functions:
-            found = score_texts(function, prompts, responses, f"reward function {name}")
-            terms[name] = found.to(sequences.input_ids.device)
     return terms
 
 
@@ -271,7 +272,8 @@ def make_experience(
     sequences, logprobs, ref_logprobs, raw_scores = found.sequences, found.logprobs, found.ref_logprobs, found.scores
     mask = sequences.response_mask
     _check_finite(mask, score=raw_scores[:, None], logprob=logprobs, reference_logprob=ref_logprobs, value=values)
-    scores = shape_scores(raw_scores, sequences.ended, ppo, control)  # 3
+    scores = raw_scores + _normalized(found.terms, settings, control)  # 3
+    scores = shape_scores(scores, sequences.ended, ppo, control)
     kl_coef = control.kl.coef if ppo.kl_in == "reward" else 0.0
     rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, ppo.reward_clip, ppo.kl_kind)
     group = gather(prompts.draw_index) // settings.rollout.samples
@@ -330,6 +332,17 @@ def _check_finite(mask: torch.Tensor, **found: torch.Tensor) -> None:
             raise NotFiniteError(what, broken.nonzero().flatten().tolist())
 
 
+def _normalized(terms: dict[str, torch.Tensor], settings: PPOConfig, control: Control) -> torch.Tensor | float:
+    """[N]: what the functions with `normalize` change in the weighted sum; counts their scores in `control`."""
+    change: torch.Tensor | float = 0.0
+    for each in settings.reward.functions:
+        if each.normalize:
+            moments, scores = control.terms.setdefault(each.name, RunningMoments()), terms[each.name]
+            moments.update(scores)
+            change = change + each.weight * ((scores - moments.mean) / moments.std - scores)
+    return change
+
+
 def shape_scores(scores: torch.Tensor, ended: torch.Tensor, ppo: PPOSettings, control: Control) -> torch.Tensor:
     """scores [N], ended [N] bool -> [N]: less the penalty of a missing EOS, then over the running deviation."""
     scores = scores - ppo.missing_eos_penalty * (~ended).float()
@@ -383,7 +396,8 @@ def response_metrics(found: Responses) -> dict[str, torch.Tensor]:
     """Means over the responses of all ranks of what one looks at first."""
     sequences, mask = found.sequences, found.sequences.response_mask
     parts = {f"objective/score_{name}": term.mean() for name, term in found.terms.items()}
-    return (parts if len(parts) > 1 else {}) | {
+    extra = {f"reward/{name}": numbers[~numbers.isnan()] for name, numbers in found.extra.items()}
+    return (parts if len(parts) > 1 else {}) | {name: known.mean() for name, known in extra.items() if len(known)} | {
         "objective/score": found.scores.mean(),
         "objective/score_std": found.scores.std(correction=0),
         "objective/score_length_correlation": correlation(found.scores, mask.sum(dim=1)),

@@ -61,7 +61,7 @@ def train(run: PPORun) -> None:
                     with saver.checkpoint_on(iteration - 1, carried, RolloutError), run.rollouts.fail_together():
                         run.rollouts.sync_weights(iteration - 1)
                         sampled = sample_responses(run.rollouts, prompts, settings.rollout, settings.seed, iteration)
-                with watch("score"):  # 2, 3
+                with watch("score"), saver.checkpoint_on(iteration - 1, carried, RolloutError):  # 2, 3
                     own = score_responses(engines, inputs.tokenizer, sampled, prompts, settings, inputs.functions)
                     experience, metrics = make_experience(engines, own, prompts, settings, control)
                 saver.stop_if_asked(iteration - 1, carried)  # the rollout is dropped: a resumed run samples the same

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
@@ -59,6 +59,7 @@ class PromptBatch(_Batch):
     draw_index: torch.Tensor  # [B] long, the response's number among the iteration's of all ranks; -1 in a filler row
     is_real: torch.Tensor  # [B] bool, False for a filler row
     turns: Sequence[Sequence[dict[str, str]] | None] | None = None  # [B] roles and texts of each prompt, if requested
+    labels: Sequence[dict[str, Any]] | None = None  # [B] each prompt's other columns, if requested; {} in a filler row
 
 
 def trim_columns(mask: torch.Tensor) -> slice:

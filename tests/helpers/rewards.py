@@ -27,6 +27,15 @@ def constant(prompts: list[str], responses: list[str]) -> list[float]:
     return [0.5] * len(responses)
 
 
+def commas_asked(
+    prompts: list[str], responses: list[str], rows: list[dict[str, int]]
+) -> tuple[list[float], dict[str, list[float | None]]]:
+    """How near a response is to the commas that its row asks for; and how many it has, unless it has none."""
+    commas = [response.count(",") for response in responses]
+    scores = [-abs(count - row["commas"]) / MOST for count, row in zip(commas, rows, strict=True)]
+    return scores, {"commas": [count or None for count in commas]}
+
+
 def faulty(prompts: list[str], responses: list[str]) -> list[float]:
     """count_commas; but on rank 1 at iteration 2 (after the first evaluation: the third call) what $FAULT says, once.
 

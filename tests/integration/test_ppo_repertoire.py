@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import step3_ppo.train
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage.errors import UserError
-from tristage.training.metrics import read_metrics
+from tristage.runs.record import lines_of, read_metrics
 
 COUNT = "tests.helpers.rewards:count_commas"
 BY_RULE = [f"reward={{functions: [{{function: {COUNT}}}]}}", f"grader={COUNT}", "ppo.kl_coef=0", "ppo.reward_clip=null"]
@@ -30,12 +31,14 @@ RISES = {  # fmt: skip
     "grpo": ["ppo.advantage=grpo", *GROUPS],
 }
 MIX = "reward={model: %s, deepspeed: %s, weight: 0.5, functions: [{function: " + COUNT + ", weight: 2}]}"
-SHORT = {
+SHORT = {  # fmt: skip
     "mix": ["iterations=2", MIX],
     "mean_score": ["iterations=1", "reward.score=mean"],
     "warmup": ["iterations=2", "critic.warmup_iterations=2"],
     "early_stop": ["iterations=1", "ppo.epochs=4", "ppo.target_kl=1e-9"],
     "kl_in_loss": ["iterations=2", "ppo.kl_in=loss", "ppo.kl_kind=k3", "ppo.value_loss=huber", "ppo.dual_clip=3"],
+    "rows": ["iterations=2", "samples_every=1", "reward.labels=[commas]", "data={train: LABELLED}",
+             "reward.functions=[{function: 'tests.helpers.rewards:commas_asked', normalize: true, retries: 1}]"],
     "adaptive": ["iterations=3", "ppo.adaptive_kl_target=1e-6", "ppo.adaptive_kl_horizon=16", "ema={decay: 0.5}"],
 }
 
@@ -51,10 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = tiny.write_rows(base / "rows")
     actor = tiny.teach(tiny.write_model(base / "actor"), rows["sft"])
     scorer = tiny.write_reward_model(base / "scorer", actor)
+    labelled = base / "rows/labelled.jsonl"
+    prompts = [json.loads(line) for line in Path(rows["prompts"]).read_text().splitlines()]
+    labelled.write_text("".join(json.dumps(row | {"commas": i % 4}) + "\n" for i, row in enumerate(prompts)))
     argv = {}
     for case, words in ({name: [*BY_RULE, *LEARN, *more] for name, more in RISES.items()} | SHORT).items():
         config = tiny.ppo_config(base / case, actor, scorer, rows["prompts"])
-        argv[case] = ["--config", config.file, *(word.replace("%s", scorer, 1) for word in words)]
+        words = [word.replace("%s", scorer, 1).replace("LABELLED", str(labelled)) for word in words]
+        argv[case] = ["--config", config.file, *words]
         argv[case] = [word.replace("%s", tiny.deepspeed_json(0)) for word in argv[case]]
     run_ranks(2, train_all, str(base), argv, timeout=500)
     return base
@@ -97,6 +104,24 @@ def test_a_mix_is_the_weighted_sum_of_its_parts(folder: Path) -> None:
         parts = 0.5 * line["objective/score_model"] + 2 * line["objective/score_count_commas"]
         assert line["objective/score"] == pytest.approx(parts, abs=1e-5)
         assert line["objective/score_count_commas"] > 0 and line["objective/score_model"] != 0
+
+
+def test_a_function_reads_the_columns_of_its_row_and_gives_more_numbers(folder: Path) -> None:
+    wanted = {}
+    for line in (folder / "rows/labelled.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        wanted[row["prompt"]] = row["commas"]
+    samples = list(lines_of(folder / "rows/ppo/samples.jsonl"))
+    assert {sample["split"] for sample in samples} == {"train", "heldout"}
+    for sample in samples:
+        prompt = sample["prompt"].removeprefix("Human: ").partition("\n")[0]
+        commas = sample["response"].count(",")
+        assert sample["scores"]["commas_asked"] == pytest.approx(-abs(commas - wanted[prompt]) / 10)
+        assert sample.get("commas_asked/commas", 0) == commas
+    for line in [*lines(folder, "rows"), *lines(folder, "rows", "heldout")]:
+        assert line["reward/commas_asked/commas"] >= 1  # responses without any are not counted
+        parts = line["objective/score_model"] + line["objective/score_commas_asked"]
+        assert line["objective/score"] == pytest.approx(parts, abs=1e-5)  # as the function gave it
 
 
 def test_the_mean_score_is_another_than_the_last(folder: Path) -> None:

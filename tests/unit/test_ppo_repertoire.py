@@ -18,7 +18,7 @@ import step3_ppo.build
 import step3_ppo.train
 from step3_ppo.config import PPOConfig
 from step3_ppo.engines import check_models
-from step3_ppo.rewards import decode, load_reward_terms
+from step3_ppo.rewards import decode, load_functions
 from step3_ppo.rollout import Control, _advantages, shape_scores
 from tests.helpers import oracles, tiny
 from tristage.algo.masking import masked_moments, masked_sum, zero_masked
@@ -527,7 +527,8 @@ def scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_function_is_loaded_by_module_and_name(scorers: str) -> None:
-    found = score_texts(load_function(f"{scorers}:length", "ppo.yaml", "grader"), ["a", "b"], ["", "four"], "grader")
+    function = load_function(f"{scorers}:length", "ppo.yaml", "grader")
+    found = score_texts(function, ["a", "b"], ["", "four"], "grader").scores
     assert found.tolist() == [0, 4] and found.dtype == torch.float32
 
 
@@ -552,7 +553,7 @@ def test_what_is_no_function_is_one_sentence(scorers: str) -> None:
         ("short", "grader must give one finite number for each of 2 responses, gave [1.0]"),
         ("odd", "grader must give one finite number for each of 2 responses, gave [nan, nan]"),
         ("failing", "grader failed on 2 responses (KeyError: 'colour')"),
-        ("words", "grader failed on 2 responses (ValueError: could not convert string to float: 'many')"),
+        ("words", "grader gave what is not a list of numbers (ValueError: could not convert string to float: 'many')"),
         ("exiting", "grader failed on 2 responses (SystemExit: enough of this)"),
         ("shrinking", "grader must give one finite number for each of 2 responses, gave [1.0]"),
     ],
@@ -565,7 +566,8 @@ def test_a_function_that_fails_is_one_sentence(scorers: str, function: str, sent
 
 def test_a_function_cannot_change_the_texts_that_others_read(scorers: str) -> None:
     prompts, responses = ["a"], ["four"]
-    found = score_texts(load_function(f"{scorers}:shrinking", "ppo.yaml", "grader"), prompts, responses, "grader")
+    function = load_function(f"{scorers}:shrinking", "ppo.yaml", "grader")
+    found = score_texts(function, prompts, responses, "grader").scores
     assert found.tolist() == [4] and (prompts, responses) == (["a"], ["four"])
 
 
@@ -650,15 +652,15 @@ def test_other_stop_tokens_of_the_actors_generation_config_are_named_once(
 
 def test_reward_terms_have_the_names_and_weights_of_their_functions(tmp_path: Path, scorers: str) -> None:
     settings = settings_of(tmp_path, reward_of(f"{scorers}:length", f"more_{scorers}:short"))
-    terms = load_reward_terms(settings)
-    assert [(term.name, term.weight) for term in terms] == [("length", 0.5), ("short", 1.5)]
+    terms, _ = load_functions(settings)
+    assert [(term.name, term.settings.weight) for term in terms] == [("length", 0.5), ("short", 1.5)]
     assert terms[0].function([], ["four"]) == [4]
 
 
 def test_two_reward_functions_of_one_name_are_refused(tmp_path: Path, scorers: str) -> None:
     settings = settings_of(tmp_path, reward_of(f"{scorers}:length", f"more_{scorers}:length"))
     with pytest.raises(UserError) as caught:
-        load_reward_terms(settings)
+        load_functions(settings)
     assert str(caught.value) == (
         f"{settings.file}: key `reward.functions`: two functions are called alike; rename one of them"
     )
@@ -667,7 +669,7 @@ def test_two_reward_functions_of_one_name_are_refused(tmp_path: Path, scorers: s
 def test_a_function_with_the_name_of_the_reward_model_s_part_is_refused(tmp_path: Path, scorers: str) -> None:
     settings = settings_of(tmp_path, reward_of(f"{scorers}:model"))
     with pytest.raises(UserError) as caught:
-        load_reward_terms(settings)
+        load_functions(settings)
     assert str(caught.value) == (
         f"{settings.file}: key `reward.functions`: `model` names another number of the reward; rename the function"
     )

@@ -78,7 +78,7 @@ def compare(
         if grader is not None:
             texts = [prompt[-1]["content"] for prompt in prompts]
             grades = score_texts(grader, texts, [answer.text for answer in answers], "--grader")
-            scores["grade"] = grades.tolist()
+            scores["grade"] = grades.scores.tolist()
         found.append(Answers(name, path, answers, scores))
     return found
 

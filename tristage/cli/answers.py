@@ -72,12 +72,14 @@ def compare(arguments: argparse.Namespace) -> int:
     sampling, template = _sampling(arguments)
     from tristage.answering import compare as comparison
     from tristage.answering.models import Judge, check_folder
-    from tristage.answering.scorers import load_function
+    from tristage.answering.scorers import load_function, takes_rows
 
     for path in arguments.models:
         check_folder(path, "language model")
     trust, prompts = arguments.trust_remote_code, comparison.read_prompts(arguments.prompts, arguments.limit)
     grader = None if arguments.grader is None else load_function(arguments.grader, "tristage compare", "--grader")
+    if grader is not None and takes_rows(grader):
+        raise UserError(f"--grader {arguments.grader} reads `rows`, which compare has not; give one without")
     judge = None if arguments.reward_model is None else Judge(arguments.reward_model, trust)
     options = {"template": template, "trust_remote_code": trust}
     found = comparison.compare(arguments.models, prompts, sampling, arguments.seed, judge, grader, **options)

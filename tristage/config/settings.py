@@ -309,6 +309,11 @@ class RunSettings(Settings):
         raise NotImplementedError
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Columns of a row that reward functions read in addition to the prompt."""
+        return ()
+
+    @property
     def tokenizer_path(self) -> str:
         """Folder or id of the model whose tokenizer and template the step uses."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ False, so it counts nowhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -82,6 +82,7 @@ def collate_prompts(
     pad_id: int,
     width: int | None = None,
     turns: Sequence[Sequence[Turn] | None] | None = None,
+    labels: Sequence[dict[str, Any]] | None = None,
 ) -> PromptBatch:
     """`draws` number the responses of an iteration over all ranks: they decide the random numbers and the order.
 
@@ -91,7 +92,7 @@ def collate_prompts(
     # Left padding is right padding in a mirror.
     input_ids, attention_mask = _pad([example.ids[::-1] for example in filled], pad_id, width)
     draw_index = torch.tensor([-1 if draw is None else draw for draw in draws])
-    return PromptBatch(input_ids.flip(1), attention_mask.flip(1), draw_index, _is_real(examples), turns)
+    return PromptBatch(input_ids.flip(1), attention_mask.flip(1), draw_index, _is_real(examples), turns, labels)
 
 
 def _fill(items: Sequence[Item | None], empty: Item) -> list[Item]:

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ class PromptRow:
 
     prompt: tuple[Turn, ...]
     where: str  # "file:line" or "file[index]"
+    labels: dict[str, Any] = field(default_factory=dict, compare=False)  # other columns, for reward functions
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns of the raw row that were not read
 
 
@@ -97,8 +98,8 @@ class Unusable(Exception):
     """The row is well formed but teaches nothing or cannot be split; the message is the reason to count."""
 
 
-def read_row(place: SourceRow, source: SourceSettings, kind: Kind) -> Row:
-    """One raw row as the type that `kind` needs.
+def read_row(place: SourceRow, source: SourceSettings, kind: Kind, labels: Sequence[str] = ()) -> Row:
+    """One raw row as the type that `kind` needs; a PromptRow with the columns `labels`.
 
     Raises:
         UserError: malformed; names the place, the column and the fix.
@@ -112,6 +113,7 @@ def read_row(place: SourceRow, source: SourceSettings, kind: Kind) -> Row:
         raise UserError(f"{where}: a row must be an object with named columns, found {_type_name(raw)}")
     if EXTRA_CELLS_KEY in raw:
         raise UserError(f"{where}: more cells than the first line names columns; quote the cell that was cut in two")
+    whole = raw
     if source.columns:
         raw = {ours: _pick(raw, theirs, where) for ours, theirs in source.columns.items()}
     for rule in source.clean:
@@ -125,7 +127,26 @@ def read_row(place: SourceRow, source: SourceSettings, kind: Kind) -> Row:
     row = _convert(row, kind, raw)
     if isinstance(row, SFTRow):
         _refuse_bad_answer(raw, where)
+    if isinstance(row, PromptRow) and labels:
+        row, used = dataclasses.replace(row, labels=_labels(whole | raw, labels, where)), used.union(labels)
     return dataclasses.replace(row, unused=tuple(_unused(raw, used)))
+
+
+def _labels(raw: dict[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
+    """The columns `names`. Raises UserError: the row lacks one, or JSON cannot hold it."""
+    for name in names:
+        if name not in raw:
+            raise UserError(
+                f"{where}: `reward.labels` names {name!r}, but the row has the columns {sorted(raw)}; correct it"
+            )
+    found = {name: raw[name] for name in names}
+    try:
+        json.dumps(found)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: `reward.labels` names a column that JSON cannot hold ({error}); leave it out"
+        ) from error
+    return found
 
 
 def prompt_hash(row: Row) -> int:

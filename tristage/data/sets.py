@@ -107,7 +107,8 @@ def _heldout_parts(settings: RunSettings, tokenizer: Tokenizer, skip_bad: bool) 
 
 
 def _rules(settings: RunSettings) -> EncodingRules:
-    return EncodingRules(settings.kind, settings.row_tokens, settings.data.too_long, settings.data.train_on)
+    data = settings.data
+    return EncodingRules(settings.kind, settings.row_tokens, data.too_long, data.train_on, settings.labels)
 
 
 def load_text_blocks(

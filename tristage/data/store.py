@@ -42,7 +42,7 @@ from tristage.data.tokenize import EncodingRules, Example, Item, encode
 from tristage.dist import progress
 from tristage.errors import UserError
 
-FORMAT = 4  # raise it when the schema or the meaning of a column changes
+FORMAT = 5  # raise it when the schema or the meaning of a column changes
 CHUNK = 512  # rows that one call of the tokenizer and one task of a worker hold
 CHUNK_BYTES = 2**20  # of rows in a chunk of more than one: tokenising takes 140 to 220 times as much memory
 CHUNKS_PER_BATCH = 32  # chunks that one batch of the Arrow file holds
@@ -61,6 +61,7 @@ SCHEMA = pyarrow.schema(
         "row_hash": pyarrow.int64(),
         "where": pyarrow.string(),
         "turns": pyarrow.string(),  # JSON of a prompt's roles and texts, for models that read other tokens; else null
+        "labels": pyarrow.string(),  # JSON of a prompt's other columns, for reward functions; else null
     }
 )
 
@@ -121,6 +122,10 @@ class Rows(Sequence[Any]):
     def turns(self, i: int) -> tuple[Turn, ...]:
         """The whole prompt of a row of kind "prompt", before it was tokenised and cut to the limit."""
         return tuple(json.loads(self._table["turns"][int(self._index[i])].as_py()))
+
+    def labels(self, i: int) -> dict[str, Any]:
+        """The columns of a row of kind "prompt" that `reward.labels` names."""
+        return dict(json.loads(self._table["labels"][int(self._index[i])].as_py() or "{}"))
 
     def take(self, index: np.ndarray) -> Rows:
         """Some of the rows, in that order; nothing is copied."""
@@ -360,7 +365,7 @@ def encode_chunk(
     read: list[Row | Exception] = []
     for place in chunk:
         try:
-            read.append(read_row(place, source, rules.kind))
+            read.append(read_row(place, source, rules.kind, rules.labels))
         except (UserError, Unusable) as reason:
             read.append(reason)
     encoded = iter(encode([row for row in read if not isinstance(row, Exception)], tokenizer, rules))
@@ -374,6 +379,7 @@ def encode_chunk(
             columns = _columns(*found) | {"prompt_hash": prompt_hash(row), "row_hash": row_hash(row), "where": where}
             if isinstance(row, PromptRow):
                 columns["turns"] = json.dumps(row.prompt, ensure_ascii=False)
+                columns["labels"] = json.dumps(row.labels, ensure_ascii=False) if row.labels else None
             outcomes.append(Outcome(where, columns, unused=row.unused, spelled=tuple(spelled_in(row, tokenizer))))
     return outcomes
 

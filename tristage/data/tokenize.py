@@ -42,6 +42,7 @@ class EncodingRules:
     max_tokens: int
     too_long: Literal["drop", "truncate_left", "truncate_right"] = "drop"
     train_on: Literal["answers", "last_answer", "everything"] = "answers"
+    labels: tuple[str, ...] = ()  # columns of a row of kind "prompt" that are kept as they are, for reward functions
 
 
 @dataclass(frozen=True)

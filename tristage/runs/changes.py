@@ -5,6 +5,7 @@ Used on resume (checkpoint/finding.py) and to check a finished run (finished.py)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from tristage.config import RunSettings
 from tristage.config.renamed import new_name
 
 # Settings that may change between a checkpoint and a resumed run: the result does not depend on them (except for
-# rounding, where they divide the work). A key also stands for its group; "*" for any first part.
+# rounding, where they divide the work). A key also stands for its group; "*" for any first part, "[]" for any item.
 MAY_CHANGE_ON_RESUME = {
     *("output", "device", "resume", "resume_changed", "check_disk", "watchdog_seconds", "max_bad_steps"),
     *("save_every", "keep_last", "keep_every_n_steps", "keep_best", "evaluate_every", "logged_samples", "grader"),
@@ -22,6 +23,7 @@ MAY_CHANGE_ON_RESUME = {
     "precompute_reference",
     *("deepspeed", "*.deepspeed", "gradient_checkpointing", "*.gradient_checkpointing"),
     *("data.cache", "data.workers", "trust_remote_code", "*.trust_remote_code"),
+    *("reward.functions[].timeout_seconds", "reward.functions[].retries"),
 }
 
 
@@ -48,15 +50,18 @@ def join_changes(changes: Mapping[str, str]) -> str:
 
 
 def _is_free(key: str) -> bool:
-    parts = key.split(".")
-    begins = {".".join(parts[:n]) for n in (1, 2)}
+    parts = re.sub(r"\[\d+\]", "[]", key).split(".")
+    begins = {".".join(parts[:n]) for n in (1, 2, 3)}
     return bool(begins & MAY_CHANGE_ON_RESUME) or (len(parts) > 1 and f"*.{parts[1]}" in MAY_CHANGE_ON_RESUME)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """("group.key", value) of nested settings."""
+    """("group.key", value) of nested settings; "group.key[0].key" in a list of groups."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            for i, each in enumerate(value):
+                yield from _flat(each, f"{prefix}{key}[{i}].")
         else:
             yield prefix + key, value
