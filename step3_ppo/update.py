@@ -234,7 +234,8 @@ def check_first_iteration(
 ) -> None:
     """Before this process's first update: training's own forward gives the log-probabilities of the rollout again
     (ratio 1), and an `untrained` actor that starts as its reference has KL 0. Dropout left on, a wrong mask, another
-    temperature or a `backend` that computes something else fail here.
+    temperature or a `backend` that computes something else fail here. As in check_sampler, what is compared is every
+    token in float32 and the mean with less: a logit of 20 has steps of 0.125 in bf16.
 
     Raises:
         UserError: on every rank, with the two numbers.
@@ -245,8 +246,9 @@ def check_first_iteration(
     rows = torch.arange(dist.rank(), min(len(experience.logprobs), CHECKED_ROWS * ranks), ranks)
     micro, mask = experience.sequences.micro_batch(rows), experience.mask[rows]
     found = micro.align(engines.actor(micro.ids, micro.mask, micro.score_mask, settings.rollout.temperature)[0])
-    log_ratio = _largest(found - experience.logprobs[rows], mask)
-    kl = _largest(kl_estimate(experience.logprobs, experience.ref_logprobs), experience.mask)
+    compare = _largest if settings.precision == "float32" else _mean
+    log_ratio = compare(found - experience.logprobs[rows], mask)
+    kl = compare(kl_estimate(experience.logprobs, experience.ref_logprobs), experience.mask)
     if settings.reference_path != settings.actor_path or not untrained:
         kl = 0.0
     worst: dict[str, Any] = dist.max_over_ranks({"log_ratio": log_ratio, "kl": kl}, experience.logprobs.device)
@@ -270,7 +272,7 @@ def check_sampler(experience: Experience, settings: PPOConfig, backend: str) -> 
     if experience.sampled_logprobs is None:
         return
     difference = (experience.logprobs - experience.sampled_logprobs).abs()
-    mean, largest = float(masked_mean(difference, experience.mask)), _largest(difference, experience.mask)
+    mean, largest = _mean(difference, experience.mask), _largest(difference, experience.mask)
     tolerance, compared = FORWARD_TOLERANCE[settings.precision], largest if settings.precision == "float32" else mean
     if not compared <= tolerance:
         fix = "report this with the model's config.json"
@@ -280,6 +282,11 @@ def check_sampler(experience: Experience, settings: PPOConfig, backend: str) -> 
             f"the log-probabilities of rollout backend {backend} differ from the training forward's by {mean:.2e} per "
             f"token, {largest:.2e} at most ({settings.precision}: tolerance {tolerance}); {fix}"
         )
+
+
+def _mean(x: torch.Tensor, mask: torch.Tensor) -> float:
+    """x [B,R], mask [B,R] -> the mean |x| over real tokens; nan counts as infinite."""
+    return float(masked_mean(x.abs().nan_to_num(nan=torch.inf), mask))
 
 
 def _largest(x: torch.Tensor, mask: torch.Tensor) -> float:

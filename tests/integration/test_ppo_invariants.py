@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,21 @@ def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(configs: dict[
     assert metrics["policy/ratio"] == 1 and metrics["policy/approx_kl"] == 0
     assert metrics["policy/clipfrac"] == metrics["value/clipfrac"] == 0
     assert run.experience(2)[1]["objective/kl"] != 0
+
+
+def test_with_half_precision_single_tokens_may_round_and_not_all(fresh: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logit of 20 has steps of 0.125 in bf16."""
+    experience, _ = fresh.experience()
+    logprobs = experience.logprobs.clone()
+    logprobs[0, 0] += 0.3
+    one = dataclasses.replace(experience, logprobs=logprobs)
+    every = dataclasses.replace(experience, logprobs=experience.logprobs + 0.3)
+    for precision, refused in (("float32", (one, every)), ("bf16", (every,)), ("fp16", (every,))):
+        monkeypatch.setattr(fresh, "settings", fresh.settings.model_copy(update={"precision": precision}))
+        for changed in refused:
+            with pytest.raises(UserError, match="log-ratio is .* both should be 0"):
+                fresh.check(changed)
+    fresh.check(one)
 
 
 def test_dropout_left_on_fails_the_first_check(configs: dict[bool, str]) -> None:
