@@ -15,8 +15,8 @@ from tristage.data.sets import load_sets
 from tristage.models.tokenizer import load_tokenizer
 
 # Each takes 0.1 to 1.2 CPU seconds, and no step without LoRA, Parquet, plots or torch.compile needs it.
-NOT_NEEDED = (
-    *("peft", "bitsandbytes", "pandas", "scipy", "sklearn", "matplotlib", "datasets", "trl"),
+NOT_NEEDED = (  # nor scipy, which transformers imports wherever it is installed
+    *("peft", "bitsandbytes", "pandas", "sklearn", "matplotlib", "datasets", "trl"),
     *("torch._inductor.compile_fx", "torch._inductor.select_algorithm"),
 )
 RUN = """
