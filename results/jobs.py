@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 REPO = Path(__file__).parents[1]
 CONFIGS = REPO / "configs"
+LAUNCHER = ("deepspeed", "--num_gpus")
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,16 @@ def step_job(module: str, config: Path, output: Path, words: Iterable[str], rank
     """
     settings = [f"output={output}", *words]
     if module.partition(".")[0] == "results":
-        launcher = ["deepspeed", "--num_gpus", str(ranks), "--module", module, "--config", str(config)]
-        return Job(output, (*launcher, *settings))
+        return Job(output, (*LAUNCHER, str(ranks), "--module", module, "--config", str(config), *settings))
     launcher = [sys.executable, "-m", "tristage.launch", module, str(config)]
     return Job(output, (*launcher, *settings, "--cpu", str(ranks)))
+
+
+def evaluate_job(config: Path, output: Path, policies: Mapping[str, Sequence[str]], words: Iterable[str]) -> Job:
+    """results.evaluate of `policies`: name -> the settings that are its own."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "policies.json").write_text(json.dumps(policies, indent=1) + "\n", encoding="utf-8")
+    return step_job("results.evaluate", config, output, words)
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int = 1) -> None:
@@ -59,6 +66,7 @@ def run_job(job: Job) -> None:
         return
     job.output.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"TRL_EXPERIMENTAL_SILENCE": "1"}
     environment |= {"PYTHONPATH": str(REPO), "MASTER_PORT": str(free_port())}
     log, started = job.output / "job.log", time.time()
     with open(log, "w") as file:
@@ -72,9 +80,9 @@ def run_job(job: Job) -> None:
     print(f"{seconds:6.0f} s  {job.output}", flush=True)
 
 
-def cost(folder: Path) -> dict[str, float]:
-    """Wall and CPU seconds of all jobs at or below `folder`."""
-    records: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.rglob("job.json"))]
+def cost(jobs: Iterable[Path]) -> dict[str, float]:
+    """Wall and CPU seconds of all jobs, by their job.json."""
+    records: list[dict[str, Any]] = [json.loads(path.read_text()) for path in jobs]
     return {name: sum(record[name] for record in records) for name in ("seconds", "cpu_seconds")}
 
 

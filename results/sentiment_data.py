@@ -28,7 +28,7 @@ OPENING_WORDS, EXCERPT_WORDS = 6, 40  # an excerpt is longer than any row keeps 
 TRAIN, PARTS = 12_500, {"sft": 4_000, "pairs": 6_000, "prompts": 2_500}
 JUDGE, HELDOUT = 11_500, 1_000
 EXCERPTS = 2  # of each review, for pairs
-REWARD_LAYERS = 12  # of 30: the reward model and the critic are a cut model, which two cores can train
+REWARD_LAYERS = 6  # of 30: the reward model and the critic are a cut model, which two cores can train
 
 
 def main(argv: list[str]) -> None:
@@ -82,7 +82,10 @@ def prompts(reviews: Sequence[Review]) -> Iterator[dict[str, str]]:
 
 def pairs(reviews: Sequence[Review], rng: random.Random) -> Iterator[dict[str, str]]:
     """Excerpts that begin with a sentence, one of each kind of review."""
-    good, bad = ([excerpt(review, rng) for review in reviews if review.positive is kind for _ in range(EXCERPTS)] for kind in (True, False))  # fmt: skip
+    good, bad = (
+        [excerpt(review, rng) for review in reviews if review.positive is kind for _ in range(EXCERPTS)]
+        for kind in (True, False)
+    )
     rng.shuffle(good)
     rng.shuffle(bad)
     for chosen, rejected in zip(good, bad, strict=False):

