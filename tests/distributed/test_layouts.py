@@ -9,21 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from step1_sft.train import sft_step
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tristage import dist
 from tristage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tristage.config import BatchPlan, OptimizerSettings
-from tristage.data.collate import collate_sft, pick
-from tristage.data.loader import deal
 from tristage.engine import DTYPES, engine_config, train_engine
 from tristage.engine.average import WeightAverage
 from tristage.models.causal_lm import load_causal_lm
 from tristage.models.tokenizer import load_tokenizer
 from tristage.storage.pieces import PieceReader
 
-CPU = torch.device("cpu")
 Layout = tuple[int, int, str]  # ranks, ZeRO stage, precision
 # A writer -> those that read it. The first reader's losses are what the others' are compared with.
 QUICK: dict[Layout, list[Layout]] = {
@@ -60,14 +56,6 @@ def build(model: str, stage: int, precision: str, threshold: int) -> tuple[Any, 
     return train_engine(network, config, optimizer, total_steps=12), plan, tokenizer
 
 
-def step(engine: Any, plan: Any, tokenizer: Any, number: int) -> float:
-    lengths = [(3, 5), (2, 9), (7, 2), (4, 4), (1, 3), (6, 6), (2, 2), (5, 8)]
-    rows = tiny.random_examples(lengths, tokenizer, seed=number)
-    dealt = deal(range(len(rows)), [len(row.ids) for row in rows], plan, dist.rank())
-    batches = [collate_sft(pick(rows, micro), tokenizer.pad_token_id) for micro in dealt]
-    return sft_step(engine, batches, CPU)[0]["sft/loss"]
-
-
 def settings_in(folder: str, output: str) -> Any:
     return tiny.sft_config(Path(folder), "model", "rows.jsonl", 0, f"output={folder}/{output}", "check_disk=false")
 
@@ -79,7 +67,7 @@ def write(rank: int, folder: str, model: str, layouts: list[Layout]) -> None:
         engine, plan, tokenizer = build(model, *layout[1:], threshold=0)
         average = WeightAverage(engine, 0.5)
         for number in range(4):
-            step(engine, plan, tokenizer, number)
+            tiny.sft_train_step(engine, plan, tokenizer, number)
             average.update(number, skipped=False)
         own = average.pieces()
         save_checkpoint(settings_in(folder, name_of(layout)), 4, {"model": engine}, own=own)
@@ -98,7 +86,7 @@ def read(rank: int, folder: str, model: str, pairs: list[tuple[Any, Any]]) -> di
         assert load_checkpoint(settings, found, {"model": engine}) == 4
         average.restore(found.pieces("own"))
         save_checkpoint(settings, 4, {"model": engine}, own=average.pieces())
-        losses[settings.output] = [step(engine, plan, tokenizer, number) for number in (4, 5)]
+        losses[settings.output] = [tiny.sft_train_step(engine, plan, tokenizer, number) for number in (4, 5)]
         save_checkpoint(settings, 6, {"model": engine})
     return losses
 

@@ -196,7 +196,8 @@ def test_sampled_responses_do_not_depend_on_zero_stage_or_ranks(other: str, runs
         assert mine.tolist() == its.tolist()
     ours, theirs = (read_metrics(runs.folder / job / "samples.jsonl") for job in ("zero0/ppo", other))
     for mine, its in zip(ours, theirs, strict=True):
-        numbers = {name: pytest.approx(its[name], rel=RTOL, abs=1e-6) for name in ("score", "scores")}
+        names = ("score", "scores", "reference_logprob")
+        numbers = {name: pytest.approx(its[name], rel=RTOL, abs=1e-6) for name in names}
         numbers["kl"] = pytest.approx(its["kl"], abs=1e-4)  # a difference of two sums over tokens
         assert mine == its | numbers
 

@@ -16,12 +16,14 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from step1_sft.config import SFTConfig
+from step1_sft.train import sft_step
 from step2_dpo.config import DPOConfig
 from step2_reward_model.config import RewardModelConfig
 from step3_ppo.config import PPOConfig
 from tristage import dist
-from tristage.config import load_config
-from tristage.data.collate import collate_sft
+from tristage.config import BatchPlan, load_config
+from tristage.data.collate import collate_sft, pick
+from tristage.data.loader import deal
 from tristage.data.sets import load_sets
 from tristage.data.tokenize import Example
 from tristage.models.causal_lm import load_causal_lm
@@ -150,6 +152,15 @@ def random_examples(lengths: Sequence[tuple[int, int]], tokenizer: Any, seed: in
         Example([rng.randrange(4, len(tokenizer)) for _ in range(p + a - 1)] + [tokenizer.eos_token_id], p)
         for p, a in lengths
     ]
+
+
+def sft_train_step(engine: Any, plan: BatchPlan, tokenizer: Any, number: int) -> float:
+    """One optimizer step on eight rows of random words, which `number` seeds: its loss."""
+    lengths = [(3, 5), (2, 9), (7, 2), (4, 4), (1, 3), (6, 6), (2, 2), (5, 8)]
+    rows = random_examples(lengths, tokenizer, seed=number)
+    dealt = deal(range(len(rows)), [len(row.ids) for row in rows], plan, dist.rank())
+    batches = [collate_sft(pick(rows, micro), tokenizer.pad_token_id) for micro in dealt]
+    return sft_step(engine, batches, torch.device("cpu"))[0]["sft/loss"]
 
 
 def _all_words() -> list[str]:
