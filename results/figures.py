@@ -106,13 +106,16 @@ def sentiment() -> Any:
     return figure
 
 
+SAMPLED = 24 * 64  # iterations and responses of configs/arithmetic
+
+
 def arithmetic() -> Any:
     policies = read("arithmetic")["policies"]
     figure, axis = pyplot.subplots(figsize=(5.5, 3.4))
     for name, colour in FAMILIES.items():
         if name in policies:
             curves = policies[name]["curves"]["right"]
-            band(axis, np.linspace(0, policies[name]["samples"], len(curves[0])), curves, name, colour)
+            band(axis, np.linspace(0, SAMPLED, len(curves[0])), curves, name, colour)
     axis.set_xlabel("responses sampled")
     axis.set_ylabel("right, of held-out problems")
     axis.legend(frameon=False, fontsize=9)

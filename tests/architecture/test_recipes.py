@@ -14,7 +14,7 @@ from tristage.config.steps import settings_class
 
 REPO = Path(__file__).parents[2]
 BASES = sorted((REPO / "configs" / "bases").glob("*.yaml"))
-WHOLE = {"quickstart", "hh-helpful", "imdb-sentiment"}  # read on their own by newcomers
+WHOLE = {"quickstart", "hh-helpful", "imdb-sentiment", "arithmetic"}  # read on their own by newcomers
 NAMES = {
     "step3_ppo": ["output=out", "actor.model=some/model", "reward.model=some/model"],
     **dict.fromkeys(("step1_sft", "step2_reward_model", "step2_dpo"), ["output=out", "model=some/model"]),

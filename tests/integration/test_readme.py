@@ -49,13 +49,15 @@ EVALUATIONS = commands_of("python -m step")
 LAUNCHED = commands_of("bash launch/", "sbatch ", "deepspeed ")
 # unit/test_benchmarks.py runs each at its smallest, but for the environment of a peer.
 BENCHMARKS = commands_of("python -m benchmarks.", "python -m venv trl-ppo", "trl-ppo/bin/pip ")
-
+# unit/test_results.py calls each, without its runs.
+RESULTS = commands_of("python -m results.", "bash results/install.sh")
 
 REPORTS, TALKS = commands_of("tristage report "), commands_of("tristage chat ", "tristage compare ")
 
 
 def test_every_command_has_a_test():
-    tested = [*REPORTS, *TALKS, *DATA, *PLANS, *DOCTORS, *SETTINGS, *EVALUATIONS, *LAUNCHED, *BENCHMARKS, *ELSEWHERE]
+    tested = [*REPORTS, *TALKS, *DATA, *PLANS, *DOCTORS, *SETTINGS, *EVALUATIONS, *LAUNCHED, *BENCHMARKS, *RESULTS]
+    tested += ELSEWHERE
     assert sorted(tested) == sorted(COMMANDS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import results.record
-from results import ablations, arithmetic, check, jobs, page, sentiment, sentiment_data
+from results import ablations, arithmetic, check, jobs, over_optimisation, page, sentiment, sentiment_data
 from results.assets import Review
 from results.jobs import Job, evaluate_job, run_job
 from results.record import rounded, seed_interval, student_t
@@ -132,6 +133,8 @@ def test_a_job_that_fails_shows_its_log_and_is_run_again(tmp_path: Path) -> None
 
 def all_jobs(out: Path) -> list[Job]:
     found = list(ablations.jobs_of(0, out / "quickstart"))
+    for make in (over_optimisation.reward_job, over_optimisation.policy_job):
+        found += [make(pairs, out / "quickstart/seed0", 0) for pairs in over_optimisation.PAIRS]
     out = out / "sentiment"
     found += [sentiment.reward_job(out, 0), *(sentiment.method_job(out, 0, method) for method in sentiment.METHODS)]
     found += [sentiment.evaluation_job(out, 0, sentiment.METHODS), sentiment.draws_job(out)]
@@ -158,7 +161,29 @@ def test_every_run_has_settings_that_load(tmp_path: Path) -> None:
         for own in json.loads(policies.read_text()).values() if policies.is_file() else ():
             load_config(PPOConfig, ["--config", config, *words, *own])
         loaded += 1
-    assert loaded > 35
+    assert loaded > 40
+
+
+EXPERIMENTS = re.findall(r"^python -m results\.(\w+) (output\S+.*)$", page.PAGE.read_text(encoding="utf-8"), flags=re.M)
+
+
+@pytest.mark.parametrize("name, words", EXPERIMENTS, ids=[name for name, _ in EXPERIMENTS])
+def test_a_command_of_the_page_runs_its_jobs_and_publishes(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, published, started = importlib.import_module(f"results.{name}"), [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "run_jobs", lambda jobs, at_once=1: started.extend(jobs))
+    monkeypatch.setattr(module, "record", lambda *args: {"given": len(args)})
+    monkeypatch.setattr(module, "publish", lambda *args: published.append(args))
+    monkeypatch.setattr(module, "versions_in", lambda *args: {}, raising=False)
+    module.main(words.split())
+    assert [args[0] for args in published] == [name] and len(started) >= 10
+    assert len({job.output for job in started}) == len(started)
+
+
+def test_the_page_has_the_command_of_each_experiment() -> None:
+    assert [name for name, _ in EXPERIMENTS] == list(page.EXPERIMENTS)
 
 
 def test_policies_are_written_for_the_evaluation(tmp_path: Path) -> None:
