@@ -106,7 +106,7 @@ CASES = {
         "{config}: key `actor.deepspeed`: {quantized}: zero_optimization.zero_quantized_gradients has kernels for GPUs",
     ),
     "parameters offloaded where none are partitioned": (
-        [STEP1, STEP2], ["deepspeed={in_vain}"], "{in_vain}: zero_optimization.offload_param does nothing at stage 2;",
+        [STEP1, STEP2], ["deepspeed={in_vain}"], "{in_vain}: `zero_optimization.offload_param.device` does nothing at",
     ),
     "attention that a CPU lacks": (
         [STEP1, STEP2, STEP3], ["attention=flex_attention"],

@@ -27,7 +27,7 @@ from rich.console import Console
 from tristage import __version__
 from tristage.cli import answers
 from tristage.cli.show_settings import config_lines, setting_lines
-from tristage.config import load_config
+from tristage.config import deepspeed_keys, load_config
 from tristage.config.steps import STEPS, settings_class
 from tristage.errors import UserError
 from tristage.launch import main as launcher
@@ -119,6 +119,7 @@ def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for the step itself")
     doctor.add_argument("--step", choices=STEPS, help="the step, if the YAML's name does not have it")
     doctor.add_argument("--ranks", type=int, help="ranks of the run; default: this machine's GPUs, or 2")
+    doctor.add_argument("--deepspeed", action="store_true", help="instead: every key that a DeepSpeed JSON can hold")
 
 
 def _config(arguments: argparse.Namespace) -> int:
@@ -134,6 +135,10 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.deepspeed:
+        for key, verdict, stages, says in deepspeed_keys.rows():
+            print(f"{key:<58}  {verdict:<7}  {stages:<7}  {says}")
+        return 0
     settings = None
     if arguments.config is not None:
         words = ["--config", arguments.config, *arguments.settings]

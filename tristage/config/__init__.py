@@ -1,6 +1,6 @@
 """Settings: checked pydantic models from YAML and overrides, DeepSpeed JSON, paths. Never imports torch."""
 
-from tristage.config.deepspeed_json import NEEDS_STAGE, OWNED_BY_YAML, read_deepspeed_json, world_size_from_environment
+from tristage.config.deepspeed_json import read_deepspeed_json, world_size_from_environment
 from tristage.config.engines import EngineSpec, Holds, RolloutSpec
 from tristage.config.files import CONFIGS, shipped_path
 from tristage.config.paths import NOT_A_POLICY, SCORER, named_paths, require_folder_or_hub_id
@@ -35,9 +35,7 @@ __all__ = [
     "Kind",
     "LoraSettings",
     "MAX_ROW_BYTES",
-    "NEEDS_STAGE",
     "NOT_A_POLICY",
-    "OWNED_BY_YAML",
     "OptimizerSettings",
     "Precision",
     "RolloutSpec",

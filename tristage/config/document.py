@@ -1,4 +1,4 @@
-"""Writes docs/settings.md and configs/schema/*.json from the settings classes. Run it after a change of a setting:
+"""Writes docs/settings.md, docs/deepspeed-keys.md and configs/schema/*.json. Run it after a change of a setting:
 
     python -m tristage.config.document
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tristage.config import deepspeed_keys
 from tristage.config.describe import Setting, settings_of
 from tristage.config.settings import RunSettings, TrainSettings
 from tristage.config.steps import STEPS, settings_class
@@ -32,6 +33,24 @@ A step reads one YAML, `key=value` words after it win over the file, and dots in
 - N in a key stands for an item of a list, from 0. Items of `data.heldout` and `pretraining.data` have the settings of
   `data.train.N`.
 """
+DEEPSPEED_INTRO = """# Keys of a DeepSpeed JSON
+
+Generated from `tristage/config/deepspeed_keys.py` by `python -m tristage.config.document`; `tristage doctor
+--deepspeed` prints it.
+
+Every key that DeepSpeed 0.19 reads is here, and a run checks its JSONs before it reads weights:
+
+- **works**: tested with four engines in one process. After three steps on two CPU ranks, losses, weights and moments
+  are those of ZeRO 0 without the key. "Not run" says why the tests leave one out. At a ZeRO stage that is not named
+  the key would do nothing, and is refused.
+- **YAML**: the step's YAML sets it.
+- **refused**: it would change the gradient in silence, do nothing, or end in a traceback once the models are loaded.
+  Its off value, such as `false`, is accepted.
+
+A key that is not here is refused too. `deepspeed_unchecked: [zero_optimization.new_key]` in the YAML hands it to
+DeepSpeed untested. A group that has one row, such as `flops_profiler`, holds what DeepSpeed documents. `comms_logger`
+and `log_level` are of the whole process: one engine's JSON sets them for all.
+"""
 TITLES = {
     "step1_sft": "Step 1: supervised fine-tuning",
     "step2_reward_model": "Step 2: reward model",
@@ -50,7 +69,8 @@ def main() -> None:
 def generated() -> dict[Path, str]:
     """Each generated file and its text."""
     schemas = {REPO / "configs" / "schema" / f"{step}.json": _schema_text(step) for step in STEPS}
-    return {REPO / "docs" / "settings.md": settings_page(), **schemas}
+    docs = REPO / "docs"
+    return {docs / "settings.md": settings_page(), docs / "deepspeed-keys.md": deepspeed_page(), **schemas}
 
 
 def settings_page() -> str:
@@ -62,6 +82,13 @@ def settings_page() -> str:
         shared = TrainSettings if issubclass(group, TrainSettings) else RunSettings
         parts += [f"## {TITLES[step]}\n", *_table(group, set(shared.model_fields))]
     return "\n".join(parts)
+
+
+def deepspeed_page() -> str:
+    """docs/deepspeed-keys.md: one row per key."""
+    table = ["| key | | ZeRO | |", "|---|---|---|---|"]
+    table += [f"| `{key}` | {verdict} | {stages} | {says} |" for key, verdict, stages, says in deepspeed_keys.rows()]
+    return "\n".join([DEEPSPEED_INTRO, *table, ""])
 
 
 def _table(group: type[RunSettings], without: set[str]) -> Iterator[str]:

@@ -222,6 +222,9 @@ class RunSettings(Settings):
         "folder of a checkpoint or run to start from, until this run has a checkpoint of its own.",
     )
     resume_changed: bool = Field(False, description="Resume even if settings or data differ from the checkpoint's.")
+    deepspeed_unchecked: Annotated[tuple[str, ...], SPLIT_AT_COMMAS] = Field(
+        (), description="Keys of DeepSpeed JSONs that tristage does not know and hands on as they are, with dots."
+    )
     check_disk: bool = Field(True, description="Refuse to start if the disk has no room for two checkpoints.")
     watchdog_seconds: float = Field(
         600,
