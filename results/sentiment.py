@@ -43,7 +43,6 @@ class Method:
 
 METHODS = (
     Method("PPO"),
-    Method("PPO kl 0.02", words=("ppo.kl_coef=0.02",)),
     Method("PPO kl 0.2", words=("ppo.kl_coef=0.2",)),
     Method("RLOO", words=("ppo.advantage=rloo", *GROUPS)),
     Method("GRPO", words=("ppo.advantage=grpo", *GROUPS)),
