@@ -68,9 +68,11 @@ def run_job(job: Job) -> None:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"TRL_EXPERIMENTAL_SILENCE": "1"}
     environment |= {"PYTHONPATH": str(REPO), "MASTER_PORT": str(free_port())}
-    log, started = job.output / "job.log", time.time()
+    log, started, command = job.output / "job.log", time.time(), job.command
+    if command[0] == LAUNCHER[0]:  # jobs at once need a port each, and it reads no MASTER_PORT
+        command = (command[0], "--master_port", str(free_port()), *command[1:])
     with open(log, "w") as file:
-        process = subprocess.Popen(job.command, stdout=file, stderr=subprocess.STDOUT, cwd=REPO, env=environment)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=REPO, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     code, seconds = os.waitstatus_to_exitcode(status), time.time() - started
     if code:

@@ -123,6 +123,17 @@ def test_a_job_is_run_once_and_its_cost_is_kept(tmp_path: Path) -> None:
     assert 0 < found["cpu_seconds"] and 0 < found["seconds"]
 
 
+def test_jobs_at_once_meet_at_ports_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = tmp_path / "deepspeed"
+    launcher.write_text('#!/bin/sh\necho "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setattr(jobs, "LAUNCHER", (str(launcher),))
+    for name in ("one", "other"):
+        run_job(Job(tmp_path / name, (str(launcher), "--num_gpus", "1")))
+    said = [(tmp_path / name / "job.log").read_text().split() for name in ("one", "other")]
+    assert [[words[0], *words[2:]] for words in said] == [["--master_port", "--num_gpus", "1"]] * 2
+
+
 def test_a_job_that_fails_shows_its_log_and_is_run_again(tmp_path: Path) -> None:
     job = Job(tmp_path / "job", (sys.executable, "-c", "import sys; print('why it failed'); sys.exit(3)"))
     for _ in range(2):
