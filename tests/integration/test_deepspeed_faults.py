@@ -1,4 +1,4 @@
-"""The faults of docs/deepspeed-faults.md are still there. If one is mended: let its key through, drop the script."""
+"""The faults of docs/deepspeed-faults.md are still there. If one is fixed: let its key through, drop the script."""
 
 from __future__ import annotations
 
