@@ -8,7 +8,6 @@ variant starts from them. A run of step 3 takes about a minute on one core.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from results.jobs import CONFIGS, Job, evaluate_job, run_jobs, step_job
-from results.record import about, column, publish
+from results.record import about, column, parser, publish
 from tristage.runs.record import Run
 
 RECIPE = CONFIGS / "quickstart"
@@ -157,12 +156,7 @@ def record(out: Path, seeds: Sequence[int], variants: tuple[Variant, ...] = VARI
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m results.ablations")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--publish", type=Path, help="another folder than results/data for the JSON")
-    given = parser.parse_args(argv)
+    given = parser("ablations", seeds=5).parse_args(argv)
     out = given.out.resolve()
     for seed in range(given.seeds):
         data, sft, reward_model, *variants, evaluation = jobs_of(seed, out)

@@ -8,7 +8,6 @@ Problems are from reasoning-gym, and its verifier is the rule. The three methods
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from results.jobs import CONFIGS, Job, evaluate_job, run_jobs, step_job
-from results.record import about, column, publish
+from results.record import about, column, parser, publish
 from tristage.runs.record import Run
 
 RECIPE = CONFIGS / "arithmetic"
@@ -75,12 +74,7 @@ def record(out: Path, seeds: Sequence[int], methods: Sequence[str] = tuple(METHO
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m results.arithmetic")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--publish", type=Path, help="another folder than results/data for the JSON")
-    given = parser.parse_args(argv)
+    given = parser("arithmetic", seeds=3).parse_args(argv)
     out, seeds = given.out.resolve(), range(given.seeds)
     run_jobs(list(first_jobs(out)))
     run_jobs([method_job(out, seed, name) for seed in seeds for name in METHODS], given.at_once)

@@ -8,7 +8,6 @@ reward model overoptimization", draw the same curves.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from results.ablations import CURVES, RECIPE, jobs_of, words_of_data
 from results.jobs import Job, run_jobs, step_job
-from results.record import about, publish
+from results.record import about, parser, publish
 from tristage.runs.record import Run
 
 PAIRS = {300: 4, 2000: 4, 12000: 2.5}  # pairs to learn from -> epochs
@@ -64,12 +63,7 @@ def record(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m results.over_optimisation")
-    parser.add_argument("out", type=Path, help="the folder of results.ablations, or a new one")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--publish", type=Path, help="another folder than results/data for the JSON")
-    given = parser.parse_args(argv)
+    given = parser("over_optimisation", seeds=3).parse_args(argv)
     out, seeds = given.out.resolve(), range(given.seeds)
     for seed in seeds:
         run_jobs(list(first_jobs(seed, out)))

@@ -7,7 +7,6 @@ The curves of DeepSpeed-Chat's formulas are one of the ablations.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from results.ablations import MEASURES, RECIPE, words_of_data
 from results.jobs import Job, evaluate_job, run_jobs
-from results.record import about, column, publish, versions_in
+from results.record import about, column, parser, publish, versions_in
 
 STEPS = (5, 10, 15, 20, 25, 30, 35, 40)
 
@@ -45,16 +44,13 @@ def record(out: Path, seeds: Sequence[int], trl: dict[str, str]) -> dict[str, An
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m results.peers")
-    parser.add_argument("out", type=Path, help="the folder of results.ablations")
-    parser.add_argument("--trl-ppo-python", required=True)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--publish", type=Path, help="another folder than results/data for the JSON")
-    given = parser.parse_args(argv)
+    arguments = parser("peers", seeds=5)
+    arguments.add_argument("--trl-ppo-python", required=True)
+    given = arguments.parse_args(argv)
     python, out = given.trl_ppo_python, given.out.resolve()
     trl = versions_in(python, ("trl", "transformers", "torch"))
-    for seed in range(given.seeds):
-        run_jobs(list(jobs_of(seed, out, python)))
+    for of_all_seeds in zip(*(jobs_of(seed, out, python) for seed in range(given.seeds)), strict=True):
+        run_jobs(of_all_seeds, given.at_once)
     publish("peers", record(out, range(given.seeds), trl), given.publish)
 
 

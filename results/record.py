@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import math
@@ -25,6 +26,16 @@ STUDENT_T = {
     0.95: (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     0.99: (63.657, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.250, 3.169),
 }
+
+
+def parser(experiment: str, seeds: int) -> argparse.ArgumentParser:
+    """The words that every experiment takes; `seeds`: as many as are published."""
+    found = argparse.ArgumentParser(f"python -m results.{experiment}")
+    found.add_argument("out", type=Path, help="folder of the runs; those that are there are not run again")
+    found.add_argument("--seeds", type=int, default=seeds)
+    found.add_argument("--at-once", type=int, default=1, help="runs at a time, one core each")
+    found.add_argument("--publish", type=Path, help="another folder than results/data for the JSON")
+    return found
 
 
 def about(

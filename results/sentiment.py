@@ -9,7 +9,6 @@ again. Three judges that no training saw (results.judges) read the answers to pr
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from results.jobs import CONFIGS, Job, evaluate_job, run_jobs, step_job
-from results.record import about, publish
+from results.record import about, parser, publish
 from tristage.answering.models import Answer, Judge
 from tristage.runs.record import Run, lines_of
 
@@ -164,12 +163,7 @@ MEASURES = {"score": "score", "KL": "kl", "reference log-probability": "referenc
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m results.sentiment")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--publish", type=Path, help="another folder than results/data for the JSON")
-    given = parser.parse_args(argv)
+    given = parser("sentiment", seeds=3).parse_args(argv)
     out, seeds = given.out.resolve(), range(given.seeds)
     run_jobs(list(first_jobs(out)))
     run_jobs([reward_job(out, seed) for seed in seeds], given.at_once)
