@@ -100,6 +100,7 @@ def test_ppo_turns_reviews_favourable_to_a_judge_that_it_has_not_seen(real_text:
     assert fmean(grades[6]) - fmean(grades[0]) > 0.1
 
 
+@pytest.mark.long
 def test_a_rule_as_the_reward_makes_more_sums_right(tmp_path: Path) -> None:
     """After 8 iterations of RLOO the published seeds have 0.097, 0.121 and 0.117 more of the held-out sums right."""
     if (absent := missing(*NEEDED)) is not None:
