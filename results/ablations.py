@@ -9,13 +9,13 @@ variant starts from them. A run of step 3 takes about a minute on one core.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from results.jobs import CONFIGS, Job, evaluate_job, run_jobs, step_job
+from results.jobs import CONFIGS, Job, data_words, evaluate_job, run_jobs, step_job
 from results.record import about, column, parser, publish
 from tristage.runs.record import Run
 
@@ -93,12 +93,11 @@ def folder_name(name: str) -> str:
 def jobs_of(seed: int, out: Path, variants: tuple[Variant, ...] = VARIANTS) -> Iterator[Job]:
     """Everything that a seed needs, in the order in which it must run."""
     folder = out / f"seed{seed}"
-    data = words_of_data(folder, seed)
     prepare = (sys.executable, "-m", "tristage.quickstart.prepare", str(folder), "--seed", str(seed))
     yield Job(folder / "data", prepare)
-    fresh = [f"model={folder}/model", *data("sft")]
+    fresh = [f"model={folder}/model", *words_of_data(folder, seed, "sft")]
     yield step_job("step1_sft.train", RECIPE / "step1_sft.yaml", folder / "step1_sft", fresh)
-    start = [f"model={folder}/step1_sft/final", *data("preference")]
+    start = [f"model={folder}/step1_sft/final", *words_of_data(folder, seed, "preference")]
     config = RECIPE / "step2_reward_model.yaml"
     yield step_job("step2_reward_model.train", config, folder / "step2_reward_model", start)
     for name in sorted({variant.reward for variant in variants} & set(OTHER_REWARDS)):
@@ -112,7 +111,7 @@ def jobs_of(seed: int, out: Path, variants: tuple[Variant, ...] = VARIANTS) -> I
 def variant_job(variant: Variant, folder: Path, seed: int) -> Job:
     starts = [f"actor.model={folder}/step1_sft/final", f"reward.model={folder}/{variant.reward}/final"]
     words = [word.format(seed=folder) for word in variant.words]
-    given = [*starts, *words_of_data(folder, seed)("prompts"), "save_every=0", *words]
+    given = [*starts, *words_of_data(folder, seed, "prompts"), "save_every=0", *words]
     return step_job(variant.module, RECIPE / "step3_ppo.yaml", folder / folder_name(variant.name), given)
 
 
@@ -126,15 +125,11 @@ def evaluation_job(folder: Path, seed: int, variants: tuple[Variant, ...]) -> Jo
         final = trained / ("final_ema" if average else "final")
         policies[trained.name] = [f"actor.model={final}"]
     same = (f"reference.model={sft}", f"reward.model={folder}/step2_reward_model/final")
-    return evaluate_job(RECIPE / "step3_ppo.yaml", output, policies, [*same, *words_of_data(folder, seed)("prompts")])
+    return evaluate_job(RECIPE / "step3_ppo.yaml", output, policies, [*same, *words_of_data(folder, seed, "prompts")])
 
 
-def words_of_data(folder: Path, seed: int) -> Callable[[str], list[str]]:
-    def words(name: str) -> list[str]:
-        files = [f"data.{side}={folder}/data/{name}.{side}.jsonl" for side in ("train", "heldout")]
-        return [f"seed={seed}", *files]
-
-    return words
+def words_of_data(folder: Path, seed: int, name: str) -> list[str]:
+    return [f"seed={seed}", *data_words(folder, name)]
 
 
 def record(out: Path, seeds: Sequence[int], variants: tuple[Variant, ...] = VARIANTS) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from results.jobs import CONFIGS, Job, evaluate_job, run_jobs, step_job
+from results.jobs import CONFIGS, Job, data_words, evaluate_job, run_jobs, step_job
 from results.record import about, column, parser, publish
 from tristage.runs.record import Run
 
@@ -38,8 +38,7 @@ def first_jobs(out: Path) -> Iterator[Job]:
 
 
 def words_of(out: Path, seed: int) -> list[str]:
-    files = [f"data.{side}={out}/data/prompts.{side}.jsonl" for side in ("train", "heldout")]
-    return [f"seed={seed}", *files]
+    return [f"seed={seed}", *data_words(out, "prompts")]
 
 
 def method_job(out: Path, seed: int, name: str) -> Job:

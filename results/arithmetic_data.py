@@ -7,7 +7,6 @@ A few demonstrations teach the form of an answer; prompts to train on, held-out 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import reasoning_gym
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from results.assets import write_smollm2
+from results.assets import write_rows, write_smollm2
 from results.sentiment_data import REWARD_LAYERS, TEMPLATE
 
 DEMONSTRATIONS, HELDOUT, TRAIN = 64, 256, 2048
@@ -47,16 +46,13 @@ def problems(count: int) -> list[dict[str, Any]]:
 
 def write_data(folder: Path) -> None:
     rows = problems(DEMONSTRATIONS + HELDOUT + TRAIN)
-    folder.mkdir(parents=True, exist_ok=True)
     demonstrations = [{"prompt": row["prompt"], "response": row["answer"]} for row in rows[:DEMONSTRATIONS]]
     shown = {row["prompt"] for row in demonstrations}
     others = [row for row in rows[DEMONSTRATIONS:] if row["prompt"] not in shown]
     heldout = others[:HELDOUT]
     shown = {row["prompt"] for row in heldout}
     train = [row for row in others[HELDOUT:] if row["prompt"] not in shown]
-    for name, lines in {"sft.train": demonstrations, "prompts.train": train, "prompts.heldout": heldout}.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    write_rows(folder, {"sft.train": demonstrations, "prompts.train": train, "prompts.heldout": heldout})
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@ from __future__ import annotations
 import csv
 import html
 import importlib.util
+import json
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -70,6 +73,14 @@ def read_reviews(source: str) -> list[Review]:
     with open(path, encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == source]
     return [Review(plain_text(row["text"]), row["label"] == "1") for row in rows]
+
+
+def write_rows(folder: Path, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """folder/NAME.jsonl of each name: a row per line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def plain_text(text: str) -> str:

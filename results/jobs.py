@@ -47,6 +47,11 @@ def step_job(module: str, config: Path, output: Path, words: Iterable[str], rank
     return Job(output, (*launcher, *settings, "--cpu", str(ranks)))
 
 
+def data_words(folder: Path, name: str) -> list[str]:
+    """The settings that name both files of `name` in folder/data."""
+    return [f"data.{side}={folder}/data/{name}.{side}.jsonl" for side in ("train", "heldout")]
+
+
 def evaluate_job(config: Path, output: Path, policies: Mapping[str, Sequence[str]], words: Iterable[str]) -> Job:
     """results.evaluate of `policies`: name -> the settings that are its own."""
     output.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ PUSH = ("ppo.kl_coef=0", "ppo.reward_clip=null", "ppo.epochs=4", "actor.optimize
 
 
 def reward_job(pairs: int, folder: Path, seed: int) -> Job:
-    words = [f"model={folder}/step1_sft/final", *words_of_data(folder, seed)("preference")]
+    words = [f"model={folder}/step1_sft/final", *words_of_data(folder, seed, "preference")]
     words += [f"data.limit={pairs}", f"epochs={PAIRS[pairs]}"]
     output = folder / f"over_optimisation/reward_{pairs}"
     return step_job("step2_reward_model.train", RECIPE / "step2_reward_model.yaml", output, words)
@@ -32,7 +32,7 @@ def reward_job(pairs: int, folder: Path, seed: int) -> Job:
 
 def policy_job(pairs: int, folder: Path, seed: int) -> Job:
     reward = reward_job(pairs, folder, seed).output / "final"
-    words = [f"actor.model={folder}/step1_sft/final", f"reward.model={reward}", *words_of_data(folder, seed)("prompts")]
+    words = [f"actor.model={folder}/step1_sft/final", f"reward.model={reward}", *words_of_data(folder, seed, "prompts")]
     output = folder / f"over_optimisation/ppo_{pairs}"
     return step_job("step3_ppo.train", RECIPE / "step3_ppo.yaml", output, [*words, "save_every=0", *PUSH])
 

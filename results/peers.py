@@ -26,7 +26,7 @@ def jobs_of(seed: int, out: Path, python: str) -> Iterator[Job]:
     yield Job(trained, (python, "-m", "results.trl_ppo", str(folder), str(trained), str(seed)))
     policies = {f"step{step}": [f"actor.model={trained}/{step}"] for step in STEPS}
     same = (f"reference.model={folder}/step1_sft/final", f"reward.model={folder}/step2_reward_model/final")
-    words = [*same, *words_of_data(folder, seed)("prompts")]
+    words = [*same, *words_of_data(folder, seed, "prompts")]
     yield evaluate_job(RECIPE / "step3_ppo.yaml", folder / "evaluation_trl", policies, words)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results.jobs import CONFIGS, Job, evaluate_job, run_jobs, step_job
+from results.jobs import CONFIGS, Job, data_words, evaluate_job, run_jobs, step_job
 from results.record import about, parser, publish
 from tristage.answering.models import Answer, Judge
 from tristage.runs.record import Run, lines_of
@@ -51,12 +51,12 @@ METHODS = (
 
 def first_jobs(out: Path) -> Iterator[Job]:
     yield Job(out / "data", (sys.executable, "-m", "results.sentiment_data", str(out)))
-    words = [f"model={out}/model", *files(out, "sft")]
+    words = [f"model={out}/model", *data_words(out, "sft")]
     yield step_job("step1_sft.train", RECIPE / "step1_sft.yaml", out / "step1_sft", words)
 
 
 def reward_job(out: Path, seed: int) -> Job:
-    words = [f"model={out}/model_cut", *files(out, "preference"), f"seed={seed}"]
+    words = [f"model={out}/model_cut", *data_words(out, "preference"), f"seed={seed}"]
     config = RECIPE / "step2_reward_model.yaml"
     return step_job("step2_reward_model.train", config, out / f"seed{seed}/step2_reward_model", words)
 
@@ -64,10 +64,10 @@ def reward_job(out: Path, seed: int) -> Job:
 def method_job(out: Path, seed: int, method: Method) -> Job:
     start, folder = out / "step1_sft/final", out / f"seed{seed}"
     if method.config == "step2_dpo":
-        words = [f"model={start}", *files(out, "preference")]
+        words = [f"model={start}", *data_words(out, "preference")]
     else:
         reward = f"{folder}/step2_reward_model/final"
-        words = [f"actor.model={start}", f"reward.model={reward}", *files(out, "prompts")]
+        words = [f"actor.model={start}", f"reward.model={reward}", *data_words(out, "prompts")]
     given = [*words, f"seed={seed}", "save_every=0", *method.words]
     return step_job(f"{method.config}.train", RECIPE / f"{method.config}.yaml", folder / method.folder, given)
 
@@ -89,12 +89,9 @@ def draws_job(out: Path) -> Job:
 def samples_job(out: Path, seed: int, output: Path, policies: dict[str, list[str]]) -> Job:
     start, folder = out / "step1_sft/final", out / f"seed{seed}"
     same = [f"reference.model={start}", "reference.deepspeed=zero0", f"reward.model={folder}/step2_reward_model/final"]
-    same += ["actor.lora=null", "ppo.advantage=rloo", *GROUPS, f"data.heldout_limit={PROMPTS}", *files(out, "prompts")]
+    same += ["actor.lora=null", "ppo.advantage=rloo", *GROUPS]
+    same += [f"data.heldout_limit={PROMPTS}", *data_words(out, "prompts")]
     return evaluate_job(RECIPE / "step3_ppo.yaml", output, policies, [*same, f"seed={seed}"])
-
-
-def files(out: Path, name: str) -> list[str]:
-    return [f"data.{side}={out}/data/{name}.{side}.jsonl" for side in ("train", "heldout")]
 
 
 # -- what is published -------------------------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ review: nobody but the two writers has labelled anything.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from results.assets import Review, read_reviews, write_smollm2
+from results.assets import Review, read_reviews, write_rows, write_smollm2
 
 BEGINNING = "Review:"
 # A review has no turns: what the roles say stands in one line.
@@ -49,18 +48,16 @@ def split_reviews(reviews: Sequence[Review]) -> dict[str, list[Review]]:
 
 
 def write_data(folder: Path, parts: dict[str, list[Review]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     rng, heldout = random.Random(1), parts["heldout"]
-    for name, rows in {
+    files = {
         "sft.train": demonstrations(parts["sft"]),
         "sft.heldout": demonstrations(heldout[: HELDOUT // 4]),
         "preference.train": pairs(parts["pairs"], rng),
         "preference.heldout": pairs(heldout, rng),
         "prompts.train": prompts(parts["prompts"]),
         "prompts.heldout": prompts(heldout[HELDOUT // 4 :]),
-    }.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    }
+    write_rows(folder, files)
 
 
 def demonstrations(reviews: Sequence[Review]) -> Iterator[dict[str, str]]:
